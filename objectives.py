@@ -1,0 +1,383 @@
+"""The pretraining objectives: for each, a sampler of group indices f, and one loss for all of them.
+
+    flag  paper                       f                                                     one-stream path
+    ar    L_ar, Sec. 3.1              1, 2, ..., S                                          causal
+    dar   L_dar,t = L_semi,t, Eq. 6   groups of t after a first group of 1..t               none: two streams only
+    mlm   L_m, Sec. 3.1               1 visible, 2 masked, round(rho S) of them             mask
+    vl    L_vm, Eq. 5                 as mlm, rho drawn from a range for each sequence      mask
+
+The loss is -log P(x_p | context of p), the *mean over all targets of the batch*. Sums and means differ in what they
+weigh. Under a mean over targets every (context, target) pair that f produces weighs the same: that is Eq. 6, and Eq. 5
+read as a sum over targets, up to one constant factor, so a sequence that hides more tokens counts more. Eq. 3, which
+weighs every *context* the same, is the same distribution only when contexts near the end count for less.
+
+A new objective is a frozen dataclass with a `groups` method, and a line in OBJECTIVES: see Permutation and PrefixLM.
+"""
+import itertools
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from masks import (BadInput, ar_groups, dar_groups, hidden_count, masked_groups, permutation_groups, positive,
+                   prefix_groups, query_mask, ratios)
+from model import compute_dtype
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What every objective offers. Its dataclass fields are its options; the flag --NAME sets the field NAME."""
+
+    paper = ""         # name and place in the paper
+    one_stream = None  # "causal", "mask", or None where only two streams can compute it
+
+    def groups(self, batch, length, generator=None):
+        """Draw f for `batch` sequences -> LongTensor (batch, length)."""
+        raise TypeError("an objective defines its group index")
+
+    def max_targets(self, length):
+        """An upper bound on the number of targets of one sequence. It fixes the shape of the output layer's input."""
+        return length - 1
+
+    def outcomes(self, length, limit=200_000):
+        """The distribution of f where it can be listed: (f LongTensor (K, S), probability double (K,)), or None when
+        there are more than `limit` outcomes or nobody wrote them down (spectral.py then samples `groups`)."""
+        return None
+
+    def left_to_right(self, length, path):
+        """How to evaluate P(x_p | x_1 .. x_{p-1}) for p = 2..S (Eq. 2) the way the model was trained.
+
+        Returns {regime: LongTensor (passes, length)}: group indices such that every p = 2..S has the whole prefix and
+        nothing else as its context (`scores_next`) in exactly one pass of each regime.
+        """
+        return {"next": ar_groups(length)[None]}
+
+    def check(self, length):
+        """Raise BadInput where the options do not fit sequences of this length."""
+        if length < 2:
+            raise BadInput(f"a sequence of length {length} leaves nothing to predict; give a length of 2 or more")
+
+
+@dataclass(frozen=True)
+class Autoregressive(Objective):
+    """L_ar: predict each token from all before it."""
+
+    paper = "autoregressive, L_ar (Sec. 3.1)"
+    one_stream = "causal"
+
+    def groups(self, batch, length, generator=None):
+        return ar_groups(length).expand(batch, length)
+
+    def outcomes(self, length, limit=200_000):
+        return equally_likely(ar_groups(length)[None])
+
+
+@dataclass(frozen=True)
+class DiversityEnhanced(Objective):
+    """L_semi,t (Eq. 6), which realises L_dar,t (Eq. 3): predict t tokens in parallel, first group uniform in 1..t."""
+
+    t: int = 2
+    paper = "diversity-enhanced autoregressive, L_semi,t (Eq. 6)"
+
+    def groups(self, batch, length, generator=None):
+        return dar_groups(length, self.t, torch.randint(1, self.t + 1, (batch,), generator=generator))
+
+    def outcomes(self, length, limit=200_000):
+        return equally_likely(dar_groups(length, self.t, torch.arange(1, self.t + 1)))
+
+    def left_to_right(self, length, path):
+        # Over the t first-group sizes each token is first in its group exactly once: a true next-token probability.
+        return {"next": dar_groups(length, self.t, torch.arange(1, self.t + 1))}
+
+    def check(self, length):
+        super().check(length)
+        if not 1 <= self.t < length:
+            raise BadInput(f"--t {self.t} is not in 1..{length - 1}: a group is shorter than the sequence of {length}")
+
+
+@dataclass(frozen=True)
+class Masked(Objective):
+    """L_m: predict a fixed share of the tokens from the others."""
+
+    mask: float = 0.15
+    paper = "masked, L_m (Sec. 3.1)"
+    one_stream = "mask"
+
+    def __post_init__(self):
+        if not isinstance(self.mask, (int, float)):
+            raise BadInput(f"mlm hides one fixed ratio, got --mask {show(self.mask)}; type --mask {self.mask[0]:g}, "
+                           f"or --objective vl --mask {show(self.mask)} to draw the ratio from that range")
+        if not 0 < self.mask < 1:
+            raise BadInput(f"--mask {self.mask:g} is not between 0 and 1; type a ratio such as --mask 0.15")
+
+    def groups(self, batch, length, generator=None):
+        return masked_groups(batch, length, self.mask, generator)
+
+    def max_targets(self, length):
+        return hidden_count(self.mask, length)
+
+    def hidden_counts(self, length):
+        """{number of hidden tokens: probability}."""
+        return {hidden_count(self.mask, length): 1.0}
+
+    def outcomes(self, length, limit=200_000):
+        counts = self.hidden_counts(length)
+        if sum(math.comb(length, n) for n in counts) > limit:
+            return None
+        groups, weight = [], []
+        for n, probability in counts.items():
+            hidden = torch.tensor(list(itertools.combinations(range(length), n)))        # (comb(S, n), n)
+            groups.append(torch.ones(len(hidden), length, dtype=torch.long).scatter(1, hidden, 2))
+            weight.append(torch.full((len(hidden),), probability / len(hidden), dtype=torch.float64))
+        return torch.cat(groups), torch.cat(weight)
+
+    def left_to_right(self, length, path):
+        """One query per prefix. `truncated`: the sequence ends at the [MASK]. `padded`: all later positions are [MASK]
+        too, as many as in training's sequences. Two streams know one regime, since a query is seen by nobody."""
+        i = torch.arange(length)
+        given = (i < i[1:, None]).long()                                      # (S - 1, S), pass k gives x_1 .. x_k
+        truncated = given + 2 * (i == i[1:, None])
+        return {"next": truncated} if path == "two-stream" else {"padded": 2 - given, "truncated": truncated}
+
+
+@dataclass(frozen=True)
+class VariableLength(Masked):
+    """L_vm (Eq. 5): as L_m, with the ratio drawn uniformly from a range anew for each sequence."""
+
+    mask: tuple = (0.15, 0.3)
+    paper = "variable-length masked, L_vm (Eq. 5)"
+
+    def __post_init__(self):
+        if isinstance(self.mask, (int, float)):
+            raise BadInput(f"vl draws its ratio from a range, got --mask {self.mask:g}; type --mask {self.mask:g},"
+                           f"{min(2 * self.mask, 1):g}, or --objective mlm --mask {self.mask:g} for the fixed ratio")
+        if len(self.mask) != 2:
+            raise BadInput(f"--mask {show(self.mask)} is not a range; type two ratios such as --mask 0.15,0.3")
+        low, high = self.mask
+        if low > high:
+            raise BadInput(f"--mask {show(self.mask)} runs downwards; type --mask {high:g},{low:g}")
+        if not 0 < low <= high <= 1:
+            raise BadInput(f"--mask {show(self.mask)} does not lie between 0 and 1; type a range such as --mask 0.15,0.3")
+
+    def max_targets(self, length):
+        return hidden_count(self.mask[1], length)
+
+    def hidden_counts(self, length):
+        low, high = self.mask
+        if low == high:
+            return {hidden_count(low, length): 1.0}
+        # round(rho S) = n on an interval of rho: its share of the range is the probability of n
+        shares = {}
+        for n in range(int(low * length), int(high * length) + 2):
+            share = (min(high, (n + 0.5) / length) - max(low, (n - 0.5) / length)) / (high - low)
+            if share > 0:
+                kept = min(max(n, 1), length - 1)
+                shares[kept] = shares.get(kept, 0.0) + share
+        return shares
+
+
+@dataclass(frozen=True)
+class Permutation(Objective):
+    """Beyond the paper: predict the tokens in a random order (XLNet; Yang et al. 2019)."""
+
+    paper = "permutation order (XLNet), not in the paper"
+
+    def groups(self, batch, length, generator=None):
+        return permutation_groups(batch, length, generator)
+
+    def outcomes(self, length, limit=200_000):
+        if math.factorial(length) <= limit:
+            return equally_likely(1 + torch.tensor(list(itertools.permutations(range(length)))))
+
+
+@dataclass(frozen=True)
+class PrefixLM(Objective):
+    """Beyond the paper: a prefix of random length is given, the rest is predicted from left to right."""
+
+    paper = "prefix language model, not in the paper"
+
+    def groups(self, batch, length, generator=None):
+        return prefix_groups(batch, length, generator)
+
+    def outcomes(self, length, limit=200_000):
+        return equally_likely(1 + (ar_groups(length) - torch.arange(1, length)[:, None]).clamp(min=0))
+
+
+def equally_likely(groups):
+    return groups, torch.full((len(groups),), 1 / len(groups), dtype=torch.float64)
+
+
+OBJECTIVES = {"ar": Autoregressive, "dar": DiversityEnhanced, "mlm": Masked, "vl": VariableLength,
+              "permutation": Permutation, "prefix": PrefixLM}
+
+
+# ---------------------------------------------------------------------------- from flags to an objective and back
+
+def add_options(parser):
+    """The options of all objectives, for every command that takes an objective."""
+    parser.add_argument("--t", type=positive, default=None, help="dar: tokens predicted in parallel (default: 2)")
+    parser.add_argument("--mask", type=ratios, default=None,
+                        help="mlm: ratio of hidden tokens (default: 0.15); vl: its range (default: 0.15,0.3)")
+
+
+def from_options(objective, **options):
+    """The objective of that flag with those options; None leaves a default. Raises BadInput on a wrong combination."""
+    if objective not in OBJECTIVES:
+        raise BadInput(f"there is no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+    known = {field.name for field in fields(OBJECTIVES[objective])}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() - known:
+        owners = [flag for flag, cls in OBJECTIVES.items() if name in {field.name for field in fields(cls)}]
+        takes = f"{objective} takes --{next(iter(known))}" if known else f"{objective} takes no options"
+        raise BadInput(f"--{name} belongs to {' and '.join(owners)}, and {takes}; leave out --{name} "
+                       f"or type --objective {owners[0]}")
+    if isinstance(given.get("mask"), (tuple, list)):
+        given["mask"] = given["mask"][0] if len(given["mask"]) == 1 else tuple(given["mask"])
+    return OBJECTIVES[objective](**given)
+
+
+def choose_path(objective, streams=None):
+    """Which of model.PATHS runs this objective, given --streams (None: one stream where one suffices)."""
+    if streams == 1 and objective.one_stream is None:
+        raise BadInput(f"--streams 1 cannot run {flag(objective)}: tokens predicted in parallel must not see each "
+                       "other, which takes two streams; type --streams 2 or leave it out")
+    return "two-stream" if streams == 2 or objective.one_stream is None else objective.one_stream
+
+
+def flag(objective):
+    """The flag under which this objective is registered."""
+    return next(name for name, cls in OBJECTIVES.items() if cls is type(objective))
+
+
+def describe(objective):
+    """The flag and the options: 'vl 0.15,0.3'."""
+    return " ".join([flag(objective)] + [("t=" if field.name == "t" else "") + show(getattr(objective, field.name))
+                                         for field in fields(objective)])
+
+
+def show(value):
+    return ",".join(f"{part:g}" for part in value) if isinstance(value, (tuple, list)) else f"{value:g}"
+
+
+# ---------------------------------------------------------------------------- batches
+
+class Batch(NamedTuple):
+    """Everything one step needs, of static shape. B sequences of length S, n = max_targets(S)."""
+
+    tokens: Tensor   # (B, S) input ids, corrupted where the 80/10/10 rule says so
+    groups: Tensor   # (B, S) f
+    blank: Tensor    # (B, S) bool: where the mask path shows [MASK]
+    targets: Tensor  # (B, n) positions to predict, those that are no target last
+    labels: Tensor   # (B, n) their true ids
+    weight: Tensor   # (B, n) 1 for a target, 0 for the rest
+
+    def part(self, start, stop):
+        return Batch(*(field[start:stop] for field in self))
+
+    def to(self, device):
+        return Batch(*(field.to(device, non_blocking=True) for field in self))
+
+
+def target_positions(groups, n):
+    """Positions of the targets f > 1 first, in order, then others to fill up. -> targets (B, n), weight (B, n)."""
+    is_target = groups > 1
+    most = int(is_target.sum(1).max())
+    if most > n:
+        raise ValueError(f"a sequence has {most} targets but max_targets promised at most {n}")
+    targets = (~is_target).long().argsort(dim=1, stable=True)[:, :n]
+    return targets, is_target.gather(1, targets).float()
+
+
+def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="bert"):
+    """Draw f for tokens (B, S) and prepare what the model needs.
+
+    On the mask path, mask_rule "bert" shows [MASK] at 80% of the targets, a random token at 10% and the token itself at
+    10% (Devlin et al. 2019); "always" shows [MASK] at every target. The other paths never corrupt their input.
+    """
+    B, S = tokens.shape
+    groups = objective.groups(B, S, generator)
+    targets, weight = target_positions(groups, objective.max_targets(S))
+    blank, inputs = groups > 1, tokens
+    if path == "mask" and mask_rule == "bert":
+        dice = torch.rand(B, S, generator=generator)
+        noise = torch.randint(vocab, (B, S), generator=generator)
+        inputs = torch.where(blank & (dice >= 0.8) & (dice < 0.9), noise, tokens)
+        blank = blank & (dice < 0.8)
+    return Batch(inputs, groups, blank, targets, tokens.gather(1, targets), weight)
+
+
+# ---------------------------------------------------------------------------- losses
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i weight_i * -log softmax(x_i E^T)[y_i], one chunk of rows at a time.
+
+    The scores of all rows never exist at once, and each chunk's gradient is computed while its scores are at hand:
+    half the memory traffic of the plain formula, which tests/test_objectives.py compares it with.
+    """
+
+    @staticmethod
+    def forward(ctx, x, embedding, labels, weight, chunk):
+        dtype = compute_dtype(x.device)
+        x_low, E = x.to(dtype), embedding.to(dtype)
+        loss, dx, dE = x.new_zeros((), dtype=torch.float32), torch.empty_like(x_low), torch.zeros_like(embedding)
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            y, w = labels[rows, None], weight[rows, None]
+            scores = (x_low[rows] @ E.T).float()                                         # (chunk, V)
+            p = torch.softmax(scores, dim=-1)
+            # log-sum-exp from the largest probability, which cannot underflow
+            top = scores.max(dim=1, keepdim=True)
+            loss += ((top.values - p.gather(1, top.indices).log() - scores.gather(1, y)) * w).sum()
+            p = p.scatter_add_(1, y, torch.full_like(w, -1.0)).mul_(w).to(dtype)         # d loss / d scores
+            torch.matmul(p, E, out=dx[rows])
+            dE += p.T @ x_low[rows]
+        ctx.save_for_backward(dx, dE)
+        ctx.dtype = x.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dE = ctx.saved_tensors
+        return dx.to(ctx.dtype) * grad, dE * grad, None, None, None
+
+
+def loss_sum(model, batch, path, padded=False):
+    """The sum over the batch's targets of -log P(x_p | context of p); divide by the number of targets for the loss.
+
+    This one function is L_ar, L_semi,t, L_m and L_vm: they differ in `batch.groups` alone. `padded` as in model.forward.
+    """
+    features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded)
+    chunk = max(1, (2 ** 20 if features.device.type == "cpu" else 2 ** 28) // model.config.vocab)   # 4 MB stay in cache
+    return LinearCrossEntropy.apply(features.flatten(0, 1), model.embedding.weight, batch.labels.flatten(),
+                                    batch.weight.flatten(), chunk)
+
+
+def spectral_loss(scores, targets, target_marginal):
+    """The spectral loss in the form that equals matrix factorisation (Theorem 3.1).
+
+        -2 mean_i scores[i, y_i] + mean_i sum_v target_marginal[v] scores[i, v]^2
+
+    Eq. 1 prints coefficient 1 on the first term; the 2 is lost between lines 4 and 5 of A.1. With it the loss is
+    ||Abar - F W'^T||_F^2 - ||Abar||_F^2; with 1 it has the same subspace at half the scale.
+    scores (N, V) = W f(X_i), targets (N,) ids y_i, target_marginal (V,) probabilities P_G -> scalar.
+    """
+    positive = scores.gather(1, targets[:, None]).mean()
+    return -2 * positive + (scores.square() @ target_marginal).mean()
+
+
+# ---------------------------------------------------------------------------- scoring
+
+def scores_next(groups):
+    """groups (S,) -> bool (S,): which targets have exactly the tokens before them as their context."""
+    before = torch.ones(len(groups), len(groups), dtype=torch.bool).tril(-1)
+    return (groups > 1) & (query_mask(groups) == before).all(-1)
+
+
+@torch.no_grad()
+def target_nll(model, tokens, groups, targets, path, padded=True):
+    """-log P of the true tokens at `targets` (B, n) under f -> float32 (B, n). Log-softmax in float32."""
+    features = model(tokens, groups, targets, path, None, padded)
+    logp = torch.log_softmax(model.logits(features), dim=-1, dtype=torch.float32)
+    return -logp.gather(-1, tokens.gather(1, targets)[..., None])[..., 0]
