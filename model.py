@@ -14,19 +14,19 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from masks import BadInput, content_mask, query_mask
 
 PATHS = ("causal", "mask", "two-stream")
 
-SIZES = {  # name: layers, width, heads; parameters without the embedding
-    "tiny": dict(layers=4, width=128, heads=4),      # 0.7M, minutes on a CPU
-    "mini": dict(layers=4, width=256, heads=4),      # 2.6M, an hour on a CPU
-    "small": dict(layers=8, width=512, heads=8),     # 21M
-    "base": dict(layers=12, width=768, heads=12),    # 71M
-    "paper": dict(layers=16, width=768, heads=12),   # 94M
+SIZES = {
+    "tiny": {"layers": 4, "width": 128, "heads": 4},      # 0.7M parameters without the embedding: minutes on a CPU
+    "mini": {"layers": 4, "width": 256, "heads": 4},      # 2.6M: an hour on a CPU
+    "small": {"layers": 8, "width": 512, "heads": 8},     # 21M
+    "base": {"layers": 12, "width": 768, "heads": 12},    # 71M
+    "paper": {"layers": 16, "width": 768, "heads": 12},   # 94M
 }
 
 

@@ -21,8 +21,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from masks import (BadInput, ar_groups, dar_groups, hidden_count, masked_groups, permutation_groups, positive,
-                   prefix_groups, query_mask, ratios)
+from masks import (
+    BadInput,
+    ar_groups,
+    dar_groups,
+    hidden_count,
+    masked_groups,
+    permutation_groups,
+    positive,
+    prefix_groups,
+    query_mask,
+    ratios,
+)
 from model import compute_dtype
 
 
@@ -44,7 +54,6 @@ class Objective:
     def outcomes(self, length, limit=200_000):
         """The distribution of f where it can be listed: (f LongTensor (K, S), probability double (K,)), or None when
         there are more than `limit` outcomes or nobody wrote them down (spectral.py then samples `groups`)."""
-        return None
 
     def left_to_right(self, length, path):
         """How to evaluate P(x_p | x_1 .. x_{p-1}) for p = 2..S (Eq. 2) the way the model was trained.
