@@ -285,6 +285,9 @@ class Batch(NamedTuple):
     def part(self, start, stop):
         return Batch(*(field[start:stop] for field in self))
 
+    def pinned(self):
+        return Batch(*(field.pin_memory() for field in self))
+
     def to(self, device):
         return Batch(*(field.to(device, non_blocking=True) for field in self))
 

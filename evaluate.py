@@ -1,0 +1,335 @@
+"""Evaluate a checkpoint of train.py.
+
+    python evaluate.py perplexity CKPT [--data ...] [--by-length]     P(x_{k+1} | x_1 .. x_k), Eq. 2
+    python evaluate.py generate CKPT --prompt TEXT                    samples
+
+CKPT is a run folder or a checkpoint file.
+"""
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import Sequences, import_optional, load_evaluation
+from masks import BadInput, Parser, command_line, positive
+from objectives import describe, flag, scores_next, target_nll
+from train import choose_device, choose_dtype, load_run
+
+# ---------------------------------------------------------------------------- perplexity
+
+
+@torch.no_grad()
+def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=True):
+    """-log P(x_p | x_1 .. x_{p-1}) of every token p = 2..S of sequences (N, S), the way the model was trained.
+
+    The objective says which group indices give each token its whole prefix and nothing else as context
+    (`Objective.left_to_right`): one pass for `ar`, t for `dar`, S - 1 for `mlm` and `vl`. A pass computes the tokens
+    up to its last f > 0 only, and the output layer of the scored rows only.
+    Returns {regime: float32 (N, S - 1)}.
+    """
+    N, S = sequences.shape
+    regimes = run.objective.left_to_right(S, run.path)
+    if regime is not None and regime not in regimes:
+        raise BadInput(f"--regime {regime} is for masks in one stream; this {run.path} checkpoint of "
+                       f"{describe(run.objective)} knows one regime only: leave out --regime")
+    device, results = run.model.query.device, {}
+    for name, passes in regimes.items():
+        if regime not in (None, name):
+            continue
+        nll = torch.full((N, S), math.nan)
+        for groups in tqdm(passes, desc=name, leave=False, disable=quiet or not sys.stderr.isatty()):
+            targets, length = scores_next(groups).nonzero()[:, 0], int(groups.count_nonzero())
+            rows = max(1, tokens_at_once // length)
+            for start in range(0, N, rows):
+                tokens = sequences[start:start + rows, :length].to(device)
+                f, t = (x.to(device).expand(len(tokens), -1) for x in (groups[:length], targets))
+                nll[start:start + rows, targets] = target_nll(run.model, tokens, f, t, run.path, padded=False).cpu()
+        results[name] = nll[:, 1:]
+    return results
+
+
+@torch.no_grad()
+def training_order_nll(run, sequences, most=64):
+    """Mean -log P of the targets given their own contexts, over all (equally likely) f where these are few, as for
+    `dar`: the tokens of a group given what comes before the group. None where f cannot be listed, or for `ar`."""
+    listed = run.objective.outcomes(sequences.shape[1], most)
+    if listed is None or len(listed[0]) > most or all(torch.equal(f > 1, scores_next(f)) for f in listed[0]):
+        return None
+    total = count = 0
+    for f in listed[0]:
+        targets = (f > 1).nonzero()[:, 0]
+        for tokens in sequences.split(128):
+            tokens = tokens.to(run.model.query.device)
+            f_, t = (x.to(tokens.device).expand(len(tokens), -1) for x in (f, targets))
+            nll = target_nll(run.model, tokens, f_, t, run.path, padded=False)
+            total, count = total + nll.sum().item(), count + nll.numel()
+    return total / count
+
+
+def summary(nll, tokens_per_byte):
+    """Results from the -log P (N, S - 1) of N sequences. Perplexity is exp of the mean over tokens; the standard error
+    treats sequences as the independent samples."""
+    mean, stderr = nll.mean().item(), nll.mean(1).std().item() / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    return {"nll": mean, "stderr": stderr, "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
+            "bits_per_byte": mean / math.log(2) * tokens_per_byte, "tokens": nll.numel(), "sequences": len(nll)}
+
+
+def evaluation_sequences(run, data=None, count=200):
+    """(`count` sequences of held-out text (N, S), the same for every checkpoint of one tokenizer and length; its tokens
+    per byte; the name of the data). `data` None: the validation text of the run."""
+    if data is None:
+        data = run.settings.data
+        own = Path(run.name) / "data"  # raw text that train.py tokenized
+        if own.exists():
+            data = str(own)
+    corpus = load_evaluation(data, run.tokenizer)
+    S = run.settings.length
+    whole = corpus.val[:len(corpus.val) // S * S]
+    if not len(whole):
+        raise BadInput(f"{data} has {len(corpus.val)} tokens to evaluate on, less than one sequence of {S}")
+    sequences = Sequences(whole, S, run.tokenizer.separator, seed=0)
+    return sequences.batch(0, min(count, len(sequences))), len(corpus.val) / corpus.val_bytes, data
+
+
+def perplexity(run, data=None, max_sequences=200, regime=None, by_length=False, quiet=True):
+    """Left-to-right likelihood of held-out text under a Run -> dict of results per regime."""
+    sequences, tokens_per_byte, data = evaluation_sequences(run, data, max_sequences)
+    results = {"data": data, "length": sequences.shape[1], "regimes": {}}
+    start = time.perf_counter()
+    for name, nll in left_to_right(run, sequences, regime, quiet=quiet).items():
+        results["regimes"][name] = summary(nll, tokens_per_byte)
+        if by_length:
+            results["regimes"][name]["by_length"] = {
+                "prefix": list(range(1, nll.shape[1] + 1)), "nll": nll.mean(0).tolist(),
+                "stderr": (nll.std(0) / math.sqrt(len(nll))).tolist()}
+    scored = sum(r["tokens"] for r in results["regimes"].values())
+    results["tokens_per_second"] = scored / (time.perf_counter() - start)
+    order = training_order_nll(run, sequences)
+    if order is not None:
+        results["training_order_nll"], results["training_order_perplexity"] = order, math.exp(order)
+    return results
+
+
+def print_perplexity(results):
+    for name, r in results["regimes"].items():
+        print(f"{name:10s} perplexity {r['perplexity']:9.2f} ± {r['perplexity_stderr']:.2f}   nll {r['nll']:.4f} ± "
+              f"{r['stderr']:.4f}   {r['bits_per_byte']:.3f} bits/byte   {r['tokens']:,} tokens")
+    if "training_order_nll" in results:
+        print(f"{'in groups':10s} perplexity {results['training_order_perplexity']:9.2f}"
+              f"{'':8s}  nll {results['training_order_nll']:.4f}, each token given the groups before its own")
+
+
+def print_by_length(results):
+    """Perplexity against the length of the prefix (Figure 3), in bins that double."""
+    names = list(results["regimes"])
+    print("prefix      " + "".join(f"{name:>12s}" for name in names))
+    last = results["length"] - 1
+    edges = [2 ** k for k in range(last.bit_length())] + [last + 1]
+    for low, high in itertools.pairwise(edges):
+        cells = [math.exp(np.mean(results["regimes"][name]["by_length"]["nll"][low - 1:high - 1])) for name in names]
+        label = f"{low}" if high == low + 1 else f"{low}-{high - 1}"
+        print(f"{label:12s}" + "".join(f"{cell:12.2f}" for cell in cells))
+
+
+def plot_by_length(path, curves):
+    """Figure 3: curves is {label: by_length dict}."""
+    plt = import_optional("matplotlib.pyplot")
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, curve in curves.items():
+        x, y, e = (np.array(curve[key]) for key in ("prefix", "nll", "stderr"))
+        axes.plot(x, np.exp(y), label=label, linewidth=1.2)
+        axes.fill_between(x, np.exp(y - e), np.exp(y + e), alpha=0.2)
+    axes.set(xlabel="tokens in the prefix", ylabel="perplexity of the next token", xscale="log", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------- generation
+
+@torch.no_grad()
+def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, at_once=False, confident=False):
+    """Continue `prompt`, a list of at least one id, by `count` ids -> list of the new ids.
+
+    temperature  0 takes the most likely token
+    at_once      dar: the tokens of a group in parallel, as they were trained
+    confident    mlm and vl: start from `count` masks; again and again fill the one that the model is surest of
+    A text that outgrows the model's sequence is continued from its last half.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits):
+        """One id for each row of logits (n, vocab)."""
+        logits = logits.float().cpu()
+        if top_k:
+            lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < lowest, -math.inf)
+        if temperature == 0:
+            return logits.argmax(-1).tolist()
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0].tolist()
+
+    if confident:
+        return fill_confident(run, prompt, count, choose)
+    if run.path == "causal":
+        return continue_cached(run, prompt, count, choose)
+    return continue_in_groups(run, prompt, count, choose, at_once)
+
+
+def continue_cached(run, prompt, count, choose):
+    """`ar` in one stream: keys and values of earlier tokens are kept, so each token costs one row."""
+    model, S, ids = run.model, run.settings.length, list(prompt)
+    cache, first, new = [[] for _ in model.blocks], 0, ids[-(S // 2):] if len(ids) > S else ids
+    while len(ids) < len(prompt) + count:
+        if first + len(new) > S:
+            cache, first, new = [[] for _ in model.blocks], 0, ids[-(S // 2):]
+        feature = model.next_features(torch.tensor([new], device=model.query.device), cache, first)
+        first, new = first + len(new), choose(model.logits(feature))
+        ids += new
+    return ids[len(prompt):]
+
+
+def continue_in_groups(run, prompt, count, choose, at_once):
+    """Any objective from left to right: under the f that gives the next token its whole prefix as context. With
+    at_once, the other tokens of its group are taken from the same pass."""
+    model, S, ids, start = run.model, run.settings.length, list(prompt), 0
+    *_, passes = run.objective.left_to_right(S, run.path).values()
+    scored = torch.stack([scores_next(f) for f in passes])                    # (passes, S)
+    while len(ids) < len(prompt) + count:
+        if len(ids) - start >= S:
+            start = len(ids) - S // 2
+        p = len(ids) - start
+        f = passes[scored[:, p].nonzero()[0, 0]]
+        targets = (f == f[p]).nonzero()[:, 0] if at_once else torch.tensor([p])
+        f = f[:int(targets[-1]) + 1]
+        tokens = torch.zeros(1, len(f), dtype=torch.long)                     # what stands at the targets is not read
+        tokens[0, :p] = torch.tensor(ids[start:])
+        features = model(*(x.to(model.query.device) for x in (tokens, f[None], targets[None])), run.path)
+        ids += choose(model.logits(features[0]))
+    return ids[len(prompt):len(prompt) + count]
+
+
+def fill_confident(run, prompt, count, choose):
+    """`mlm` and `vl`: all new positions are masks; each pass fills the mask whose best token is the most probable."""
+    if flag(run.objective) not in ("mlm", "vl"):
+        raise BadInput(f"--order confident fills masks, and this checkpoint is {describe(run.objective)}; "
+                       "leave it out or use an mlm or vl checkpoint")
+    if len(prompt) + count > run.settings.length:
+        raise BadInput(f"--tokens {count} after a prompt of {len(prompt)} tokens is more than the model's "
+                       f"{run.settings.length}; --order confident fills one sequence")
+    device = run.model.query.device
+    tokens = torch.tensor([list(prompt) + [0] * count])
+    groups = torch.tensor([[1] * len(prompt) + [2] * count])
+    while (left := (groups[0] == 2).nonzero()[:, 0]).numel():
+        features = run.model(*(x.to(device) for x in (tokens, groups, left[None])), run.path)
+        logits = run.model.logits(features[0])                                # (left, vocab)
+        best = int(logits.softmax(-1).max(-1).values.argmax())
+        tokens[0, left[best]] = choose(logits[best:best + 1])[0]
+        groups[0, left[best]] = 1
+    return tokens[0, len(prompt):].tolist()
+
+
+# ---------------------------------------------------------------------------- command line
+
+def write_json(target, content):
+    """The --json convention of all commands: one object, to a file or to standard output (-)."""
+    text = json.dumps(content, indent=1)
+    if target == "-":
+        print(text)
+    elif target:
+        Path(target).write_text(text + "\n")
+
+
+def open_run(args):
+    """The checkpoint, device and precision that the arguments name. -> Run, autocast context."""
+    device = choose_device(args.device)
+    dtype = choose_dtype(device, args.dtype)
+    return load_run(args.checkpoint, device), torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def perplexity_command(args):
+    run, autocast = open_run(args)
+    with autocast:
+        results = perplexity(run, args.data, args.max_sequences, args.regime, args.by_length or bool(args.plot), quiet=False)
+    if args.json != "-":
+        print(f"{run.name}: {describe(run.objective)} ({run.path}), step {run.step:,}, on {results['data']}")
+        print_perplexity(results)
+        if args.by_length:
+            print_by_length(results)
+    if args.plot:
+        plot_by_length(args.plot, {name: r["by_length"] for name, r in results["regimes"].items()})
+    return {"results": results}, run
+
+
+def generate_command(args):
+    run, autocast = open_run(args)
+    prompt = run.tokenizer.encode(args.prompt).tolist() or [run.tokenizer.separator]
+    texts = []
+    with autocast:
+        for k in range(args.samples):
+            ids = generate(run, prompt, args.tokens, args.temperature, args.top_k, args.seed + k, args.at_once,
+                           args.order == "confident")
+            texts.append(run.tokenizer.decode(prompt + ids))
+            if args.json != "-":
+                print(texts[-1] + "\n")
+    return {"texts": texts}, run
+
+
+def report(checkpoint, device=None):
+    """What train.py shows at the end: a quick perplexity and a sample."""
+    run = load_run(checkpoint, choose_device(device))
+    print(f"\nleft-to-right perplexity of {describe(run.objective)}, {min(32, len(evaluation_sequences(run)[0]))} "
+          "validation sequences:")
+    print_perplexity(perplexity(run, max_sequences=32))
+    prompt = evaluation_sequences(run, count=1)[0][0, :run.settings.length // 4].tolist()
+    ids = generate(run, prompt, run.settings.length // 2)
+    print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
+    print(f"\nrun folder: {checkpoint}    more: python evaluate.py perplexity {checkpoint} --by-length")
+
+
+def main(argv=None):
+    parser = Parser(description="Evaluate a checkpoint of train.py.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def command(name, function, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        sub.add_argument("checkpoint", metavar="CKPT", help="run folder or checkpoint file")
+        sub.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+        sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
+        sub.add_argument("--json", metavar="FILE", help="write the results as one JSON object; - for standard output")
+        return sub
+
+    sub = command("perplexity", perplexity_command, "left-to-right likelihood of held-out text (Eq. 2)")
+    sub.add_argument("--data", help="pydoc, text, token folder or hf:NAME (default: the run's validation text)")
+    sub.add_argument("--regime", choices=("padded", "truncated"), help="for masks in one stream (default: both)")
+    sub.add_argument("--by-length", action="store_true", help="perplexity against the length of the prefix (Figure 3)")
+    sub.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the text")
+    sub.add_argument("--plot", metavar="FILE", help="picture of the curve over prefix length")
+
+    sub = command("generate", generate_command, "sample from the model")
+    sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    sub.add_argument("--tokens", type=positive, default=100, help="tokens to add")
+    sub.add_argument("--samples", type=positive, default=1)
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    sub.add_argument("--top-k", type=int, default=50, help="0 for all")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--at-once", action="store_true", help="dar: the tokens of a group in parallel")
+    sub.add_argument("--order", choices=("left", "confident"), default="left",
+                     help="mlm and vl: left to right, or the surest mask first")
+
+    args = parser.parse_args(argv)
+    if args.command == "generate" and (args.temperature < 0 or args.top_k < 0):
+        raise BadInput(f"--temperature {args.temperature:g} and --top-k {args.top_k} cannot be negative")
+    results, run = args.function(args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("function", "json", "command")}
+    write_json(args.json, {"command": f"evaluate.py {args.command}", "settings": settings, "step": run.step,
+                           "objective": describe(run.objective), "path": run.path, **results})
+
+
+if __name__ == "__main__":
+    command_line(main)

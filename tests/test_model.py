@@ -1,0 +1,178 @@
+"""What the Transformer's outputs depend on, and that its three ways of running agree where they must."""
+import pytest
+import torch
+
+from masks import ar_groups, masked_groups
+from model import SIZES, Config, Transformer, additive, attend, flops_per_sequence, parameters
+from objectives import draw_batch, from_options, target_positions
+
+
+def dependence(model, groups, targets, path):
+    """Whether feature k depends on token j, from gradients: bool (n, S), for one sequence groups (S,)."""
+    S = len(groups)
+    weight = model.embedding.weight.detach()
+    tokens = torch.arange(S)[None]  # each position its own id, so a gradient to an id is a gradient to a position
+    features = model(tokens, groups[None], targets[None], path)[0]
+    rows = []
+    for feature in features:
+        probe = torch.randn(len(feature), dtype=weight.dtype, generator=torch.Generator().manual_seed(1))
+        gradient, = torch.autograd.grad(feature @ probe, model.embedding.weight, retain_graph=True)
+        rows.append(gradient[:S].abs().amax(1) > 0)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_gradient_leaks_from_outside_the_context(way, make_model, seed):
+    """d feature_i / d token_j is zero unless 0 < f(j) < f(i), and not zero where it should not be."""
+    objective, path = way
+    model = make_model(vocab=8)
+    groups = objective.groups(1, 8, torch.Generator().manual_seed(seed))[0]
+    targets = (groups > 1).nonzero()[:, 0]
+    context = (groups[None] > 0) & (groups[None] < groups[targets, None])
+    assert torch.equal(dependence(model, groups, targets, path), context)
+
+
+@pytest.mark.parametrize("path", ["mask", "two-stream"])
+def test_padding_is_never_seen(make_model, path):
+    groups = torch.tensor([1, 1, 2, 1, 2, 0, 0, 0])
+    seen = dependence(make_model(vocab=8), groups, torch.tensor([2, 4]), path)
+    assert torch.equal(seen, (groups == 1).expand(2, -1))
+
+
+def test_dar_1_and_two_stream_ar_and_causal_depend_on_the_same_tokens(make_model):
+    model, targets = make_model(vocab=8), torch.arange(1, 8)
+    ar, dar = from_options("ar"), from_options("dar", t=1)
+    results = [dependence(model, objective.groups(1, 8)[0], targets, path)
+               for objective, path in ((ar, "two-stream"), (dar, "two-stream"), (ar, "causal"))]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    tokens = torch.randint(8, (2, 8))
+    features = [model(tokens, objective.groups(2, 8), targets.expand(2, -1), "two-stream") for objective in (ar, dar)]
+    assert torch.equal(*features)
+
+
+def dense_two_stream(model, tokens, groups):
+    """Eq. 23 and 24 token by token and head by head, for one sequence; every query row, NaN-free by leaving out rows
+    that see nothing. Returns the query features (S, D)."""
+    S, D, H = len(tokens), model.config.width, model.config.heads
+    d = D // H
+    positions = model.position_scale * model.positions[:S]
+    h = model.embedding_norm(model.embedding.weight[tokens] + positions)
+    g = model.embedding_norm(model.query + positions)
+    for block in model.blocks:
+        q, kv = block.attention.q.weight, block.attention.kv.weight
+        keys, values = block.norm1(h) @ kv[:D].T, block.norm1(h) @ kv[D:].T
+
+        def attended(x, sees, q=q, keys=keys, values=values, block=block):
+            rows = []
+            for i in range(S):
+                seen = [j for j in range(S) if sees(i, j)] or [i]
+                query = block.norm1(x[i]) @ q.T
+                heads = []
+                for k in range(H):
+                    part = slice(k * d, (k + 1) * d)
+                    weights = torch.softmax(torch.stack([query[part] @ keys[j, part] for j in seen]) / d ** 0.5, 0)
+                    heads.append(sum(w * values[j, part] for w, j in zip(weights, seen)))
+                rows.append(torch.cat(heads))
+            return torch.stack(rows) @ block.attention.out.weight.T
+
+        f = groups.tolist()
+        h_new = h + attended(h, lambda i, j: 0 < f[j] <= f[i])
+        g_new = g + attended(g, lambda i, j: 0 < f[j] < f[i])
+        h, g = (x + block.feed_forward(block.norm2(x)) for x in (h_new, g_new))
+    return model.norm(g)
+
+
+@pytest.mark.parametrize("options", [{"objective": "dar", "t": 3}, {"objective": "vl"}, {"objective": "permutation"}])
+def test_two_streams_against_a_dense_transcription(make_model, options):
+    model, generator = make_model(), torch.Generator().manual_seed(5)
+    groups = from_options(**options).groups(1, 8, generator)
+    tokens = torch.randint(11, (1, 8), generator=generator)
+    targets = (groups[0] > 1).nonzero()[:, 0]
+    ours = model(tokens, groups, targets[None], "two-stream")[0]
+    assert torch.allclose(ours, dense_two_stream(model, tokens[0], groups[0])[targets], atol=1e-12)
+
+
+def test_mask_path_with_every_target_masked_sees_masks_but_not_tokens(make_model):
+    """A [MASK] is a query vector that others can see: with one target, both paths still differ, since in one stream the
+    given tokens look at the mask."""
+    model = make_model()
+    groups, targets = torch.tensor([[1, 1, 1, 2, 1, 1, 1, 1]]), torch.tensor([[3]])
+    tokens = torch.randint(11, (1, 8))
+    one, two = (model(tokens, groups, targets, path) for path in ("mask", "two-stream"))
+    assert not torch.allclose(one, two)
+    other = tokens.clone()
+    other[0, 3] = (tokens[0, 3] + 1) % 11
+    assert torch.equal(one, model(other, groups, targets, "mask"))
+
+
+def test_first_group_rows_are_finite_forward_and_backward(make_model):
+    """Rows that see nothing (the first group of dar, fillers of vl) must not turn into NaN, even unscored."""
+    model = make_model().requires_grad_()
+    groups = torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3], [0, 0, 1, 1, 1, 2, 2, 2]])
+    features = model(torch.randint(11, (2, 8)), groups, torch.arange(8).expand(2, -1), "two-stream")
+    features.square().sum().backward()
+    assert features.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_bf16_is_close_to_fp32(way):
+    objective, path = way
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab=50, length=32, layers=4, width=64, heads=4))
+    batch = draw_batch(objective, path, torch.randint(50, (4, 32)), 50, torch.Generator().manual_seed(0))
+    arguments = (batch.tokens, batch.groups, batch.targets, path, batch.blank)
+    exact = model(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(*arguments)
+    real = batch.weight.bool()
+    error = (rough - exact)[real].norm() / exact[real].norm()
+    assert 0 < error < 0.02
+
+
+def test_fast_attention_equals_the_fused_kernel():
+    """The plain formula that bf16 training takes on a CPU, against PyTorch's kernel in float32."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 6, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3))
+    mask = torch.rand(2, 1, 6, 6, generator=generator) < 0.5
+    mask |= torch.eye(6, dtype=torch.bool)
+    for bias, causal in ((None, False), (additive(mask, torch.bfloat16), False), (None, True)):
+        ours = attend(q, k, v, bias, causal)
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            *(x.float() for x in (q, k, v)), attn_mask=None if bias is None else bias.float(), is_causal=causal)
+        assert (ours.float() - exact).norm() / exact.norm() < 0.02
+        ours.float().sum().backward()
+
+
+def test_generation_cache_equals_recomputation(make_model):
+    model = make_model()
+    tokens = torch.randint(11, (1, 8))
+    cache = [[] for _ in model.blocks]
+    with torch.no_grad():
+        steps = [model.next_features(tokens[:, :3], cache)]
+        steps += [model.next_features(tokens[:, i:i + 1], cache, i) for i in range(3, 7)]
+        whole = model(tokens, ar_groups(8)[None], torch.arange(3, 8)[None], "causal")
+    assert torch.allclose(torch.stack(steps, 1), whole, atol=1e-12)
+
+
+def test_paper_size_and_flops():
+    model = Transformer(Config(vocab=32768, **SIZES["paper"]))
+    D, L = 768, 16
+    blocks = L * (4 * D * D + 2 * D * 1536 + 1536 * D + 2 * D)  # q, k, v, out; both halves of GEGLU; back; two norms
+    assert parameters(model) == (32768 * D + blocks + 2 * D + D + 1, blocks + 2 * D + D + 1)
+    # By the usual rule: 6 per weight and token, and 12 L D S / 2 for causal attention (half the square)
+    S, config = 128, model.config
+    rule = 6 * (blocks - 2 * L * D) * S + 6 * L * D * S * S + 6 * D * 32768 * (S - 1)
+    assert flops_per_sequence(config, "causal", S, S - 1) == pytest.approx(rule, rel=1e-6)
+    two = flops_per_sequence(config, "two-stream", S, S - 1) / flops_per_sequence(config, "causal", S, S - 1)
+    assert 1.5 < two < 2
+
+
+def test_target_positions_have_a_static_shape():
+    groups = masked_groups(20, 16, (0.1, 0.5), torch.Generator().manual_seed(0))
+    targets, weight = target_positions(groups, 8)
+    assert targets.shape == weight.shape == (20, 8)
+    for f, positions, w in zip(groups, targets, weight):
+        expected = (f > 1).nonzero()[:, 0].tolist()
+        assert positions[:len(expected)].tolist() == expected and w.tolist() == [1.0] * len(expected) + [0.0] * (8 - len(expected))
+    with pytest.raises(ValueError):
+        target_positions(groups, 3)

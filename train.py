@@ -1,0 +1,473 @@
+"""Pretrain a Transformer with any objective.
+
+    python train.py --objective vl --mask 0.15,0.3                  the default corpus, minutes on a CPU
+    python train.py --objective dar --t 2 --data data/novels        own text (see data.py)
+    python train.py --resume --out runs/vl                          go on where that run stopped
+
+Leaves a run folder: config.json (all settings), metrics.jsonl (one line every few steps), ckpt.pt (everything needed to
+evaluate or to go on). What a step does depends on the seed and the step's number only, never on the past, so a resumed
+run repeats the uninterrupted one.
+"""
+import contextlib
+import ctypes
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Sequences, load_corpus, tokenizer_from_json
+from masks import BadInput, Parser, command_line, positive, ratios
+from model import SIZES, Config, Transformer, flops_per_sequence, parameters
+from objectives import OBJECTIVES, choose_path, describe, draw_batch, from_options, loss_sum
+
+PRESETS = {  # a size of model.py and a budget that suits it
+    "tiny": {"length": 128, "batch_size": 16, "steps": 1800, "lr": 2e-3},
+    "mini": {"length": 128, "batch_size": 64, "steps": 3000, "lr": 2e-3},
+    "small": {"length": 128, "batch_size": 256, "steps": 20_000, "lr": 1e-3},
+    "base": {"length": 128, "batch_size": 1024, "steps": 50_000, "lr": 1e-3},
+    "paper": {"length": 128, "batch_size": 8192, "steps": 100_000, "lr": 1e-3, "batch_ramp": 0.6},
+}
+
+PEAK_TFLOPS = {  # dense bf16 (fp16 where there is none), from the makers' data sheets
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "L4": 121, "A10G": 70,
+    "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}
+
+
+# ---------------------------------------------------------------------------- settings
+
+def option(default, text, **arguments):
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": text, **arguments})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run computes. None: the preset decides."""
+
+    objective: str = option("ar", "pretraining objective", choices=OBJECTIVES)
+    t: int = option(None, "dar: tokens predicted in parallel (default: 2)", type=positive)
+    mask: tuple = option(None, "mlm: ratio of hidden tokens (default: 0.15); vl: its range (default: 0.15,0.3)", type=ratios)
+    streams: int = option(None, "1 or 2; 2 runs any objective through two streams (default: 1 where possible)",
+                          type=int, choices=(1, 2))
+    mask_rule: str = option("bert", "one stream with masks: bert = 80%% [MASK], 10%% random, 10%% kept; always = [MASK]",
+                            choices=("bert", "always"))
+    data: str = option("pydoc", "pydoc, a text file or folder, a token folder of data.py, or hf:NAME")
+    preset: str = option("tiny", "model size and budget", choices=PRESETS)
+    length: int = option(None, "sequence length S", type=positive)
+    steps: int = option(None, "optimiser steps", type=positive)
+    epochs: float = option(None, "passes over the data, instead of --steps", type=float)
+    batch_size: int = option(None, "sequences per step", type=positive)
+    batch_ramp: float = option(None, "share of the budget over which the batch grows to its size", type=float)
+    micro_batch: int = option(256, "sequences per forward pass at most; the rest is accumulated", type=positive)
+    lr: float = option(None, "peak learning rate", type=float)
+    schedule: str = option("triangle", "triangle: 25%% of the peak, peak at 75%% of the budget, 0; or cosine to 0",
+                           choices=("triangle", "cosine"))
+    warmup: float = option(0.0, "share of the budget over which the learning rate also rises from 0", type=float)
+    weight_decay: float = option(0.01, "decoupled, on matrices only", type=float)
+    clip: float = option(0.5, "largest norm of the gradient", type=float)
+    seed: int = option(0, "of the initial weights, the order of the data and the masks", type=int)
+
+    def __post_init__(self):
+        for name, value in {"batch_ramp": 0.0, **PRESETS[self.preset]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, low, high in (("lr", 0, math.inf), ("clip", 0, math.inf), ("epochs", 0, math.inf),
+                                ("weight_decay", -1e-9, math.inf), ("batch_ramp", -1e-9, 1), ("warmup", -1e-9, 1)):
+            value = getattr(self, name)
+            if value is not None and not low < value < high:
+                raise BadInput(f"--{name.replace('_', '-')} {value:g} is not " +
+                               ("a positive number" if high == math.inf else "in 0..1, 1 excluded"))
+
+
+MAY_CHANGE = {"steps", "epochs", "micro_batch", "data"}  # on --resume; data may have moved
+
+
+# ---------------------------------------------------------------------------- schedules
+
+def learning_rate(settings, progress):
+    """The rate at `progress` in 0..1 through the budget."""
+    if settings.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:  # the Cramming protocol's one cycle
+        share = 0.25 + progress if progress < 0.75 else 4 * (1 - progress)
+    return settings.lr * share * (min(1, progress / settings.warmup) if settings.warmup else 1)
+
+
+def batch_sizes(settings, steps):
+    """The number of sequences of every step: it grows by whole micro-batches over the first `batch_ramp`."""
+    full, micro = settings.batch_size, settings.micro_batch
+    if not settings.batch_ramp:
+        return [full] * steps
+    return [min(full, micro * max(1, math.ceil(full / micro * min(1, step / (steps * settings.batch_ramp)))))
+            for step in range(steps)]
+
+
+def parts(size, micro):
+    """Cut a batch into as few equal parts of at most `micro` as possible; sizes differ by one at most."""
+    count = math.ceil(size / micro)
+    edges = [size * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
+
+
+# ---------------------------------------------------------------------------- the machine
+
+def choose_device(name=None):
+    """The device: the one asked for, or CUDA, or Apple's MPS, or the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+
+
+def choose_dtype(device, name=None):
+    """Precision of the matrix products: bf16 on CUDA, and on a CPU whose bf16 products measure clearly faster."""
+    if name is not None:
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(768, 768, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.mm(x, x)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory instead of returning it to the system after every step: a CPU step runs about 20%
+    faster, since its large arrays need no fresh pages."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: never a mapping of its own for a large array
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of a known GPU, else None."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+def save(path, content):
+    """Write a checkpoint so that the old file stays whole until the new one is: temporary file, flush, rename."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a run folder's ckpt.pt, or such a file. Nothing in it is executed (weights_only)."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; train.py writes it")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        content["settings"], content["model_config"], content["step"]
+    except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
+        raise BadInput(f"{path} is not a whole checkpoint of train.py: {str(error).splitlines()[0][:120]}") from None
+    return content
+
+
+@dataclass
+class Run:
+    """A trained model with what is needed to evaluate it."""
+
+    model: Transformer
+    objective: object
+    path: str
+    tokenizer: object
+    settings: Settings
+    step: int
+    name: str
+
+
+def load_run(path, device="cpu"):
+    """The model, objective and tokenizer of a checkpoint, ready for evaluation."""
+    content = load_checkpoint(path, device)
+    settings = Settings(**content["settings"])
+    objective = from_options(settings.objective, t=settings.t, mask=settings.mask)
+    model = Transformer(Config(**content["model_config"])).to(device)
+    model.load_state_dict(content["model"])
+    return Run(model.eval(), objective, choose_path(objective, settings.streams),
+               tokenizer_from_json(content["tokenizer"]), settings, content["step"], str(path))
+
+
+# ---------------------------------------------------------------------------- training
+
+def make_optimizer(model, settings):
+    """AdamW with the protocol's betas and epsilon; vectors (norms, query, position scale) do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=settings.lr, betas=(0.9, 0.98), eps=1e-12,
+                             fused=matrices[0].device.type in ("cuda", "cpu"))
+
+
+@torch.no_grad()
+def validation_loss(model, objective, path, sequences, vocab, device, autocast, count=256, batch=64):
+    """Mean of the training loss over the first `count` validation sequences, with masks that are always the same."""
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    total = targets = 0
+    for start in range(0, min(count, len(sequences)), batch):
+        tokens = sequences.batch(start, min(batch, len(sequences) - start))
+        drawn = draw_batch(objective, path, tokens, vocab, generator, "always").to(device)
+        with autocast():
+            total += loss_sum(model, drawn, path).item()
+        targets += drawn.weight.sum().item()
+    model.train()
+    return total / targets
+
+
+def train(settings, out, resume=False, device=None, dtype=None, compiled=None, log_every=10, eval_every=200,
+          save_every=500, quiet=False):
+    """Train to the end of the budget. Returns the last validation loss, or None where a signal stopped the run first.
+
+    `settings` is a Settings, `out` the run folder. Everything else concerns the machine and the reports only.
+    """
+    out, say = Path(out), (lambda *_: None) if quiet else (lambda *parts: tqdm.write(" ".join(parts), file=sys.stderr))
+    objective = from_options(settings.objective, t=settings.t, mask=settings.mask)
+    path = choose_path(objective, settings.streams)
+    objective.check(settings.length)
+    device = choose_device(device)
+    compiled = device.type == "cuda" if compiled is None else compiled
+    content = load_checkpoint(out, device) if resume else None
+    dtype = choose_dtype(device, dtype or (content and content["dtype"]))
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    if resume and not Path(settings.data).exists() and (out / "data").exists():
+        corpus = load_corpus(str(out / "data"))
+    else:
+        corpus = load_corpus(settings.data, cache=out / "data")
+    if content and content["tokenizer"] != corpus.tokenizer.to_json():
+        raise BadInput(f"{settings.data} has another tokenizer than the run in {out}")
+    vocab, separator = corpus.tokenizer.vocab, corpus.tokenizer.separator
+    train_set = Sequences(corpus.train, settings.length, separator, settings.seed)
+    val_set = Sequences(corpus.val, settings.length, separator)
+    steps = settings.steps
+    if settings.epochs is not None:
+        steps = max(1, round(settings.epochs * len(train_set) / settings.batch_size))
+    sizes = batch_sizes(settings, steps)
+
+    torch.manual_seed(settings.seed)
+    config = Config(vocab=vocab, length=settings.length, **SIZES[settings.preset])
+    model = Transformer(config).to(device)
+    optimizer = make_optimizer(model, settings)
+    step, seen, seconds = 0, 0, 0.0
+    if content:
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        step, seen, seconds = content["step"], content["seen"], content["seconds"]
+        if step >= steps:
+            raise BadInput(f"{out} has finished its {steps} steps; give more with --steps to go on")
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = open_metrics(out / "metrics.jsonl", step)
+    (out / "config.json").write_text(json.dumps({**asdict(settings), "steps": steps, "path": path}, indent=1) + "\n")
+
+    say(f"{describe(objective)} ({path}), {parameters(model)[0] / 1e6:.2f}M parameters, vocabulary {vocab:,}, "
+        f"{len(corpus.train):,} training tokens; {device.type} {str(dtype)[6:]}{' compiled' if compiled else ''}")
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def draw(step, seen):
+        """The batch of a step, and its number of targets."""
+        tokens = train_set.batch(seen, sizes[step])
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        batch = draw_batch(objective, path, tokens, vocab, generator, settings.mask_rule)
+        count = float(batch.weight.sum())
+        return (batch.pinned() if device.type == "cuda" else batch), count
+
+    def checkpoint():
+        save(out / "ckpt.pt", {
+            "settings": asdict(settings), "model_config": asdict(config), "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "step": step, "seen": seen, "seconds": seconds,
+            "dtype": "bf16" if dtype == torch.bfloat16 else "fp32", "tokenizer": corpus.tokenizer.to_json()})
+
+    loss_function = maybe_compiled(compiled, say)
+    flops = flops_per_sequence(config, path, settings.length, objective.max_targets(settings.length))
+    peak, val_loss, stop = peak_flops(device), None, []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=steps, initial=step, unit="step", disable=quiet or not sys.stderr.isatty())
+    running, logged, clock = torch.zeros((), device=device), (step, seen), time.perf_counter()
+    with ThreadPoolExecutor(1) as pool, metrics, bar:
+        ahead = pool.submit(draw, step, seen)
+        while step < steps and not stop:
+            batch, count = ahead.result()
+            if step + 1 < steps:
+                ahead = pool.submit(draw, step + 1, seen + sizes[step])  # while the device is busy with this one
+            rate = learning_rate(settings, step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for first, last in parts(sizes[step], settings.micro_batch):
+                with autocast():
+                    loss = loss_function(model, batch.part(first, last).to(device), path) / count
+                loss.backward()
+                running += loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen += sizes[step]
+            step += 1
+
+            if step % log_every == 0 or step == steps:
+                loss = running.item() / (step - logged[0])  # the only wait for the device
+                now = time.perf_counter()
+                rate_seen = (seen - logged[1]) / (now - clock)
+                seconds += now - clock
+                line = {"step": step, "loss": round(loss, 4), "lr": rate, "grad_norm": round(float(norm), 4),
+                        "tokens": seen * settings.length, "tokens_per_second": round(rate_seen * settings.length),
+                        "seconds": round(seconds, 2)}
+                if peak:
+                    line["mfu"] = round(rate_seen * flops / peak, 4)
+                write_line(metrics, line)
+                bar.update(step - logged[0])
+                bar.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_second']:,} tokens/s"
+                                    + (f", MFU {line['mfu']:.0%}" if peak else ""))
+                running.zero_()
+                logged, clock = (step, seen), time.perf_counter()
+            if len(corpus.val) and (step % eval_every == 0 or step == steps):
+                val_loss = validation_loss(model, objective, path, val_set, vocab, device, autocast)
+                write_line(metrics, {"step": step, "val_loss": round(val_loss, 4)})
+                say(f"step {step:6,}  training loss {loss:.3f}  validation loss {val_loss:.3f}  "
+                    f"{line['tokens_per_second']:,} tokens/s")
+                clock = time.perf_counter()
+            if step % save_every == 0 and step < steps:
+                checkpoint()
+        checkpoint()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop:
+        say(f"stopped at step {step}; go on with: python train.py --resume --out {out}")
+        return None
+    return val_loss
+
+
+def maybe_compiled(compiled, say):
+    """loss_sum, compiled if asked for; without a working compiler, a note and the plain function."""
+    if not compiled:
+        return loss_sum
+    fast = torch.compile(loss_sum, dynamic=False)
+    state = {"function": fast}
+
+    def call(*args):
+        try:
+            return state["function"](*args)
+        except Exception as error:
+            if state["function"] is loss_sum or not type(error).__module__.startswith("torch._"):
+                raise
+            say(f"note: torch.compile does not work here ({type(error).__name__}); going on without it")
+            state["function"] = loss_sum
+            return loss_sum(*args)
+    return call
+
+
+def open_metrics(path, step):
+    """metrics.jsonl for appending, without the lines after `step` that a run wrote before it was interrupted."""
+    kept = []
+    if step and path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+    path.write_text("".join(kept))
+    return open(path, "a")
+
+
+def write_line(file, content):
+    file.write(json.dumps(content) + "\n")
+    file.flush()
+
+
+# ---------------------------------------------------------------------------- command line
+
+def parse(argv):
+    """(Settings, everything else). On --resume the run's own settings stand in for what is not given."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    for f in fields(Settings):
+        keep = {key: f.metadata[key] for key in ("type", "choices") if key in f.metadata}
+        shown = "" if f.default is None else f" (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + shown, **keep)
+    machine = parser.add_argument_group("run and machine")
+    machine.add_argument("--out", help="run folder (default: runs/ and the objective)")
+    machine.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    machine.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    machine.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    machine.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
+    machine.add_argument("--compile", action="store_true", default=None, help="torch.compile (default: on CUDA)")
+    machine.add_argument("--no-compile", dest="compile", action="store_false")
+    machine.add_argument("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
+    machine.add_argument("--eval-every", type=positive, default=200, help="steps between validation losses")
+    machine.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
+    machine.add_argument("--no-report", action="store_true", help="skip the perplexity and the sample at the end")
+    args = vars(parser.parse_args(argv))
+    given = {f.name: value for f in fields(Settings) if (value := args.pop(f.name)) is not None}
+    if args["resume"]:
+        if args["out"] is None:
+            raise BadInput("--resume needs the run folder: --out DIR")
+        saved = load_checkpoint(args["out"])["settings"]
+        changed = [name for name, value in given.items()
+                   if name not in MAY_CHANGE and value != (tuple(saved[name]) if name == "mask" else saved[name])]
+        if changed:
+            raise BadInput(f"the run in {args['out']} has other settings: " + ", ".join(
+                f"--{name.replace('_', '-')} {saved[name]}, not {given[name]}" for name in changed))
+        if "steps" in given:
+            saved["epochs"] = None
+        given = {**saved, **given}
+    settings = Settings(**given)
+    objective = from_options(settings.objective, t=settings.t, mask=settings.mask)
+    choose_path(objective, settings.streams)
+    objective.check(settings.length)
+    if args["out"] is None:
+        two = " two-stream" if settings.streams == 2 and objective.one_stream else ""
+        args["out"] = "runs/" + (describe(objective) + two).replace(" ", "-").replace("=", "")
+    out = Path(args["out"])
+    if not args["resume"] and (out / "ckpt.pt").exists():
+        if not args["overwrite"]:
+            raise BadInput(f"{out} holds a run; go on with it with --resume --out {out}, replace it with --overwrite, "
+                           "or choose another --out")
+        shutil.rmtree(out)
+    return settings, args
+
+
+def main(argv=None):
+    settings, args = parse(argv)
+    val_loss = train(settings, args["out"], args["resume"], args["device"], args["dtype"], args["compile"],
+                     args["log_every"], args["eval_every"], args["save_every"])
+    if val_loss is not None and not args["no_report"]:
+        from evaluate import report  # evaluate.py stands above this file; this is a call at the very end
+        report(args["out"], args["device"])
+
+
+if __name__ == "__main__":
+    import train as module  # the module that evaluate.py imports, so that classes are the same
+    command_line(module.main)
