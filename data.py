@@ -11,6 +11,7 @@ separator), tokenizer.json and manifest.json.
 import ast
 import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -122,11 +123,12 @@ def token_type(vocab):
 
 
 def import_optional(name):
-    """Import a package that only some commands need."""
+    """Import a package, or a module of one, that only some commands need."""
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError:
-        raise BadInput(f"this needs the {name} package: pip install {name}") from None
+        package = name.partition(".")[0]
+        raise BadInput(f"this needs the {package} package: pip install {package}") from None
 
 
 # ---------------------------------------------------------------------------- documents
@@ -229,8 +231,8 @@ def held_out(document, fraction):
 def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None, quiet=False):
     """Write a token folder. Reads the sources block by block: memory does not grow with them.
 
-    sources, val     lists of what `documents` takes; without `val`, a share of the documents is held out, and where
-                     that holds out nothing (one long file) the last tokens are
+    sources, val     lists of what `documents` takes; without `val`, a share of the documents is held out, or where
+                     there are fewer than 20 documents, of the tokens, from the end
     tokenizer        byte, wordpiece or bpe; the latter two are trained on at most 200 MB of the training documents
     max_bytes        stop after that much text of each source
     """
@@ -243,8 +245,10 @@ def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.0
     def documents_of(names):
         return itertools.chain.from_iterable(documents(name) for name in names)
 
+    by_document = not val and len(list(itertools.islice(documents_of(sources), 20))) == 20
+
     def is_val(document):
-        return not val and held_out(document, val_fraction)
+        return by_document and held_out(document, val_fraction)
 
     if tokenizer == "byte":
         tokenizer = ByteTokenizer()

@@ -148,22 +148,23 @@ class Transformer(nn.Module):
     def initialise(self):
         """Every initial value is set here.
 
-        Norms are 1; the embedding and the query are as large as the scaled positions they are added to, 1 / sqrt(2 D)
-        for each element; other matrices are normal(0, sqrt(0.4 / D)), those that write into the residual stream
-        divided by sqrt(2 layers). Queries and keys start as one map, so that attention first looks at what is near and
-        alike (Trockman & Kolter 2023): without it masked objectives stay at the unigram loss for millions of tokens.
+        Norms are 1. The embedding and the query are as large as the scaled positions they are added to, 1 / sqrt(2 D)
+        for each element. Other matrices are normal(0, sqrt(0.4 / D)), those at the end of a feed-forward divided by
+        sqrt(2 layers). Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter
+        2023): keys are the same map as queries, and the output map is the transpose of the values'. Without that, masked
+        objectives stay at the unigram loss for millions of tokens.
         """
-        D = self.config.width
+        D, L = self.config.width, self.config.layers
         for name, parameter in self.named_parameters():
             if name in ("embedding.weight", "query"):
                 parameter.normal_(std=(2 * D) ** -0.5)
             elif parameter.dim() == 2:
                 parameter.normal_(std=(0.4 / D) ** 0.5)
-                if name.endswith(("out.weight", "down.weight")):
-                    parameter.div_(math.sqrt(2 * self.config.layers))
         for block in self.blocks:
-            block.attention.q.weight.mul_(2)
-            block.attention.kv.weight[:D] = block.attention.q.weight
+            q, kv, out = block.attention.q.weight, block.attention.kv.weight, block.attention.out.weight
+            kv[:D] = q.mul_(2)
+            out.copy_(kv[D:].T / math.sqrt(L))
+            block.feed_forward.down.weight.div_(math.sqrt(2 * L))
         self.position_scale.fill_(D ** -0.5)
 
     def embed(self, tokens, first=0):

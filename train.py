@@ -315,11 +315,10 @@ def train(settings, out, resume=False, device=None, dtype=None, compiled=None, l
 
     loss_function = maybe_compiled(compiled, say)
     flops = flops_per_sequence(config, path, settings.length, objective.max_targets(settings.length))
-    peak, val_loss, stop = peak_flops(device), None, []
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    peak, val_loss = peak_flops(device), None
     bar = tqdm(total=steps, initial=step, unit="step", disable=quiet or not sys.stderr.isatty())
     running, logged, clock = torch.zeros((), device=device), (step, seen), time.perf_counter()
-    with ThreadPoolExecutor(1) as pool, metrics, bar:
+    with ThreadPoolExecutor(1) as pool, metrics, bar, stop_signals() as stop:
         ahead = pool.submit(draw, step, seen)
         while step < steps and not stop:
             batch, count = ahead.result()
@@ -364,12 +363,22 @@ def train(settings, out, resume=False, device=None, dtype=None, compiled=None, l
             if step % save_every == 0 and step < steps:
                 checkpoint()
         checkpoint()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if stop:
         say(f"stopped at step {step}; go on with: python train.py --resume --out {out}")
         return None
     return val_loss
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """While this is open, Ctrl-C and SIGTERM append to the list it gives instead of ending the process."""
+    stop = []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def maybe_compiled(compiled, say):

@@ -1,4 +1,4 @@
-"""Shared by all tests: the modules' folder on the path, two threads, and a tiny Transformer whose output matters."""
+"""Shared by all tests: the modules' folder on the path, one thread, and a tiny Transformer whose output matters."""
 import sys
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import ByteTokenizer  # noqa: E402
-from model import Config, Transformer  # noqa: E402
-from objectives import choose_path, from_options  # noqa: E402
-from train import Run, Settings  # noqa: E402
+from data import ByteTokenizer
+from model import Config, Transformer
+from objectives import choose_path, from_options
+from train import Run, Settings
 
 # objective options, streams
 WAYS = [
@@ -23,7 +23,7 @@ WAYS = [
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the models are tiny; two threads would mostly wait for each other
 
 
 def name_of(way):

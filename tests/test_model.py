@@ -53,7 +53,7 @@ def test_dar_1_and_two_stream_ar_and_causal_depend_on_the_same_tokens(make_model
 def dense_two_stream(model, tokens, groups):
     """Eq. 23 and 24 token by token and head by head, for one sequence; every query row, NaN-free by leaving out rows
     that see nothing. Returns the query features (S, D)."""
-    S, D, H = len(tokens), model.config.width, model.config.heads
+    S, D, H, f = len(tokens), model.config.width, model.config.heads, groups.tolist()
     d = D // H
     positions = model.position_scale * model.positions[:S]
     h = model.embedding_norm(model.embedding.weight[tokens] + positions)
@@ -62,10 +62,10 @@ def dense_two_stream(model, tokens, groups):
         q, kv = block.attention.q.weight, block.attention.kv.weight
         keys, values = block.norm1(h) @ kv[:D].T, block.norm1(h) @ kv[D:].T
 
-        def attended(x, sees, q=q, keys=keys, values=values, block=block):
+        def attended(x, mask, q=q, keys=keys, values=values, block=block):
             rows = []
             for i in range(S):
-                seen = [j for j in range(S) if sees(i, j)] or [i]
+                seen = [j for j in range(S) if mask[i][j]] or [i]
                 query = block.norm1(x[i]) @ q.T
                 heads = []
                 for k in range(H):
@@ -75,9 +75,8 @@ def dense_two_stream(model, tokens, groups):
                 rows.append(torch.cat(heads))
             return torch.stack(rows) @ block.attention.out.weight.T
 
-        f = groups.tolist()
-        h_new = h + attended(h, lambda i, j: 0 < f[j] <= f[i])
-        g_new = g + attended(g, lambda i, j: 0 < f[j] < f[i])
+        h_new = h + attended(h, [[0 < f_j <= f_i for f_j in f] for f_i in f])
+        g_new = g + attended(g, [[0 < f_j < f_i for f_j in f] for f_i in f])
         h, g = (x + block.feed_forward(block.norm2(x)) for x in (h_new, g_new))
     return model.norm(g)
 

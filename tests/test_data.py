@@ -1,0 +1,168 @@
+"""Reading text, tokenizing, packing."""
+import gzip
+import json
+import lzma
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import ByteTokenizer, Sequences
+from masks import BadInput
+
+
+def read(path):
+    return "".join(data.read_text(path))
+
+
+@pytest.mark.parametrize("raw, text", [
+    (b"plain\ntext\n", "plain\ntext\n"), (b"\xef\xbb\xbfwith a mark\r\nand CRLF\r", "with a mark\nand CRLF\n"),
+    ("na\u00efve \u65e5\u672c".encode(), "na\u00efve \u65e5\u672c"), (b"bad \xff byte", "bad \ufffd byte"), (b"", "")])
+@pytest.mark.parametrize("suffix, pack", [(".txt", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_text_files_in_every_form(tmp_path, raw, text, suffix, pack):
+    path = tmp_path / ("file" + suffix)
+    path.write_bytes(pack(raw))
+    assert read(path) == text
+
+
+def test_truncated_archives_are_named(tmp_path):
+    for suffix, pack in ((".gz", gzip.compress), (".xz", lzma.compress)):
+        path = tmp_path / ("cut" + suffix)
+        path.write_bytes(pack(np.random.default_rng(0).bytes(5000))[:-50])
+        with pytest.raises(BadInput, match="cut" + suffix):
+            read(path)
+
+
+def test_a_long_line_comes_in_blocks(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_text("word " * 1_000_000)
+    blocks = list(data.read_text(path))
+    assert max(map(len, blocks)) <= 3 * data.BLOCK and "".join(blocks) == "word " * 1_000_000
+
+
+def test_cutting_at_lines_loses_nothing():
+    text = "".join(f"line {i}\n" for i in range(300)) + "end"
+    pieces = list(data.cut_at_lines(text, 100))
+    assert "".join(pieces) == text and all(piece.endswith("\n") for piece in pieces[:-1]) and len(pieces) > 10
+
+
+def test_bytes_round_trip():
+    tokenizer = ByteTokenizer()
+    text = "Ünïcödé\n\x00 and [SEP]"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and ids.max() < 256
+    assert tokenizer.decode([*tokenizer.encode("a"), 256, *tokenizer.encode("b")]) == "a\n\nb"
+    assert data.tokenizer_from_json(tokenizer.to_json()).vocab == 257
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = tmp_path / "books"
+    source.mkdir()
+    for i in range(40):
+        (source / f"book{i}.txt").write_text(f"This is book number {i}.\n" * 50)
+    (source / ".hidden").write_text("not read")
+    return source
+
+
+def test_a_folder_becomes_tokens(folder, tmp_path):
+    out = tmp_path / "tokens"
+    manifest = data.prepare([str(folder)], out, val_fraction=0.3, quiet=True)
+    corpus = data.open_tokens(out)
+    val = [d.name for d in data.documents(str(folder)) if data.held_out(d, 0.3)]
+    assert 4 < len(val) < 20 and manifest["val"]["documents"] == len(val)
+    expected = "".join(read(folder / name) + "\n\n" for name in val)
+    assert corpus.tokenizer.decode(corpus.val) == expected
+    assert len(corpus.train) + len(corpus.val) == sum(p.stat().st_size + 1 for p in folder.glob("*.txt"))
+    assert corpus.val_bytes == sum((folder / name).stat().st_size for name in val)
+
+
+def test_one_long_file_holds_out_its_tail(folder, tmp_path):
+    text = "".join(f"sentence {i}. " for i in range(2000))
+    (tmp_path / "one.txt").write_text(text)
+    data.prepare([str(tmp_path / "one.txt")], tmp_path / "tokens", val_fraction=0.1, quiet=True)
+    corpus = data.open_tokens(tmp_path / "tokens")
+    assert corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.val])) == text + "\n\n"
+    assert len(corpus.val) == round(0.1 * (len(text) + 1)) and abs(corpus.val_bytes - len(corpus.val)) <= 1
+
+
+def test_separate_validation_text(folder, tmp_path):
+    (tmp_path / "held.txt").write_text("held out")
+    data.prepare([str(folder)], tmp_path / "tokens", val=[str(tmp_path / "held.txt")], quiet=True)
+    corpus = data.open_tokens(tmp_path / "tokens")
+    assert corpus.tokenizer.decode(corpus.val) == "held out\n\n"
+    assert len(corpus.train) == sum(p.stat().st_size + 1 for p in folder.glob("*.txt"))
+
+
+def test_wrong_folders_are_refused(folder, tmp_path):
+    out = tmp_path / "tokens"
+    data.prepare([str(folder)], out, quiet=True)
+    with pytest.raises(BadInput, match="not an empty folder"):
+        data.prepare([str(folder)], out, quiet=True)
+    with pytest.raises(BadInput, match="does not exist"):
+        data.prepare([str(tmp_path / "nowhere")], tmp_path / "x", quiet=True)
+    assert not (tmp_path / "x").exists()
+    with open(out / "train.bin", "rb+") as file:
+        file.truncate(100)
+    with pytest.raises(BadInput, match=r"train\.bin holds 50 tokens"):
+        data.open_tokens(out)
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(BadInput, match="token folder"):
+        data.open_tokens(out)
+
+
+def test_pydoc_is_the_same_every_time_and_split_by_module():
+    first, again = data.load_corpus("pydoc"), data.load_corpus("pydoc")
+    assert np.array_equal(first.train, again.train) and np.array_equal(first.val, again.val)
+    assert 1.5e6 < len(first.train) + len(first.val) < 3e6 and 0.05 < len(first.val) / len(first.train) < 0.25
+    modules = [[d.module for d in data.documents("pydoc") if data.held_out(d, 0.1) == side] for side in (False, True)]
+    assert not set(modules[0]) & set(modules[1])
+    assert "the" in first.tokenizer.decode(first.val[:500])
+
+
+@pytest.mark.parametrize("count", [64, 61])
+def test_every_token_once_per_epoch_in_a_seeded_order(count):
+    tokens = np.arange(count, dtype=np.uint16)
+    sequences = Sequences(tokens, 8, separator=999, seed=1)
+    assert len(sequences) == 8
+    epochs = [torch.cat([sequences.batch(e * 8 + i, 2) for i in range(0, 8, 2)]) for e in range(2)]
+    for epoch in epochs:
+        ids = epoch.flatten()
+        assert ids[ids != 999].sort().values.tolist() == list(range(count)) and (ids == 999).sum() == 64 - count
+    assert not torch.equal(*epochs)
+    assert torch.equal(Sequences(tokens, 8, 999, 1).batch(5, 6), torch.cat(epochs)[5:11])  # also across epochs
+    assert not torch.equal(Sequences(tokens, 8, 999, 2).batch(0, 8), epochs[0])
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_trained_tokenizers(folder, tmp_path, kind):
+    pytest.importorskip("tokenizers")
+    data.prepare([str(folder)], tmp_path / "tokens", kind, 400, quiet=True)
+    corpus = data.open_tokens(tmp_path / "tokens")
+    assert corpus.tokenizer.kind == kind and corpus.tokenizer.vocab <= 400 and corpus.train.max() < corpus.tokenizer.vocab
+    text = "this is book number 7." if kind == "wordpiece" else "This is [SEP] book\n number 7.\n"
+    assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
+    assert corpus.tokenizer.separator not in corpus.tokenizer.encode("a [SEP] b")
+    assert len(corpus.tokenizer.encode("This is book number 1.")) < 10
+    other = data.prepare(["pydoc"], tmp_path / "other", kind, 500, quiet=True)
+    assert other["vocab"] == 500
+    with pytest.raises(BadInput, match="another tokenizer"):
+        data.load_evaluation(str(tmp_path / "other"), corpus.tokenizer)
+
+
+def test_hugging_face_data_sets_are_streamed(tmp_path):
+    pytest.importorskip("datasets")
+    rows = [{"text": f"row {i} of the set\n"} for i in range(50)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = list(data.documents(f"hf:{tmp_path / 'set'}"))
+    assert ["".join(d.blocks) for d in documents] == [row["text"] for row in rows]
+    data.prepare([f"hf:{tmp_path / 'set'}"], tmp_path / "tokens", max_bytes=200, quiet=True)
+    corpus = data.open_tokens(tmp_path / "tokens")
+    assert 200 <= len(corpus.train) + len(corpus.val) < 300
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(BadInput, match="pip install no_such_package"):
+        data.import_optional("no_such_package")

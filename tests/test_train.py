@@ -1,0 +1,208 @@
+"""Training learns, resumes exactly, and schedules what the protocol says."""
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train as module
+from data import load_corpus
+from masks import BadInput
+from train import Settings, batch_sizes, learning_rate, load_checkpoint, load_run, parts, train
+
+ROOT = Path(module.__file__).parent
+SMALL = {"length": 32, "batch_size": 8, "steps": 12, "lr": 2e-3}
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of text that repeats with a period of 7 bytes: easy to learn from any context."""
+    path = tmp_path / "period.txt"
+    path.write_text("abcdef\n" * 3000)
+    return str(path)
+
+
+def run(settings, out, **kwargs):
+    return train(settings, out, device="cpu", dtype="fp32", quiet=True, **kwargs)
+
+
+@pytest.mark.parametrize("options", [
+    {"objective": "ar"}, {"objective": "ar", "streams": 2}, {"objective": "dar", "t": 2}, {"objective": "mlm", "mask": (0.3,)},
+    {"objective": "vl", "mask": (0.2, 0.5)}, {"objective": "vl", "streams": 2}, {"objective": "permutation"}],
+    ids=lambda options: "-".join(map(str, options.values())))
+def test_every_objective_learns_a_period(options, text, tmp_path):
+    """Whoever sees any of the other tokens knows this one; the unigram entropy is log 7 = 1.95."""
+    steps = 400 if options["objective"] in ("mlm", "vl") and "streams" not in options else 150
+    settings = Settings(data=text, mask_rule="always", **{**SMALL, "steps": steps, "batch_size": 16}, **options)
+    assert run(settings, tmp_path / "run") < 0.5
+
+
+def test_loss_on_pydoc_falls_clearly_below_the_unigram_entropy(tmp_path):
+    counts = np.bincount(load_corpus("pydoc").val)
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * np.log(share)).sum()
+    assert 2.8 < entropy < 3.6
+    assert run(Settings(steps=120, lr=4e-3), tmp_path / "run") < entropy - 0.4
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("options", [{"objective": "ar"}, {"objective": "dar"}, {"objective": "vl"}],
+                         ids=lambda options: options["objective"])
+def test_an_interrupted_run_resumes_bit_for_bit(options, text, tmp_path, monkeypatch):
+    """With gradient accumulation, a batch ramp, and an epoch that ends between the two halves."""
+    settings = Settings(data=text, **{**SMALL, "steps": 20, "batch_size": 60}, micro_batch=16, batch_ramp=0.5, **options)
+    run(settings, tmp_path / "whole", save_every=7, log_every=3)
+
+    def save_then_die(path, content, save=module.save):
+        save(path, content)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "save", save_then_die)
+        run(settings, tmp_path / "parts", save_every=7, log_every=3)
+    assert load_checkpoint(tmp_path / "parts")["step"] == 7
+    run(settings, tmp_path / "parts", resume=True, save_every=7, log_every=3)
+    whole, resumed = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert whole["step"] == resumed["step"] == 20 and whole["seen"] == resumed["seen"]
+    assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
+    for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
+        assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+    lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+             for name in ("whole", "parts")]
+    assert [line["step"] for line in lines[0]] == [3, 6, 9, 12, 15, 18, 20, 20]
+    assert [line["step"] for line in lines[1]] == [3, 6, 9, 12, 15, 18, 20, 20]
+    assert lines[0][-1] == lines[1][-1]  # validation loss
+
+
+def test_same_seed_same_weights(text, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(Settings(data=text, **SMALL, seed=seed), tmp_path / name)
+    a, b, c = (load_checkpoint(tmp_path / name)["model"]["embedding.weight"] for name in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_accumulated_gradients_equal_the_whole_batch(text, tmp_path):
+    for name, micro in (("whole", 64), ("parts", 5)):
+        run(Settings(data=text, objective="vl", **{**SMALL, "steps": 3}, micro_batch=micro), tmp_path / name)
+    whole, accumulated = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
+    for name in whole:
+        assert torch.allclose(whole[name], accumulated[name], atol=2e-5), name
+
+
+def test_a_signal_saves_and_stops(text, tmp_path, monkeypatch):
+    def rate(settings, progress):
+        if progress >= 0.5:
+            signal.raise_signal(signal.SIGINT)
+        return 1e-3
+    monkeypatch.setattr(module, "learning_rate", rate)
+    assert run(Settings(data=text, **SMALL), tmp_path / "run") is None
+    assert load_checkpoint(tmp_path / "run")["step"] == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    module.save(tmp_path / "ckpt.pt", {"step": 1})
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        module.save(tmp_path / "ckpt.pt", {"step": 2})
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
+
+
+def test_triangle_schedule():
+    settings = Settings(lr=1.0)
+    assert [round(learning_rate(settings, p), 9) for p in (0, 0.375, 0.75, 0.875, 1)] == [0.25, 0.625, 1, 0.5, 0]
+    cosine = Settings(lr=1.0, schedule="cosine", warmup=0.1)
+    assert learning_rate(cosine, 0) == 0 and learning_rate(cosine, 1) == pytest.approx(0)
+    assert learning_rate(cosine, 0.5) == pytest.approx(0.5) and learning_rate(cosine, 0.05) == pytest.approx(
+        0.5 * 0.5 * (1 + math.cos(0.05 * math.pi)))
+
+
+def test_batch_ramp_and_parts():
+    settings = Settings(batch_size=100, micro_batch=16, batch_ramp=0.6)
+    sizes = batch_sizes(settings, 100)
+    assert sizes[0] == 16 and sizes[60:] == [100] * 40 and sizes == sorted(sizes) and len(set(sizes)) == 7
+    assert batch_sizes(Settings(batch_size=7), 3) == [7, 7, 7]
+    for size in range(1, 40):
+        cut = parts(size, 16)
+        lengths = [b - a for a, b in cut]
+        assert sum(lengths) == size and max(lengths) <= 16 and max(lengths) - min(lengths) <= 1
+        assert cut[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(cut))
+
+
+def test_paper_preset_is_the_paper_s():
+    paper = Settings(preset="paper")
+    assert (paper.batch_size, paper.steps, paper.lr, paper.length, paper.batch_ramp) == (8192, 100_000, 1e-3, 128, 0.6)
+    assert (paper.clip, paper.weight_decay, paper.schedule, paper.mask_rule) == (0.5, 0.01, "triangle", "bert")
+    assert Settings(preset="paper", batch_size=64).batch_size == 64
+
+
+def test_a_run_loads_without_its_data(text, tmp_path):
+    run(Settings(data=text, objective="vl", mask=(0.2, 0.4), **SMALL), tmp_path / "run")
+    loaded = load_run(tmp_path / "run" / "ckpt.pt")
+    assert loaded.objective.mask == (0.2, 0.4) and loaded.path == "mask" and loaded.tokenizer.vocab == 257
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["objective"] == "vl" and config["steps"] == 12
+    assert not [name for name in load_checkpoint(tmp_path / "run")["model"] if "_orig_mod" in name]
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--objective", "bert"], "invalid choice"), (["--objective", "vl", "--mask", "0.15"], "--mask 0.15,0.3"),
+    (["--objective", "vl", "--mask", "a,b"], "neither a ratio"), (["--objective", "mlm", "--t", "2"], "--t belongs to dar"),
+    (["--objective", "dar", "--t", "128"], "1..127"), (["--objective", "dar", "--t", "0"], "at least 1"),
+    (["--objective", "dar", "--streams", "1"], "--streams 2"), (["--streams", "3"], "choose from"),
+    (["--lr", "0"], "--lr 0 is not a positive number"), (["--batch-ramp", "1"], "--batch-ramp 1"),
+    (["--steps", "-5"], "'-5' is not a whole number"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
+    (["--device", "cuda:77"], "--device cuda:77"), (["--resume"], "--out DIR"), (["--preset", "huge"], "tiny"),
+    (["--resume", "--out", "no/run"], "no/run"), (["--length", "1"], "length 1"), (["--obj", "ar"], "--obj"),
+])
+def test_wrong_uses_are_refused(argv, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as error:
+        module.main(argv)
+    assert says in str(error.value)
+    assert not list(tmp_path.rglob("ckpt.pt"))
+
+
+def test_a_run_is_neither_overwritten_nor_mixed(text, tmp_path):
+    out, flags = str(tmp_path / "run"), ["--data", text, "--length", "32", "--steps", "4", "--no-report", "--device", "cpu"]
+    module.main([*flags, "--out", out])
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    for argv, says in (([*flags], "--overwrite"), (["--resume", "--lr", "0.5"], "--lr 0.002, not 0.5"),
+                       (["--resume"], "has finished its 4 steps")):
+        with pytest.raises(BadInput, match=says):
+            module.main([*argv, "--out", out])
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    module.main(["--resume", "--steps", "6", "--no-report", "--out", out])
+    assert load_checkpoint(out)["step"] == 6
+    (tmp_path / "run" / "ckpt.pt").write_bytes(before[:-1000])
+    with pytest.raises(BadInput, match="not a whole checkpoint"):
+        load_run(out)
+
+
+def test_the_command_line_end_to_end(text, tmp_path):
+    """One process as a user starts it: trains, reports, leaves a run folder; wrong input gives one line and status 2."""
+    def call(*argv):
+        return subprocess.run([sys.executable, ROOT / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True,
+                              check=False)
+    done = call("--objective", "vl", "--mask", "0.15,0.3", "--data", text, "--steps", "30", "--length", "32")
+    assert done.returncode == 0, done.stderr
+    assert "validation loss" in done.stderr and "tokens/s" in done.stderr
+    assert all(word in done.stdout for word in ("padded", "truncated", "perplexity", "sample:", "runs/vl-0.15,0.3"))
+    folder = tmp_path / "runs" / "vl-0.15,0.3"
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "ckpt.pt", "data"}
+    wrong = call("--objective", "vl", "--mask", "0.3")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
