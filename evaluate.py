@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import Sequences, import_optional, load_evaluation
 from masks import BadInput, Parser, command_line, positive
-from objectives import describe, flag, scores_next, target_nll
+from objectives import describe, scores_next, target_nll
 from train import choose_device, choose_dtype, load_run
 
 # ---------------------------------------------------------------------------- perplexity
@@ -215,7 +215,7 @@ def continue_in_groups(run, prompt, count, choose, at_once):
 
 def fill_confident(run, prompt, count, choose):
     """`mlm` and `vl`: all new positions are masks; each pass fills the mask whose best token is the most probable."""
-    if flag(run.objective) not in ("mlm", "vl"):
+    if run.objective.one_stream != "mask":
         raise BadInput(f"--order confident fills masks, and this checkpoint is {describe(run.objective)}; "
                        "leave it out or use an mlm or vl checkpoint")
     if len(prompt) + count > run.settings.length:

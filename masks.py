@@ -94,11 +94,18 @@ class BadInput(ValueError):
     """Something the user gave is wrong; the message names the value and what is allowed."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that reports a wrong use in one line and shows defaults in --help."""
+    """argparse that reports a wrong use as BadInput and shows defaults in --help."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise BadInput(message)

@@ -59,8 +59,13 @@ class Objective:
         """How to evaluate P(x_p | x_1 .. x_{p-1}) for p = 2..S (Eq. 2) the way the model was trained.
 
         Returns {regime: LongTensor (passes, length)}: group indices such that every p = 2..S has the whole prefix and
-        nothing else as its context (`scores_next`) in exactly one pass of each regime.
+        nothing else as its context (`scores_next`) in exactly one pass of each regime. With masks in one stream there
+        are two regimes: `truncated`, where the sequence ends at the [MASK], and `padded`, where all later positions are
+        [MASK] too, so that it is as long as in training.
         """
+        if path == "mask":
+            truncated = one_query_per_prefix(length)
+            return {"padded": torch.where(truncated == 0, 2, truncated), "truncated": truncated}
         return {"next": ar_groups(length)[None]}
 
     def check(self, length):
@@ -143,12 +148,8 @@ class Masked(Objective):
         return torch.cat(groups), torch.cat(weight)
 
     def left_to_right(self, length, path):
-        """One query per prefix. `truncated`: the sequence ends at the [MASK]. `padded`: all later positions are [MASK]
-        too, as many as in training's sequences. Two streams know one regime, since a query is seen by nobody."""
-        i = torch.arange(length)
-        given = (i < i[1:, None]).long()                                      # (S - 1, S), pass k gives x_1 .. x_k
-        truncated = given + 2 * (i == i[1:, None])
-        return {"next": truncated} if path == "two-stream" else {"padded": 2 - given, "truncated": truncated}
+        # Nobody sees a query of the second stream, so there the two regimes are one.
+        return {"next": one_query_per_prefix(length)} if path == "two-stream" else super().left_to_right(length, path)
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,14 @@ class PrefixLM(Objective):
         return equally_likely(1 + (ar_groups(length) - torch.arange(1, length)[:, None]).clamp(min=0))
 
 
+def one_query_per_prefix(length):
+    """(S - 1, S): pass k gives x_1 .. x_k, asks for x_{k+1}, and leaves out the rest."""
+    i = torch.arange(length)
+    return (i < i[1:, None]).long() + 2 * (i == i[1:, None])
+
+
 def equally_likely(groups):
+    """Outcomes (K, S) with probability 1/K each."""
     return groups, torch.full((len(groups),), 1 / len(groups), dtype=torch.float64)
 
 
@@ -257,7 +265,7 @@ def choose_path(objective, streams=None):
 
 def flag(objective):
     """The flag under which this objective is registered."""
-    return next(name for name, cls in OBJECTIVES.items() if cls is type(objective))
+    return next((name for name, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
 
 
 def describe(objective):
@@ -310,6 +318,8 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="bert")
     """
     B, S = tokens.shape
     groups = objective.groups(B, S, generator)
+    if path == "mask" and groups.max() > 2 or path == "causal" and not torch.equal(groups, ar_groups(S).expand(B, S)):
+        raise ValueError(f"{describe(objective)} has an f that its one_stream = {path!r} cannot run; leave one_stream None")
     targets, weight = target_positions(groups, objective.max_targets(S))
     blank, inputs = groups > 1, tokens
     if path == "mask" and mask_rule == "bert":

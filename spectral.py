@@ -15,6 +15,7 @@ import math
 import numpy as np
 import torch
 
+from data import import_optional
 from masks import BadInput, Parser, command_line, positive
 from objectives import OBJECTIVES, add_options, describe, flag, from_options, spectral_loss
 
@@ -650,15 +651,6 @@ def show_trained(x):
 
 # ---------------------------------------------------------------------------- pictures
 
-def pyplot():
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise BadInput("--plot needs the matplotlib package: pip install matplotlib") from None
-    plt.switch_backend("Agg")
-    return plt
-
-
 def all_objectives(s):
     """The objectives that are compared on sequences of s tokens, with a new one's defaults."""
     options = [("ar", {}), ("prefix", {}), *(("dar", {"t": t}) for t in sorted({2, 3, 4, s - 1}) if 1 < t < s),
@@ -670,7 +662,7 @@ def all_objectives(s):
 def plot_spectra(path, x):
     """Left: singular values of all objectives. Right: dar's tail sum against t, with the accuracies of Table 9."""
     s = x.get("s", 8)
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = import_optional("matplotlib.pyplot").subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for objective in all_objectives(s):
         y = spectrum(objective, s)["singular_values"]
         left.plot(range(1, len(y) + 1), y, ".-", label=describe(objective))
@@ -689,7 +681,7 @@ def plot_spectra(path, x):
 
 
 def plot43(path, x):
-    figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = import_optional("matplotlib.pyplot").subplots(figsize=(7, 4.5), layout="constrained")
     for key, style in (("loss_one_length", "o-"), ("loss_all_lengths", "s-"), ("ideal_blind", "k:"),
                        ("ideal_told_position", "k--"), ("printed_bound", "r^-"), ("corrected_bound", "mv-"),
                        ("corrected_bound_all_lengths", "c.-")):
@@ -889,7 +881,7 @@ def main(argv=None):
     args, threads = parse(argv), torch.get_num_threads()
     plot = getattr(args, "plot", None)
     if plot:
-        pyplot()                                                               # complain before the work, not after it
+        import_optional("matplotlib.pyplot")                                   # complain before the work, not after it
     try:
         if args.command != "trained":
             torch.set_num_threads(1)                                           # the matrices are small

@@ -424,7 +424,7 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0])
     for f in fields(Settings):
         keep = {key: f.metadata[key] for key in ("type", "choices") if key in f.metadata}
-        shown = "" if f.default is None else f" (default: {f.default})"
+        shown = f" (default: {f.default})" if f.default is not None else " (preset)" if f.name in PRESETS["paper"] else ""
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + shown, **keep)
     machine = parser.add_argument_group("run and machine")
     machine.add_argument("--out", help="run folder (default: runs/ and the objective)")
@@ -440,6 +440,8 @@ def parse(argv):
     machine.add_argument("--no-report", action="store_true", help="skip the perplexity and the sample at the end")
     args = vars(parser.parse_args(argv))
     given = {f.name: value for f in fields(Settings) if (value := args.pop(f.name)) is not None}
+    if "steps" in given and "epochs" in given:
+        raise BadInput(f"--steps {given['steps']} and --epochs {given['epochs']:g} both set the budget; give one of them")
     if args["resume"]:
         if args["out"] is None:
             raise BadInput("--resume needs the run folder: --out DIR")

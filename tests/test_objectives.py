@@ -1,15 +1,18 @@
 """The losses against plain formulas, the registry's promises, and the refusal of wrong combinations."""
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 from masks import BadInput, query_mask
 from objectives import (
     OBJECTIVES,
     LinearCrossEntropy,
+    Objective,
     choose_path,
     describe,
     draw_batch,
@@ -58,6 +61,19 @@ def masked_nll(model, tokens, groups, p):
     everything = torch.arange(len(tokens))[None]
     logits = model.logits(model(tokens[None], groups[None], everything, "mask"))[0, p]
     return (logits.logsumexp(0) - logits[tokens[p]]).item()
+
+
+def test_one_graph_whatever_is_drawn(way, make_model):
+    """torch.compile sees the same shapes in every batch: one graph, no breaks, the same loss."""
+    objective, path = way
+    model = make_model(dtype=torch.float32)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(loss_sum, dynamic=False, backend="eager")
+    for seed in range(4):
+        batch = draw_batch(objective, path, torch.randint(11, (4, 8)), 11, torch.Generator().manual_seed(seed))
+        assert torch.allclose(compiled(model, batch, path), loss_sum(model, batch, path))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_vl_with_equal_ends_equals_mlm(make_model):
@@ -158,3 +174,40 @@ def test_one_stream_cannot_run_dar():
         "ar": "causal", "dar": "two-stream", "mlm": "mask", "vl": "mask", "permutation": "two-stream",
         "prefix": "two-stream"}
     assert choose_path(from_options("ar"), 2) == "two-stream"
+
+
+def test_a_new_objective_is_one_function(monkeypatch, make_run):
+    """The README's example: registered, drawn, trained for a step, evaluated and given a spectrum."""
+    import evaluate
+    import masks
+    import spectral
+
+    @dataclass(frozen=True)
+    class EverySecond(Objective):
+        paper = "every second token"
+        one_stream = "mask"
+
+        def groups(self, batch, length, generator=None):
+            return (1 + torch.arange(length) % 2).expand(batch, length)
+
+    monkeypatch.setitem(OBJECTIVES, "second", EverySecond)
+    objective = from_options("second")
+    masks.main(["second", "--length", "4"])
+    for path in ("mask", "two-stream"):
+        run = make_run(objective, path, vocab=3, length=4)
+        batch = draw_batch(objective, path, torch.randint(3, (2, 4)), 3)
+        assert batch.weight.tolist() == [[1, 1, 0]] * 2 and batch.targets[:, :2].tolist() == [[1, 3]] * 2
+        assert loss_sum(run.model.float(), batch, path).isfinite()
+        sequences = torch.cartesian_prod(torch.tensor([0]), *[torch.arange(3)] * 3)
+        for nll in evaluate.left_to_right(run, sequences).values():
+            assert (-nll.double().sum(1)).exp().sum().item() == pytest.approx(1, abs=1e-4)
+    assert spectral.spectrum(objective, 4, samples=2000)["singular_values"].shape == (2,)
+
+
+def test_an_f_that_one_stream_cannot_run_is_refused():
+    @dataclass(frozen=True)
+    class Wrong(type(from_options("prefix"))):
+        one_stream = "causal"
+
+    with pytest.raises(ValueError, match="one_stream"):
+        draw_batch(Wrong(), "causal", torch.zeros(4, 6, dtype=torch.long), 3)
