@@ -228,22 +228,29 @@ def held_out(document, fraction):
 
 # ---------------------------------------------------------------------------- token folders
 
-def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None, quiet=False):
+def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None, replace=False,
+            quiet=False):
     """Write a token folder. Reads the sources block by block: memory does not grow with them.
 
     sources, val     lists of what `documents` takes; without `val`, a share of the documents is held out, or where
                      there are fewer than 20 documents, of the tokens, from the end
     tokenizer        byte, wordpiece or bpe; the latter two are trained on at most 200 MB of the training documents
-    max_bytes        stop after that much text of each source
+    max_bytes        stop after about that much text of each source
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists and is not an empty folder; choose another --out or remove it")
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val-fraction {val_fraction:g} is not between 0 and 1")
 
     def documents_of(names):
-        return itertools.chain.from_iterable(documents(name) for name in names)
+        """The documents of all these sources, cut off after max_bytes of each."""
+        for name in names:
+            budget = [max_bytes or math.inf]
+            for document in documents(name):
+                if budget[0] <= 0:
+                    break
+                yield document._replace(blocks=within(document.blocks, budget))
 
     by_document = not val and len(list(itertools.islice(documents_of(sources), 20))) == 20
 
@@ -253,11 +260,12 @@ def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.0
     if tokenizer == "byte":
         tokenizer = ByteTokenizer()
     else:
+        tokenizer_budget = [200 << 20]
         if vocab < 300:
             raise BadInput(f"--vocab {vocab} is too small for {tokenizer}: its alphabet alone needs 300")
-        texts = (piece for document in documents_of(sources) if not is_val(document) for block in document.blocks
-                 for piece in cut_at_lines(block, 1 << 14))
-        tokenizer = TrainedTokenizer.train(tokenizer, vocab, up_to(texts, 200 << 20))
+        texts = (piece for document in documents_of(sources) if not is_val(document)
+                 for block in within(document.blocks, tokenizer_budget) for piece in cut_at_lines(block, 1 << 14))
+        tokenizer = TrainedTokenizer.train(tokenizer, vocab, texts)
 
     partial = out.with_name(out.name + ".partial")  # renamed when complete
     shutil.rmtree(partial, ignore_errors=True)
@@ -281,8 +289,6 @@ def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.0
                     bar.update(size)
                 np.array([tokenizer.separator], dtype).tofile(file)
                 count["tokens"] += 1
-                if max_bytes and counts["train"]["bytes"] + counts["val"]["bytes"] >= max_bytes:
-                    break
     bar.close()
     if counts["train"]["bytes"] == 0:
         shutil.rmtree(partial)
@@ -296,8 +302,7 @@ def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.0
                 "tokenizer_sha256": sha256(text), "sources": [str(s) for s in sources],
                 "val_sources": [str(s) for s in val], **counts}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    if out.exists():
-        out.rmdir()
+    shutil.rmtree(out, ignore_errors=True)  # empty, or to be replaced
     partial.rename(out)
     return manifest
 
@@ -316,12 +321,16 @@ def cut_tail(folder, counts, dtype, fraction):
     counts["train"].update(tokens=total - tail, bytes=counts["train"]["bytes"] - moved)
 
 
-def up_to(texts, size):
-    for text in texts:
-        yield text
-        size -= len(text)
-        if size <= 0:
+def within(blocks, budget):
+    """The blocks until budget[0] bytes are used up; the last block is cut."""
+    for block in blocks:
+        if budget[0] <= 0:
             return
+        size = len(block.encode("utf-8", "replace"))
+        if size > budget[0]:
+            block = block[:int(budget[0])]
+        budget[0] -= size
+        yield block
 
 
 def sha256(text):
@@ -341,34 +350,41 @@ class Corpus:
     val_bytes: int
 
 
-def load_corpus(source, cache=None):
-    """What --data names, for training. Raw text is tokenized to bytes into the folder `cache`, once."""
+def load_corpus(source, cache=None, replace=False, hf_bytes=None):
+    """What --data names, for training. Raw text is tokenized to bytes into the folder `cache`, once; of a Hugging Face
+    dataset the first `hf_bytes`. `replace` a cache of other text."""
     if source != "pydoc" and not source.startswith("hf:") and (Path(source) / "manifest.json").exists():
         return open_tokens(source)
     if source == "pydoc":
-        return in_memory("pydoc", list(documents("pydoc")), ByteTokenizer(), 0.1)
+        return in_memory("pydoc", documents("pydoc"), ByteTokenizer(), 0.1)
     cache = Path(cache)
-    if not cache.exists():
-        prepare([source], cache)
+    known = json.loads((cache / "manifest.json").read_text())["sources"] if (cache / "manifest.json").exists() else None
+    if known not in (None, [source]) and not replace:
+        raise BadInput(f"{cache} holds the tokens of {', '.join(known)}, not of {source}; choose another --out or remove it")
+    if known != [source]:
+        prepare([source], cache, max_bytes=hf_bytes if source.startswith("hf:") else None, replace=replace)
     return open_tokens(cache)
 
 
 def load_evaluation(source, tokenizer):
     """What --data names, for evaluating a model with that tokenizer: the validation part of pydoc or of a token folder,
-    the whole of a text."""
+    the whole of a text, or its first 50 MB."""
     if source != "pydoc" and (Path(source) / "manifest.json").exists():
         corpus = open_tokens(source)
         if sha256(corpus.tokenizer.to_json()) != sha256(tokenizer.to_json()):
             raise BadInput(f"{source} was tokenized with another tokenizer than the checkpoint's; give the text itself")
         return corpus
-    return in_memory(source, list(documents(source)), tokenizer, 0.1 if source == "pydoc" else 1)
+    return in_memory(source, documents(source), tokenizer, 0.1 if source == "pydoc" else 1, 50_000_000)
 
 
-def in_memory(name, docs, tokenizer, fraction):
-    ids, size = {True: [], False: []}, {True: 0, False: 0}
+def in_memory(name, docs, tokenizer, fraction, max_bytes=math.inf):
+    """A Corpus of these documents in memory, of which a share by module (1: all) is the validation part."""
+    ids, size, budget = {True: [], False: []}, {True: 0, False: 0}, [max_bytes]
     for document in docs:
-        side = held_out(document, fraction)
-        for block in document.blocks:
+        if budget[0] <= 0:
+            break
+        side = fraction == 1 or held_out(document, fraction)
+        for block in within(document.blocks, budget):
             ids[side].append(tokenizer.encode(block))
             size[side] += len(block.encode("utf-8", "replace"))
         ids[side].append(np.array([tokenizer.separator], token_type(tokenizer.vocab)))
@@ -440,7 +456,7 @@ def main(argv=None):
     text.add_argument("--vocab", type=positive, default=8192, help="vocabulary size of wordpiece and bpe")
     text.add_argument("--val", nargs="+", default=[], metavar="INPUT", help="validation text; default: a share of INPUT")
     text.add_argument("--val-fraction", type=float, default=0.05, help="that share, by document")
-    text.add_argument("--max-bytes", type=positive, help="stop after that much text")
+    text.add_argument("--max-bytes", type=positive, help="stop after about that much text of each INPUT")
     args = parser.parse_args(argv)
     manifest = prepare(args.inputs, args.out, args.tokenizer, args.vocab, args.val, args.val_fraction, args.max_bytes)
     for side in ("train", "val"):

@@ -56,26 +56,26 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=Tru
 
 @torch.no_grad()
 def training_order_nll(run, sequences, most=64):
-    """Mean -log P of the targets given their own contexts, over all (equally likely) f where these are few, as for
-    `dar`: the tokens of a group given what comes before the group. None where f cannot be listed, or for `ar`."""
-    listed = run.objective.outcomes(sequences.shape[1], most)
+    """Mean -log P of the targets given their own contexts, over all f where these are few, as for `dar`: the tokens of a
+    group given what comes before the group. None where f cannot be listed, or where the order is left to right anyway."""
+    listed = run.objective.outcomes(sequences.shape[1], most) if run.objective.one_stream != "mask" else None
     if listed is None or len(listed[0]) > most or all(torch.equal(f > 1, scores_next(f)) for f in listed[0]):
         return None
     total = count = 0
-    for f in listed[0]:
+    for f, probability in zip(listed[0], listed[1].tolist()):
         targets = (f > 1).nonzero()[:, 0]
         for tokens in sequences.split(128):
             tokens = tokens.to(run.model.query.device)
             f_, t = (x.to(tokens.device).expand(len(tokens), -1) for x in (f, targets))
             nll = target_nll(run.model, tokens, f_, t, run.path, padded=False)
-            total, count = total + nll.sum().item(), count + nll.numel()
+            total, count = total + probability * nll.sum().item(), count + probability * nll.numel()
     return total / count
 
 
 def summary(nll, tokens_per_byte):
     """Results from the -log P (N, S - 1) of N sequences. Perplexity is exp of the mean over tokens; the standard error
     treats sequences as the independent samples."""
-    mean, stderr = nll.mean().item(), nll.mean(1).std().item() / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    mean, stderr = nll.mean().item(), nll.mean(1).std().item() / math.sqrt(len(nll))
     return {"nll": mean, "stderr": stderr, "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
             "bits_per_byte": mean / math.log(2) * tokens_per_byte, "tokens": nll.numel(), "sequences": len(nll)}
 
@@ -85,14 +85,15 @@ def evaluation_sequences(run, data=None, count=200):
     per byte; the name of the data). `data` None: the validation text of the run."""
     if data is None:
         data = run.settings.data
-        own = Path(run.name) / "data"  # raw text that train.py tokenized
-        if own.exists():
-            data = str(own)
+        folder = Path(run.name) if Path(run.name).is_dir() else Path(run.name).parent
+        if (folder / "data").exists():  # raw text that train.py tokenized
+            data = str(folder / "data")
     corpus = load_evaluation(data, run.tokenizer)
     S = run.settings.length
     whole = corpus.val[:len(corpus.val) // S * S]
-    if not len(whole):
-        raise BadInput(f"{data} has {len(corpus.val)} tokens to evaluate on, less than one sequence of {S}")
+    if len(whole) < 2 * S or count < 2:
+        raise BadInput(f"a standard error takes at least two sequences of {S} tokens; {data} has {len(corpus.val):,} tokens "
+                       f"to evaluate on, and --max-sequences is {count}")
     sequences = Sequences(whole, S, run.tokenizer.separator, seed=0)
     return sequences.batch(0, min(count, len(sequences))), len(corpus.val) / corpus.val_bytes, data
 
@@ -173,6 +174,9 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, at_once=Fals
             return logits.argmax(-1).tolist()
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0].tolist()
 
+    if at_once and (confident or run.path != "two-stream" or run.objective.one_stream == "mask"):
+        raise BadInput(f"--at-once samples the tokens of a group in parallel, from left to right; this checkpoint is "
+                       f"{describe(run.objective)} ({run.path}){' with --order confident' if confident else ''}; leave it out")
     if confident:
         return fill_confident(run, prompt, count, choose)
     if run.path == "causal":
@@ -282,10 +286,9 @@ def generate_command(args):
 def report(checkpoint, device=None):
     """What train.py shows at the end: a quick perplexity and a sample."""
     run = load_run(checkpoint, choose_device(device))
-    print(f"\nleft-to-right perplexity of {describe(run.objective)}, {min(32, len(evaluation_sequences(run)[0]))} "
-          "validation sequences:")
+    print(f"\nleft-to-right perplexity of {describe(run.objective)} on a few validation sequences:")
     print_perplexity(perplexity(run, max_sequences=32))
-    prompt = evaluation_sequences(run, count=1)[0][0, :run.settings.length // 4].tolist()
+    prompt = evaluation_sequences(run, count=2)[0][0, :max(1, run.settings.length // 4)].tolist()
     ids = generate(run, prompt, run.settings.length // 2)
     print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
     print(f"\nrun folder: {checkpoint}    more: python evaluate.py perplexity {checkpoint} --by-length")

@@ -114,17 +114,17 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, content, bias=None, causal=False, rows=None, cache=None):
-        """x (B, N, D), of which the first `content` rows are the content stream and give the keys and values.
+    def forward(self, x, content_rows, bias=None, causal=False, rows=None, cache=None):
+        """x (B, N, D), of which the first `content_rows` are the content stream and give the keys and values.
 
         `rows`, for the last layer, picks the rows that go on (a function of (B, N, D)); the others have served as keys
         and values and nobody reads them again.
         """
         h = self.norm1(x)
-        kv = h[:, :content]
+        content = h[:, :content_rows]
         if rows is not None:
             x, h = rows(x), rows(h)
-        x = x + self.dropout(self.attention(h, kv, bias, causal, cache))
+        x = x + self.dropout(self.attention(h, content, bias, causal, cache))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
@@ -146,13 +146,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Every initial value is set here.
+        """Every initial value but that of the norms, which start at 1, is set here.
 
-        Norms are 1. The embedding and the query are as large as the scaled positions they are added to, 1 / sqrt(2 D)
-        for each element. Other matrices are normal(0, sqrt(0.4 / D)), those at the end of a feed-forward divided by
-        sqrt(2 layers). Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter
-        2023): keys are the same map as queries, and the output map is the transpose of the values'. Without that, masked
-        objectives stay at the unigram loss for millions of tokens.
+        The embedding and the query are as large as the scaled positions they are added to, 1 / sqrt(2 D) for each
+        element. Matrices are normal(0, sqrt(0.4 / D)), those at the end of a feed-forward divided by sqrt(2 layers).
+        Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter 2023): queries and
+        keys are one map, twice as large, and the output map is the transpose of the values' over sqrt(layers). With
+        independent maps, small masked models stay at the unigram loss for millions of tokens.
         """
         D, L = self.config.width, self.config.layers
         for name, parameter in self.named_parameters():
@@ -174,7 +174,8 @@ class Transformer(nn.Module):
     def forward(self, tokens, groups, targets, path, blank=None, padded=True):
         """Features from which the targets are predicted.
 
-        tokens  (B, S) ids; a target's own id is never read by its own prediction
+        tokens  (B, S) ids; where `blank` (mask path) or f > 1 (two-stream, causal) a target's own id is not read by its
+                own prediction
         groups  (B, S) group indices f
         targets (B, n) positions to predict; entries that are no target (f <= 1) give a feature that means nothing
         path    one of PATHS
@@ -187,11 +188,11 @@ class Transformer(nn.Module):
             x = self.dropout(self.embedding_norm(self.embed(tokens)))
             for block in self.blocks:
                 x = block(x, S, causal=True)
-            x = take(x, targets - 1)
+            x = take(x, (targets - 1).clamp(min=0))
 
         elif path == "mask":
             blank = groups > 1 if blank is None else blank
-            x = torch.where(blank[..., None], self.query.to(self.embedding.weight.dtype), self.embedding(tokens))
+            x = torch.where(blank[..., None], self.query, self.embedding(tokens))
             x = self.dropout(self.embedding_norm(x + self.position_scale * self.positions[:S]))
             bias = additive((groups > 0)[:, None, None, :], dtype) if padded else None   # (B, 1, 1, S)
             for block in self.blocks[:-1]:

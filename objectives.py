@@ -1,15 +1,18 @@
 """The pretraining objectives: for each, a sampler of group indices f, and one loss for all of them.
 
-    flag  paper                       f                                                     one-stream path
-    ar    L_ar, Sec. 3.1              1, 2, ..., S                                          causal
-    dar   L_dar,t = L_semi,t, Eq. 6   groups of t after a first group of 1..t               none: two streams only
-    mlm   L_m, Sec. 3.1               1 visible, 2 masked, round(rho S) of them             mask
-    vl    L_vm, Eq. 5                 as mlm, rho drawn from a range for each sequence      mask
+    flag          paper                       f                                                     one-stream path
+    ar            L_ar, Sec. 3.1              1, 2, ..., S                                          causal
+    dar           L_semi,t, Eq. 6, for Eq. 3  groups of t after a first group of 1..t               none: two streams only
+    mlm           L_m, Sec. 3.1               1 visible, 2 masked, round(rho S) of them             mask
+    vl            L_vm, Eq. 5                 as mlm, rho drawn from a range for each sequence      mask
+    permutation   not in it                   a random order                                        none
+    prefix        not in it                   a random prefix is given, the rest in order           none
 
 The loss is -log P(x_p | context of p), the *mean over all targets of the batch*. Sums and means differ in what they
 weigh. Under a mean over targets every (context, target) pair that f produces weighs the same: that is Eq. 6, and Eq. 5
-read as a sum over targets, up to one constant factor, so a sequence that hides more tokens counts more. Eq. 3, which
-weighs every *context* the same, is the same distribution only when contexts near the end count for less.
+read as a sum over targets, up to the number of targets of the batch, so a sequence that hides more tokens counts more.
+Eq. 3, which weighs every *context* the same, is the same distribution only when contexts near the end count for less.
+The first token is given: L_ar's sum over k starts at P(x_2 | x_1).
 
 A new objective is a frozen dataclass with a `groups` method, and a line in OBJECTIVES: see Permutation and PrefixLM.
 """
@@ -82,7 +85,7 @@ class Autoregressive(Objective):
     one_stream = "causal"
 
     def groups(self, batch, length, generator=None):
-        return ar_groups(length).expand(batch, length)
+        return ar_groups(length).repeat(batch, 1)
 
     def outcomes(self, length, limit=200_000):
         return equally_likely(ar_groups(length)[None])
@@ -90,7 +93,7 @@ class Autoregressive(Objective):
 
 @dataclass(frozen=True)
 class DiversityEnhanced(Objective):
-    """L_semi,t (Eq. 6), which realises L_dar,t (Eq. 3): predict t tokens in parallel, first group uniform in 1..t."""
+    """L_semi,t (Eq. 6), the paper's way to L_dar,t (Eq. 3): predict t tokens in parallel, first group uniform in 1..t."""
 
     t: int = 2
     paper = "diversity-enhanced autoregressive, L_semi,t (Eq. 6)"
@@ -294,10 +297,10 @@ class Batch(NamedTuple):
         return Batch(*(field[start:stop] for field in self))
 
     def pinned(self):
-        return Batch(*(field.pin_memory() for field in self))
+        return Batch(*(field.contiguous().pin_memory() for field in self))
 
     def to(self, device):
-        return Batch(*(field.to(device, non_blocking=True) for field in self))
+        return Batch(*(field.to(device, non_blocking=field.is_pinned()) for field in self))
 
 
 def target_positions(groups, n):
@@ -310,11 +313,12 @@ def target_positions(groups, n):
     return targets, is_target.gather(1, targets).float()
 
 
-def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="bert"):
+def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always"):
     """Draw f for tokens (B, S) and prepare what the model needs.
 
-    On the mask path, mask_rule "bert" shows [MASK] at 80% of the targets, a random token at 10% and the token itself at
-    10% (Devlin et al. 2019); "always" shows [MASK] at every target. The other paths never corrupt their input.
+    On the mask path, mask_rule "always" shows [MASK] at every target, which is the paper's formula: targets are predicted
+    from the unmasked tokens alone. "bert" is the usual practice (Devlin et al. 2019) and the Cramming protocol: [MASK] at
+    80% of the targets, a random token at 10%, the token itself at 10%. The other paths never corrupt their input.
     """
     B, S = tokens.shape
     groups = objective.groups(B, S, generator)
@@ -340,7 +344,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, embedding, labels, weight, chunk):
+    def forward(ctx, x, embedding, labels, weight, chunk, differentiate=True):
         dtype = compute_dtype(x.device)
         x_low, E = x.to(dtype), embedding.to(dtype)
         loss, dx, dE = x.new_zeros((), dtype=torch.float32), torch.empty_like(x_low), torch.zeros_like(embedding)
@@ -352,9 +356,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             # log-sum-exp from the largest probability, which cannot underflow
             top = scores.max(dim=1, keepdim=True)
             loss += ((top.values - p.gather(1, top.indices).log() - scores.gather(1, y)) * w).sum()
-            p = p.scatter_add_(1, y, torch.full_like(w, -1.0)).mul_(w).to(dtype)         # d loss / d scores
-            torch.matmul(p, E, out=dx[rows])
-            dE += p.T @ x_low[rows]
+            if differentiate:
+                p = p.scatter_add_(1, y, torch.full_like(w, -1.0)).mul_(w).to(dtype)     # d loss / d scores
+                torch.matmul(p, E, out=dx[rows])
+                dE += p.T @ x_low[rows]
         ctx.save_for_backward(dx, dE)
         ctx.dtype = x.dtype
         return loss
@@ -362,18 +367,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dE = ctx.saved_tensors
-        return dx.to(ctx.dtype) * grad, dE * grad, None, None, None
+        return dx.to(ctx.dtype) * grad, dE * grad, None, None, None, None
 
 
-def loss_sum(model, batch, path, padded=False):
+def loss_sum(model, batch, path):
     """The sum over the batch's targets of -log P(x_p | context of p); divide by the number of targets for the loss.
 
-    This one function is L_ar, L_semi,t, L_m and L_vm: they differ in `batch.groups` alone. `padded` as in model.forward.
+    This one function is L_ar, L_semi,t, L_m and L_vm: what sets them apart is `batch.groups`. Packed sequences have no
+    padding.
     """
-    features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded)
+    features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded=False)
     chunk = max(1, (2 ** 20 if features.device.type == "cpu" else 2 ** 28) // model.config.vocab)   # 4 MB stay in cache
     return LinearCrossEntropy.apply(features.flatten(0, 1), model.embedding.weight, batch.labels.flatten(),
-                                    batch.weight.flatten(), chunk)
+                                    batch.weight.flatten(), chunk, torch.is_grad_enabled())
 
 
 def spectral_loss(scores, targets, target_marginal):

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -38,9 +37,9 @@ PRESETS = {  # a size of model.py and a budget that suits it
     "paper": {"length": 128, "batch_size": 8192, "steps": 100_000, "lr": 1e-3, "batch_ramp": 0.6},
 }
 
-PEAK_TFLOPS = {  # dense bf16 (fp16 where there is none), from the makers' data sheets
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "L4": 121, "A10G": 70,
-    "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets; the first name that fits
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70,
+    "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
 }
 
 
@@ -60,8 +59,8 @@ class Settings:
     mask: tuple = option(None, "mlm: ratio of hidden tokens (default: 0.15); vl: its range (default: 0.15,0.3)", type=ratios)
     streams: int = option(None, "1 or 2; 2 runs any objective through two streams (default: 1 where possible)",
                           type=int, choices=(1, 2))
-    mask_rule: str = option("bert", "one stream with masks: bert = 80%% [MASK], 10%% random, 10%% kept; always = [MASK]",
-                            choices=("bert", "always"))
+    mask_rule: str = option(None, "masks in one stream: bert = 80%% [MASK], 10%% random, 10%% kept; always = [MASK], the "
+                            "paper's formula (default: bert)", choices=("bert", "always"))
     data: str = option("pydoc", "pydoc, a text file or folder, a token folder of data.py, or hf:NAME")
     preset: str = option("tiny", "model size and budget", choices=PRESETS)
     length: int = option(None, "sequence length S", type=positive)
@@ -79,18 +78,37 @@ class Settings:
     seed: int = option(0, "of the initial weights, the order of the data and the masks", type=int)
 
     def __post_init__(self):
-        for name, value in {"batch_ramp": 0.0, **PRESETS[self.preset]}.items():
+        """Fill in what was left open, and refuse what does not fit together."""
+        objective, path = self.task()
+        defaults = {"t": getattr(objective, "t", None), "batch_ramp": 0.0, **PRESETS[self.preset]}
+        if path == "mask":
+            defaults["mask_rule"] = "bert"
+        elif self.mask_rule is not None:
+            raise BadInput(f"--mask-rule {self.mask_rule} is for masks in one stream; {describe(objective)} runs as {path}: "
+                           "leave it out")
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name, low, high in (("lr", 0, math.inf), ("clip", 0, math.inf), ("epochs", 0, math.inf),
-                                ("weight_decay", -1e-9, math.inf), ("batch_ramp", -1e-9, 1), ("warmup", -1e-9, 1)):
+        object.__setattr__(self, "mask", getattr(objective, "mask", None))
+        objective.check(self.length)
+        for name, fits, text in (("lr", lambda x: 0 < x < math.inf, "a positive number"),
+                                 ("clip", lambda x: x > 0, "a positive number"),
+                                 ("epochs", lambda x: 0 < x < math.inf, "a positive number"),
+                                 ("weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0"),
+                                 ("seed", lambda x: x >= 0, "a whole number of at least 0"),
+                                 ("batch_ramp", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
+                                 ("warmup", lambda x: 0 <= x < 1, "in 0..1, 1 excluded")):
             value = getattr(self, name)
-            if value is not None and not low < value < high:
-                raise BadInput(f"--{name.replace('_', '-')} {value:g} is not " +
-                               ("a positive number" if high == math.inf else "in 0..1, 1 excluded"))
+            if value is not None and not fits(value):
+                raise BadInput(f"--{name.replace('_', '-')} {value:g} is not {text}")
+
+    def task(self):
+        """(objective, which of model.PATHS runs it)."""
+        objective = from_options(self.objective, t=self.t, mask=self.mask)
+        return objective, choose_path(objective, self.streams)
 
 
-MAY_CHANGE = {"steps", "epochs", "micro_batch", "data"}  # on --resume; data may have moved
+MAY_CHANGE = {"steps", "epochs", "micro_batch", "data"}  # on --resume; the data may have moved
 
 
 # ---------------------------------------------------------------------------- schedules
@@ -105,12 +123,19 @@ def learning_rate(settings, progress):
 
 
 def batch_sizes(settings, steps):
-    """The number of sequences of every step: it grows by whole micro-batches over the first `batch_ramp`."""
-    full, micro = settings.batch_size, settings.micro_batch
+    """The number of sequences of every step: it grows by sixteenths of the full batch over the first `batch_ramp`."""
+    full, sixteenth = settings.batch_size, max(1, settings.batch_size // 16)
     if not settings.batch_ramp:
         return [full] * steps
-    return [min(full, micro * max(1, math.ceil(full / micro * min(1, step / (steps * settings.batch_ramp)))))
-            for step in range(steps)]
+    return [min(full, sixteenth * (1 + int(16 * step / (steps * settings.batch_ramp)))) for step in range(steps)]
+
+
+def steps_for(settings, sequences):
+    """The fewest steps whose batches make up that many sequences."""
+    steps = math.ceil(sequences / settings.batch_size)
+    while (missing := sequences - sum(batch_sizes(settings, steps))) > 0:
+        steps += math.ceil(missing / settings.batch_size)
+    return steps
 
 
 def parts(size, micro):
@@ -137,7 +162,7 @@ def choose_dtype(device, name=None):
     if name is not None:
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.float32
     seconds = {}
@@ -211,11 +236,9 @@ def load_run(path, device="cpu"):
     """The model, objective and tokenizer of a checkpoint, ready for evaluation."""
     content = load_checkpoint(path, device)
     settings = Settings(**content["settings"])
-    objective = from_options(settings.objective, t=settings.t, mask=settings.mask)
     model = Transformer(Config(**content["model_config"])).to(device)
     model.load_state_dict(content["model"])
-    return Run(model.eval(), objective, choose_path(objective, settings.streams),
-               tokenizer_from_json(content["tokenizer"]), settings, content["step"], str(path))
+    return Run(model.eval(), *settings.task(), tokenizer_from_json(content["tokenizer"]), settings, content["step"], str(path))
 
 
 # ---------------------------------------------------------------------------- training
@@ -232,7 +255,8 @@ def make_optimizer(model, settings):
 
 @torch.no_grad()
 def validation_loss(model, objective, path, sequences, vocab, device, autocast, count=256, batch=64):
-    """Mean of the training loss over the first `count` validation sequences, with masks that are always the same."""
+    """Mean loss over the targets of the first `count` validation sequences, the same f at every call, [MASK] at every
+    target whatever the mask rule."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     total = targets = 0
@@ -246,16 +270,18 @@ def validation_loss(model, objective, path, sequences, vocab, device, autocast, 
     return total / targets
 
 
-def train(settings, out, resume=False, device=None, dtype=None, compiled=None, log_every=10, eval_every=200,
-          save_every=500, quiet=False):
+def train(settings, out, resume=False, overwrite=False, device=None, dtype=None, compiled=None, log_every=10,
+          eval_every=200, save_every=500, quiet=False):
     """Train to the end of the budget. Returns the last validation loss, or None where a signal stopped the run first.
 
     `settings` is a Settings, `out` the run folder. Everything else concerns the machine and the reports only.
     """
-    out, say = Path(out), (lambda *_: None) if quiet else (lambda *parts: tqdm.write(" ".join(parts), file=sys.stderr))
-    objective = from_options(settings.objective, t=settings.t, mask=settings.mask)
-    path = choose_path(objective, settings.streams)
-    objective.check(settings.length)
+    out, (objective, path) = Path(out), settings.task()
+
+    def say(text):
+        if not quiet:
+            tqdm.write(text, file=sys.stderr)
+
     device = choose_device(device)
     compiled = device.type == "cuda" if compiled is None else compiled
     content = load_checkpoint(out, device) if resume else None
@@ -264,18 +290,19 @@ def train(settings, out, resume=False, device=None, dtype=None, compiled=None, l
     if device.type == "cpu":
         keep_freed_memory()
 
-    if resume and not Path(settings.data).exists() and (out / "data").exists():
+    steps = settings.steps
+    if resume and (out / "data").exists():
         corpus = load_corpus(str(out / "data"))
     else:
-        corpus = load_corpus(settings.data, cache=out / "data")
-    if content and content["tokenizer"] != corpus.tokenizer.to_json():
-        raise BadInput(f"{settings.data} has another tokenizer than the run in {out}")
+        needed = None if settings.epochs else int(1.2 * steps * settings.batch_size * settings.length)
+        corpus = load_corpus(settings.data, out / "data", overwrite, needed)
+    if content and (content["tokenizer"], content["train_tokens"]) != (corpus.tokenizer.to_json(), len(corpus.train)):
+        raise BadInput(f"{settings.data} is not the data of the run in {out}: other tokens or another tokenizer")
     vocab, separator = corpus.tokenizer.vocab, corpus.tokenizer.separator
     train_set = Sequences(corpus.train, settings.length, separator, settings.seed)
     val_set = Sequences(corpus.val, settings.length, separator)
-    steps = settings.steps
     if settings.epochs is not None:
-        steps = max(1, round(settings.epochs * len(train_set) / settings.batch_size))
+        steps = steps_for(settings, settings.epochs * len(train_set))
     sizes = batch_sizes(settings, steps)
 
     torch.manual_seed(settings.seed)
@@ -290,6 +317,8 @@ def train(settings, out, resume=False, device=None, dtype=None, compiled=None, l
         if step >= steps:
             raise BadInput(f"{out} has finished its {steps} steps; give more with --steps to go on")
     out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        (out / "ckpt.pt").unlink(missing_ok=True)
     metrics = open_metrics(out / "metrics.jsonl", step)
     (out / "config.json").write_text(json.dumps({**asdict(settings), "steps": steps, "path": path}, indent=1) + "\n")
 
@@ -311,11 +340,12 @@ def train(settings, out, resume=False, device=None, dtype=None, compiled=None, l
         save(out / "ckpt.pt", {
             "settings": asdict(settings), "model_config": asdict(config), "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "step": step, "seen": seen, "seconds": seconds,
-            "dtype": "bf16" if dtype == torch.bfloat16 else "fp32", "tokenizer": corpus.tokenizer.to_json()})
+            "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
+            "tokenizer": corpus.tokenizer.to_json(), "train_tokens": len(corpus.train)})
 
     loss_function = maybe_compiled(compiled, say)
     flops = flops_per_sequence(config, path, settings.length, objective.max_targets(settings.length))
-    peak, val_loss = peak_flops(device), None
+    peak, val_loss = peak_flops(device) if dtype == torch.bfloat16 else None, None
     bar = tqdm(total=steps, initial=step, unit="step", disable=quiet or not sys.stderr.isatty())
     running, logged, clock = torch.zeros((), device=device), (step, seen), time.perf_counter()
     with ThreadPoolExecutor(1) as pool, metrics, bar, stop_signals() as stop:
@@ -338,32 +368,32 @@ def train(settings, out, resume=False, device=None, dtype=None, compiled=None, l
             seen += sizes[step]
             step += 1
 
-            if step % log_every == 0 or step == steps:
-                loss = running.item() / (step - logged[0])  # the only wait for the device
-                now = time.perf_counter()
-                rate_seen = (seen - logged[1]) / (now - clock)
-                seconds += now - clock
-                line = {"step": step, "loss": round(loss, 4), "lr": rate, "grad_norm": round(float(norm), 4),
-                        "tokens": seen * settings.length, "tokens_per_second": round(rate_seen * settings.length),
+            evaluating, saving = step % eval_every == 0 or step == steps, step % save_every == 0 and step < steps
+            if evaluating or saving or step % log_every == 0:
+                mean_loss = running.item() / (step - logged[0])  # the only wait for the device
+                elapsed = time.perf_counter() - clock
+                per_second = (seen - logged[1]) / elapsed
+                seconds += elapsed
+                line = {"step": step, "loss": round(mean_loss, 4), "lr": rate, "grad_norm": round(float(norm), 4),
+                        "tokens": seen * settings.length, "tokens_per_second": round(per_second * settings.length),
                         "seconds": round(seconds, 2)}
                 if peak:
-                    line["mfu"] = round(rate_seen * flops / peak, 4)
+                    line["mfu"] = round(per_second * flops / peak, 4)
                 write_line(metrics, line)
                 bar.update(step - logged[0])
-                bar.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_second']:,} tokens/s"
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, {line['tokens_per_second']:,} tokens/s"
                                     + (f", MFU {line['mfu']:.0%}" if peak else ""))
                 running.zero_()
-                logged, clock = (step, seen), time.perf_counter()
-            if len(corpus.val) and (step % eval_every == 0 or step == steps):
-                val_loss = validation_loss(model, objective, path, val_set, vocab, device, autocast)
-                write_line(metrics, {"step": step, "val_loss": round(val_loss, 4)})
-                say(f"step {step:6,}  training loss {loss:.3f}  validation loss {val_loss:.3f}  "
-                    f"{line['tokens_per_second']:,} tokens/s")
-                clock = time.perf_counter()
-            if step % save_every == 0 and step < steps:
-                checkpoint()
+                if evaluating:
+                    val_loss = validation_loss(model, objective, path, val_set, vocab, device, autocast)
+                    write_line(metrics, {"step": step, "val_loss": round(val_loss, 4)})
+                    say(f"step {step:6,}  training loss {mean_loss:.3f}  validation loss {val_loss:.3f}  "
+                        f"{line['tokens_per_second']:,} tokens/s")
+                if saving:
+                    checkpoint()
+                logged, clock = (step, seen), time.perf_counter()  # neither validation nor saving counts as training time
         checkpoint()
-    if stop:
+    if stop and step < steps:
         say(f"stopped at step {step}; go on with: python train.py --resume --out {out}")
         return None
     return val_loss
@@ -446,37 +476,29 @@ def parse(argv):
         if args["out"] is None:
             raise BadInput("--resume needs the run folder: --out DIR")
         saved = load_checkpoint(args["out"])["settings"]
-        changed = [name for name, value in given.items()
-                   if name not in MAY_CHANGE and value != (tuple(saved[name]) if name == "mask" else saved[name])]
+        wanted = asdict(Settings(**{**(saved if given.get("objective") in (None, saved["objective"]) else {}), **given}))
+        changed = [name for name in given if name not in MAY_CHANGE and wanted[name] != saved[name]]
         if changed:
             raise BadInput(f"the run in {args['out']} has other settings: " + ", ".join(
-                f"--{name.replace('_', '-')} {saved[name]}, not {given[name]}" for name in changed))
-        if "steps" in given:
-            saved["epochs"] = None
-        given = {**saved, **given}
+                f"--{name.replace('_', '-')} {saved[name]}, not {wanted[name]}" for name in changed))
+        given = {**saved, **({"epochs": None} if "steps" in given else {}), **given}
     settings = Settings(**given)
-    objective = from_options(settings.objective, t=settings.t, mask=settings.mask)
-    choose_path(objective, settings.streams)
-    objective.check(settings.length)
+    objective, path = settings.task()
     if args["out"] is None:
-        two = " two-stream" if settings.streams == 2 and objective.one_stream else ""
+        two = " two-stream" if path == "two-stream" and objective.one_stream else ""
         args["out"] = "runs/" + (describe(objective) + two).replace(" ", "-").replace("=", "")
-    out = Path(args["out"])
-    if not args["resume"] and (out / "ckpt.pt").exists():
-        if not args["overwrite"]:
-            raise BadInput(f"{out} holds a run; go on with it with --resume --out {out}, replace it with --overwrite, "
-                           "or choose another --out")
-        shutil.rmtree(out)
+    if not args["resume"] and not args["overwrite"] and (Path(args["out"]) / "ckpt.pt").exists():
+        raise BadInput(f"{args['out']} holds a run; go on with it with --resume --out {args['out']}, replace it with "
+                       "--overwrite, or choose another --out")
     return settings, args
 
 
 def main(argv=None):
     settings, args = parse(argv)
-    val_loss = train(settings, args["out"], args["resume"], args["device"], args["dtype"], args["compile"],
-                     args["log_every"], args["eval_every"], args["save_every"])
-    if val_loss is not None and not args["no_report"]:
+    out, reported = args.pop("out"), not args.pop("no_report")
+    if train(settings, out, compiled=args.pop("compile"), **args) is not None and reported:
         from evaluate import report  # evaluate.py stands above this file; this is a call at the very end
-        report(args["out"], args["device"])
+        report(out, args["device"])
 
 
 if __name__ == "__main__":

@@ -151,6 +151,12 @@ def test_trained_tokenizers(folder, tmp_path, kind):
         data.load_evaluation(str(tmp_path / "other"), corpus.tokenizer)
 
 
+def test_max_bytes_is_kept_for_each_source(folder, tmp_path):
+    (tmp_path / "one.txt").write_text("0123456789" * 1000)
+    manifest = data.prepare([str(tmp_path / "one.txt")], tmp_path / "a", max_bytes=1000, val=[str(folder)], quiet=True)
+    assert manifest["train"]["bytes"] == 1000 and manifest["val"]["bytes"] == 1000 and manifest["val"]["documents"] == 1
+
+
 def test_hugging_face_data_sets_are_streamed(tmp_path):
     pytest.importorskip("datasets")
     rows = [{"text": f"row {i} of the set\n"} for i in range(50)]

@@ -180,6 +180,8 @@ def test_perplexity_of_other_text(trained, capsys, tmp_path):
     other = json.loads(call(capsys, "perplexity", trained["ar"] / "ckpt.pt", "--data", tmp_path / "other.txt", "--json", "-",
                             "--max-sequences", "5"))
     assert other["results"]["regimes"]["next"]["sequences"] == 5
+    file = json.loads(call(capsys, "perplexity", trained["ar"] / "ckpt.pt", "--json", "-"))
+    assert file["results"]["regimes"] == own["results"]["regimes"]  # the validation part, also from the file
     assert own["results"]["regimes"]["next"]["nll"] != other["results"]["regimes"]["next"]["nll"]
 
 
@@ -191,13 +193,15 @@ def test_generate_command(trained, capsys):
 
 @pytest.mark.parametrize("argv, says", [
     (["perplexity", "nowhere"], "nowhere"), (["perplexity", "{ar}", "--regime", "padded"], "one regime"),
-    (["perplexity", "{ar}", "--data", "no.txt"], "no.txt does not exist"), (["perplexity", "{ar}", "--data", "{short}"], "less than one"),
+    (["perplexity", "{ar}", "--data", "no.txt"], "no.txt does not exist"), (["perplexity", "{ar}", "--data", "{short}"], "at least two"),
     (["generate", "{ar}", "--temperature", "-1"], "cannot be negative"), (["generate", "{ar}", "--order", "confident"], "mlm or vl"),
+    (["generate", "{ar}", "--at-once"], "at-once"), (["generate", "{vl}", "--at-once"], "at-once"),
+    (["perplexity", "{ar}", "--max-sequences", "1"], "at least two"),
     (["perplexity", "{junk}"], "not a whole checkpoint"), (["sing", "{ar}"], "invalid choice"), ([], "command")])
 def test_wrong_uses_are_refused(trained, tmp_path, argv, says):
     (tmp_path / "short.txt").write_text("tiny")
     (tmp_path / "junk.pt").write_bytes(b"junk" * 100)
-    places = {"ar": trained["ar"], "short": tmp_path / "short.txt", "junk": tmp_path / "junk.pt"}
+    places = {"ar": trained["ar"], "vl": trained["vl"], "short": tmp_path / "short.txt", "junk": tmp_path / "junk.pt"}
     with pytest.raises(BadInput, match=says):
         evaluate.main([part.format(**places) for part in argv])
 

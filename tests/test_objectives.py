@@ -87,7 +87,7 @@ def test_vl_with_equal_ends_equals_mlm(make_model):
 
 def test_80_10_10_rule():
     tokens = torch.arange(400)[None].expand(500, -1)  # ids 0..399, so that a changed token shows
-    batch = draw_batch(from_options("mlm", mask=0.5), "mask", tokens, 400, torch.Generator().manual_seed(0))
+    batch = draw_batch(from_options("mlm", mask=0.5), "mask", tokens, 400, torch.Generator().manual_seed(0), "bert")
     target = batch.groups == 2
     changed = batch.tokens != tokens
     n = target.sum().item()
@@ -98,6 +98,12 @@ def test_80_10_10_rule():
     assert torch.equal(batch.labels, tokens.gather(1, batch.targets))
     always = draw_batch(from_options("mlm", mask=0.5), "mask", tokens, 400, torch.Generator().manual_seed(0), "always")
     assert torch.equal(always.blank, always.groups == 2) and torch.equal(always.tokens, tokens)
+
+
+def test_groups_can_be_pinned(way):
+    """CUDA pins a batch in place, which a tensor that repeats its memory refuses."""
+    batch = draw_batch(*way, torch.zeros(3, 8, dtype=torch.long), 11)
+    assert all(0 not in field.stride() for field in batch)
 
 
 def test_dar_first_group_is_uniform():

@@ -14,7 +14,7 @@ import torch
 import train as module
 from data import load_corpus
 from masks import BadInput
-from train import Settings, batch_sizes, learning_rate, load_checkpoint, load_run, parts, train
+from train import Settings, batch_sizes, learning_rate, load_checkpoint, load_run, parts, steps_for, train
 
 ROOT = Path(module.__file__).parent
 SMALL = {"length": 32, "batch_size": 8, "steps": 12, "lr": 2e-3}
@@ -38,8 +38,9 @@ def run(settings, out, **kwargs):
     ids=lambda options: "-".join(map(str, options.values())))
 def test_every_objective_learns_a_period(options, text, tmp_path):
     """Whoever sees any of the other tokens knows this one; the unigram entropy is log 7 = 1.95."""
-    steps = 400 if options["objective"] in ("mlm", "vl") and "streams" not in options else 150
-    settings = Settings(data=text, mask_rule="always", **{**SMALL, "steps": steps, "batch_size": 16}, **options)
+    masks = options["objective"] in ("mlm", "vl") and "streams" not in options
+    more = {"steps": 400, "mask_rule": "always"} if masks else {"steps": 150}
+    settings = Settings(data=text, **{**SMALL, "batch_size": 16, **more}, **options)
     assert run(settings, tmp_path / "run") < 0.5
 
 
@@ -78,8 +79,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(options, text, tmp_path, monkeyp
         assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
     lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
              for name in ("whole", "parts")]
-    assert [line["step"] for line in lines[0]] == [3, 6, 9, 12, 15, 18, 20, 20]
-    assert [line["step"] for line in lines[1]] == [3, 6, 9, 12, 15, 18, 20, 20]
+    assert [line["step"] for line in lines[0]] == [3, 6, 7, 9, 12, 14, 15, 18, 20, 20]
+    assert [line["step"] for line in lines[1]] == [3, 6, 7, 9, 12, 14, 15, 18, 20, 20]
     assert lines[0][-1] == lines[1][-1]  # validation loss
 
 
@@ -131,10 +132,14 @@ def test_triangle_schedule():
 
 
 def test_batch_ramp_and_parts():
-    settings = Settings(batch_size=100, micro_batch=16, batch_ramp=0.6)
+    settings = Settings(batch_size=100, batch_ramp=0.6)
     sizes = batch_sizes(settings, 100)
-    assert sizes[0] == 16 and sizes[60:] == [100] * 40 and sizes == sorted(sizes) and len(set(sizes)) == 7
+    assert sizes[0] == 6 and sizes[60:] == [100] * 40 and sizes == sorted(sizes) and len(set(sizes)) == 17
+    assert abs(sum(sizes[:60]) / 60 - 51) < 1
     assert batch_sizes(Settings(batch_size=7), 3) == [7, 7, 7]
+    for sequences in (1, 999, 10_000):
+        steps = steps_for(settings, sequences)
+        assert sum(batch_sizes(settings, steps)) >= sequences and steps <= 2 + 1.5 * sequences / 100
     for size in range(1, 40):
         cut = parts(size, 16)
         lengths = [b - a for a, b in cut]
@@ -143,7 +148,7 @@ def test_batch_ramp_and_parts():
 
 
 def test_paper_preset_is_the_paper_s():
-    paper = Settings(preset="paper")
+    paper = Settings(preset="paper", objective="mlm")
     assert (paper.batch_size, paper.steps, paper.lr, paper.length, paper.batch_ramp) == (8192, 100_000, 1e-3, 128, 0.6)
     assert (paper.clip, paper.weight_decay, paper.schedule, paper.mask_rule) == (0.5, 0.01, "triangle", "bert")
     assert Settings(preset="paper", batch_size=64).batch_size == 64
@@ -166,7 +171,9 @@ def test_a_run_loads_without_its_data(text, tmp_path):
     (["--lr", "0"], "--lr 0 is not a positive number"), (["--batch-ramp", "1"], "--batch-ramp 1"),
     (["--steps", "-5"], "'-5' is not a whole number"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
     (["--device", "cuda:77"], "--device cuda:77"), (["--resume"], "--out DIR"), (["--preset", "huge"], "tiny"),
-    (["--resume", "--out", "no/run"], "no/run"), (["--length", "1"], "length 1"), (["--obj", "ar"], "--obj"),
+    (["--seed", "-1"], "--seed -1"), (["--mask-rule", "always"], "--mask-rule always is for masks in one stream"),
+    (["--objective", "vl", "--streams", "2", "--mask-rule", "bert"], "two-stream"),
+    (["--steps", "5", "--epochs", "1"], "give one of them"), (["--resume", "--out", "no/run"], "no/run"), (["--length", "1"], "length 1"), (["--obj", "ar"], "--obj"),
 ])
 def test_wrong_uses_are_refused(argv, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -181,7 +188,10 @@ def test_a_run_is_neither_overwritten_nor_mixed(text, tmp_path):
     module.main([*flags, "--out", out])
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     for argv, says in (([*flags], "--overwrite"), (["--resume", "--lr", "0.5"], "--lr 0.002, not 0.5"),
-                       (["--resume"], "has finished its 4 steps")):
+                       (["--resume", "--objective", "dar"], "--objective ar, not dar"),
+                       (["--resume"], "has finished its 4 steps"),
+                       (["--overwrite", "--data", "no.txt", "--device", "cpu"], "holds the tokens|does not exist"),
+                       (["--overwrite", "--device", "cuda:77"], "cuda:77")):
         with pytest.raises(BadInput, match=says):
             module.main([*argv, "--out", out])
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
@@ -206,3 +216,38 @@ def test_the_command_line_end_to_end(text, tmp_path):
     wrong = call("--objective", "vl", "--mask", "0.3")
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+def test_every_step_can_be_evaluated_and_logged(text, tmp_path):
+    """Intervals need not divide each other; the loss in the log is the mean since the last line."""
+    for name, log_every, eval_every in (("a", 1, 12), ("b", 5, 3)):
+        run(Settings(data=text, **SMALL, micro_batch=3), tmp_path / name, log_every=log_every, eval_every=eval_every)
+    a, b = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab")
+    losses = [line["loss"] for line in a if "loss" in line]
+    assert [line["step"] for line in b if "loss" in line] == [3, 5, 6, 9, 10, 12]
+    assert [line["step"] for line in b if "val_loss" in line] == [3, 6, 9, 12]
+    for line, first in zip([line for line in b if "loss" in line], [0, 3, 5, 6, 9, 10]):
+        assert line["loss"] == pytest.approx(sum(losses[first:line["step"]]) / (line["step"] - first), abs=2e-4)
+
+
+def test_other_text_is_never_mistaken_for_the_run_s(text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("xyz" * 3000)
+    settings = {name: Settings(data=path, **SMALL) for name, path in (("text", text), ("other", str(other)))}
+    run(settings["text"], tmp_path / "run")
+    with pytest.raises(BadInput, match="holds the tokens of"):
+        run(settings["other"], tmp_path / "run")
+    run(settings["other"], tmp_path / "run", overwrite=True)
+    with pytest.raises(BadInput, match="does not exist"):
+        run(Settings(data=str(tmp_path / "none"), **SMALL), tmp_path / "run", overwrite=True)
+    assert load_checkpoint(tmp_path / "run")["settings"]["data"] == str(other)
+
+
+def test_resume_with_defaults_spelled_out(text, tmp_path):
+    out = str(tmp_path / "run")
+    base = ["--out", out, "--device", "cpu", "--no-report"]
+    module.main(["--objective", "vl", "--data", text, "--length", "32", "--steps", "3", *base])
+    with pytest.raises(BadInput, match="--mask"):
+        module.main(["--resume", "--mask", "0.1,0.3", "--steps", "5", *base])
+    module.main(["--resume", "--mask", "0.15,0.3", "--steps", "5", *base])
+    assert load_checkpoint(out)["step"] == 5
