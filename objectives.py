@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from masks import (
@@ -377,9 +378,13 @@ def loss_sum(model, batch, path):
     padding.
     """
     features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded=False)
-    chunk = max(1, (2 ** 20 if features.device.type == "cpu" else 2 ** 28) // model.config.vocab)   # 4 MB stay in cache
     return LinearCrossEntropy.apply(features.flatten(0, 1), model.embedding.weight, batch.labels.flatten(),
-                                    batch.weight.flatten(), chunk, torch.is_grad_enabled())
+                                    batch.weight.flatten(), rows_at_once(model), torch.is_grad_enabled())
+
+
+def rows_at_once(model):
+    """How many rows to send through the output layer at a time: on a CPU as many as keep their scores in cache (4 MB)."""
+    return max(1, (2 ** 20 if model.query.device.type == "cpu" else 2 ** 28) // model.config.vocab)
 
 
 def spectral_loss(scores, targets, target_marginal):
@@ -406,6 +411,8 @@ def scores_next(groups):
 @torch.no_grad()
 def target_nll(model, tokens, groups, targets, path, padded=True):
     """-log P of the true tokens at `targets` (B, n) under f -> float32 (B, n). Log-softmax in float32."""
-    features = model(tokens, groups, targets, path, None, padded)
-    logp = torch.log_softmax(model.logits(features), dim=-1, dtype=torch.float32)
-    return -logp.gather(-1, tokens.gather(1, targets)[..., None])[..., 0]
+    features = model(tokens, groups, targets, path, None, padded).flatten(0, 1)
+    labels = tokens.gather(1, targets).flatten()
+    nll = [F.cross_entropy(model.logits(x).float(), y, reduction="none")
+           for x, y in zip(features.split(rows_at_once(model)), labels.split(rows_at_once(model)))]
+    return torch.cat(nll).view(targets.shape)

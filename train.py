@@ -152,9 +152,12 @@ def choose_device(name=None):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def choose_dtype(device, name=None):
@@ -178,8 +181,8 @@ def choose_dtype(device, name=None):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory instead of returning it to the system after every step: a CPU step runs about 20%
-    faster, since its large arrays need no fresh pages."""
+    """Let glibc keep freed memory instead of returning it to the system after every step, so that a CPU step's large
+    arrays need no fresh pages."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)            # M_MMAP_MAX: never a mapping of its own for a large array
@@ -282,13 +285,14 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
         if not quiet:
             tqdm.write(text, file=sys.stderr)
 
+    if not resume and not overwrite and (out / "ckpt.pt").exists():
+        raise BadInput(f"{out} holds a run; go on with it with --resume --out {out}, replace it with --overwrite, or "
+                       "choose another --out")
     device = choose_device(device)
     compiled = device.type == "cuda" if compiled is None else compiled
     content = load_checkpoint(out, device) if resume else None
     dtype = choose_dtype(device, dtype or (content and content["dtype"]))
     torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":
-        keep_freed_memory()
 
     steps = settings.steps
     if resume and (out / "data").exists():
@@ -415,17 +419,20 @@ def maybe_compiled(compiled, say):
     """loss_sum, compiled if asked for; without a working compiler, a note and the plain function."""
     if not compiled:
         return loss_sum
-    fast = torch.compile(loss_sum, dynamic=False)
-    state = {"function": fast}
+    try:
+        functions = [torch.compile(loss_sum, dynamic=False)]
+    except RuntimeError as error:  # this Python or system has no torch.compile
+        say(f"note: no torch.compile here ({error}); going on without it")
+        return loss_sum
 
     def call(*args):
         try:
-            return state["function"](*args)
+            return functions[-1](*args)
         except Exception as error:
-            if state["function"] is loss_sum or not type(error).__module__.startswith("torch._"):
+            if functions[-1] is loss_sum or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             say(f"note: torch.compile does not work here ({type(error).__name__}); going on without it")
-            state["function"] = loss_sum
+            functions.append(loss_sum)
             return loss_sum(*args)
     return call
 
@@ -487,9 +494,6 @@ def parse(argv):
     if args["out"] is None:
         two = " two-stream" if path == "two-stream" and objective.one_stream else ""
         args["out"] = "runs/" + (describe(objective) + two).replace(" ", "-").replace("=", "")
-    if not args["resume"] and not args["overwrite"] and (Path(args["out"]) / "ckpt.pt").exists():
-        raise BadInput(f"{args['out']} holds a run; go on with it with --resume --out {args['out']}, replace it with "
-                       "--overwrite, or choose another --out")
     return settings, args
 
 
