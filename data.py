@@ -144,6 +144,8 @@ def documents(source):
     if source == "pydoc":
         for name, text in pydoc_texts():
             yield Document(name, name if name.startswith("topics.") else name.partition(".")[0], iter([text]))
+    elif not source or source == "hf:":
+        raise BadInput("the name of the data is empty; give a text file, a folder, pydoc or hf:NAME")
     elif source.startswith("hf:"):
         name, _, subset = source[3:].partition("::")
         rows = import_optional("datasets").load_dataset(name, subset or None, split="train", streaming=True)
@@ -158,6 +160,8 @@ def documents(source):
         if root.is_file():
             yield Document(root.name, root.name, read_text(root))
             return
+        if (root / "manifest.json").exists():
+            raise BadInput(f"{source} holds tokens already; give it to train.py --data as it is")
         files = sorted(Path(folder, name) for folder, _, names in os.walk(root) for name in names)
         for path in files:
             name = str(path.relative_to(root))
@@ -170,7 +174,7 @@ def read_text(path):
 
     Bytes that are not UTF-8 become U+FFFD. Blocks end at a line end, or at BLOCK characters where a line is longer.
     """
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace") as file:
             rest = ""
@@ -240,6 +244,9 @@ def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.0
     out = Path(out)
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists and is not an empty folder; choose another --out or remove it")
+    for source in (*sources, *val):
+        if source and out.resolve().is_relative_to(Path(source).resolve()):
+            raise BadInput(f"{out} lies inside the input {source}, which would then be read again; write to another folder")
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val-fraction {val_fraction:g} is not between 0 and 1")
 
@@ -261,8 +268,8 @@ def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.0
         tokenizer = ByteTokenizer()
     else:
         tokenizer_budget = [200 << 20]
-        if vocab < 300:
-            raise BadInput(f"--vocab {vocab} is too small for {tokenizer}: its alphabet alone needs 300")
+        if not 300 <= vocab < 2 ** 31:
+            raise BadInput(f"--vocab {vocab} does not suit {tokenizer}: its alphabet alone needs 300")
         texts = (piece for document in documents_of(sources) if not is_val(document)
                  for block in within(document.blocks, tokenizer_budget) for piece in cut_at_lines(block, 1 << 14))
         tokenizer = TrainedTokenizer.train(tokenizer, vocab, texts)
@@ -412,7 +419,11 @@ def open_tokens(folder):
         found = path.stat().st_size // dtype().itemsize if path.exists() else 0
         if found != tokens:
             raise BadInput(f"{path} holds {found} tokens where the manifest says {tokens}; make the folder anew")
-        arrays[side] = np.memmap(path, dtype, "r") if tokens else np.zeros(0, dtype)
+        if not tokens:
+            raise BadInput(f"{path} is empty; make the folder anew with more text")
+        arrays[side] = np.memmap(path, dtype, "r")
+        if arrays[side][:10_000_000].max() >= tokenizer.vocab:
+            raise BadInput(f"{path} holds ids beyond the vocabulary of {tokenizer.vocab}; make the folder anew")
     return Corpus(str(folder), tokenizer, arrays["train"], arrays["val"], val_bytes)
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data import Sequences, import_optional, load_evaluation
-from masks import BadInput, Parser, command_line, positive
+from masks import BadInput, Parser, command_line, positive, seed
 from objectives import describe, scores_next, target_nll
 from train import choose_device, choose_dtype, load_run
 
@@ -167,10 +167,12 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, at_once=Fals
     def choose(logits):
         """One id for each row of logits (n, vocab)."""
         logits = logits.float().cpu()
+        if not logits.isfinite().all():
+            raise BadInput(f"{run.name} gives scores that are not finite: its training diverged")
         if top_k:
             lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < lowest, -math.inf)
-        if temperature == 0:
+        if temperature < 1e-6:
             return logits.argmax(-1).tolist()
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0].tolist()
 
@@ -320,14 +322,20 @@ def main(argv=None):
     sub.add_argument("--samples", type=positive, default=1)
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     sub.add_argument("--top-k", type=int, default=50, help="0 for all")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument("--at-once", action="store_true", help="dar: the tokens of a group in parallel")
     sub.add_argument("--order", choices=("left", "confident"), default="left",
                      help="mlm and vl: left to right, or the surest mask first")
 
     args = parser.parse_args(argv)
-    if args.command == "generate" and (args.temperature < 0 or args.top_k < 0):
-        raise BadInput(f"--temperature {args.temperature:g} and --top-k {args.top_k} cannot be negative")
+    if args.command == "generate":
+        for name, value in (("temperature", args.temperature), ("top-k", args.top_k)):
+            if not 0 <= value < math.inf:
+                raise BadInput(f"--{name} {value:g} is not a number of at least 0")
+    for name in ("json", "plot"):
+        target = getattr(args, name, None)
+        if target and target != "-" and not Path(target).absolute().parent.is_dir():
+            raise BadInput(f"--{name} {target}: there is no such folder")
     results, run = args.function(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("function", "json", "command")}
     write_json(args.json, {"command": f"evaluate.py {args.command}", "settings": settings, "step": run.step,

@@ -134,6 +134,13 @@ def positive(text):
     return value
 
 
+def seed(text):
+    """An argparse type: a whole number in 0..2^31 - 1."""
+    if not text.isdecimal() or int(text) >= 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2 ** 31 - 1}")
+    return int(text)
+
+
 def ratios(text):
     """An argparse type for --mask: '0.15' -> (0.15,), '0.15,0.3' -> (0.15, 0.3)."""
     try:
@@ -164,10 +171,12 @@ def main(argv=None):
     objectives.add_options(parser)
     parser.add_argument("--length", type=positive, default=8, help="sequence length S")
     parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     args = parser.parse_args(argv)
     objective = objectives.from_options(args.objective, t=args.t, mask=args.mask)
     objective.check(args.length)
+    if args.length > 200:
+        raise BadInput(f"--length {args.length} is too wide to draw; use at most 200")
     groups = objective.groups(256, args.length, torch.Generator().manual_seed(args.seed))
     distinct = list(dict.fromkeys(map(tuple, groups.tolist())))[:args.samples]
     print(f"{objectives.describe(objective)}: {objective.paper}\n")

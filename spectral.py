@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import import_optional
-from masks import BadInput, Parser, command_line, positive
+from masks import BadInput, Parser, command_line, positive, seed
 from objectives import OBJECTIVES, add_options, describe, flag, from_options, spectral_loss
 
 TABLE_9 = {1: (56.2, 82.5), 2: (59.4, 82.9), 3: (59.6, 82.7), 4: (58.8, 82.5)}  # dar's t: linear probe, fine-tuning
@@ -838,7 +838,7 @@ def parse(argv):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(compute=compute, show=show, draw=plot)
         sub.add_argument("--json", metavar="FILE", help="write the results as one JSON object; - for standard output")
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=seed, default=0)
         for option, default, meaning in zip("rsT", toy, ("classes", "positions", "values per class and position")):
             sub.add_argument(f"--{option}", type=positive, default=default, help=f"toy model: {meaning}")
         if toy:

@@ -14,6 +14,8 @@ import itertools
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from data import Sequences, load_corpus, tokenizer_from_json
-from masks import BadInput, Parser, command_line, positive, ratios
+from masks import BadInput, Parser, command_line, positive, ratios, seed
 from model import SIZES, Config, Transformer, flops_per_sequence, parameters
 from objectives import OBJECTIVES, choose_path, describe, draw_batch, from_options, loss_sum
 
@@ -75,7 +77,7 @@ class Settings:
     warmup: float = option(0.0, "share of the budget over which the learning rate also rises from 0", type=float)
     weight_decay: float = option(0.01, "decoupled, on matrices only", type=float)
     clip: float = option(0.5, "largest norm of the gradient", type=float)
-    seed: int = option(0, "of the initial weights, the order of the data and the masks", type=int)
+    seed: int = option(0, "of the initial weights, the order of the data and the masks", type=seed)
 
     def __post_init__(self):
         """Fill in what was left open, and refuse what does not fit together."""
@@ -95,7 +97,7 @@ class Settings:
                                  ("clip", lambda x: x > 0, "a positive number"),
                                  ("epochs", lambda x: 0 < x < math.inf, "a positive number"),
                                  ("weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0"),
-                                 ("seed", lambda x: x >= 0, "a whole number of at least 0"),
+                                 ("steps", lambda x: x <= 10 ** 8, "at most 100 million"),
                                  ("batch_ramp", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
                                  ("warmup", lambda x: 0 <= x < 1, "in 0..1, 1 excluded")):
             value = getattr(self, name)
@@ -133,6 +135,8 @@ def batch_sizes(settings, steps):
 def steps_for(settings, sequences):
     """The fewest steps whose batches make up that many sequences."""
     steps = math.ceil(sequences / settings.batch_size)
+    if steps > 10 ** 8:
+        raise BadInput(f"--epochs {settings.epochs:g} are more than 100 million steps")
     while (missing := sequences - sum(batch_sizes(settings, steps))) > 0:
         steps += math.ceil(missing / settings.batch_size)
     return steps
@@ -155,6 +159,8 @@ def choose_device(name=None):
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise BadInput(f"--device {name} is not one of cuda, mps and cpu")
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -216,9 +222,12 @@ def load_checkpoint(path, device="cpu"):
         raise BadInput(f"{path} does not exist; train.py writes it")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        content["settings"], content["model_config"], content["step"]
+        missing = {"settings", "model_config", "model", "optimizer", "step", "seen", "seconds", "dtype", "tokenizer",
+                   "train_tokens"} - set(content)
     except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
-        raise BadInput(f"{path} is not a whole checkpoint of train.py: {str(error).splitlines()[0][:120]}") from None
+        raise BadInput(f"{path} is not a whole checkpoint of train.py ({type(error).__name__})") from None
+    if missing:
+        raise BadInput(f"{path} is not a whole checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     return content
 
 
@@ -238,9 +247,12 @@ class Run:
 def load_run(path, device="cpu"):
     """The model, objective and tokenizer of a checkpoint, ready for evaluation."""
     content = load_checkpoint(path, device)
-    settings = Settings(**content["settings"])
-    model = Transformer(Config(**content["model_config"])).to(device)
-    model.load_state_dict(content["model"])
+    try:
+        settings = Settings(**content["settings"])
+        model = Transformer(Config(**content["model_config"])).to(device)
+        model.load_state_dict(content["model"])
+    except (TypeError, RuntimeError) as error:
+        raise BadInput(f"{path} was written by another version of the code: {str(error).splitlines()[0]}") from None
     return Run(model.eval(), *settings.task(), tokenizer_from_json(content["tokenizer"]), settings, content["step"], str(path))
 
 
@@ -295,11 +307,8 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
     torch.set_float32_matmul_precision("high")
 
     steps = settings.steps
-    if resume and (out / "data").exists():
-        corpus = load_corpus(str(out / "data"))
-    else:
-        needed = None if settings.epochs else int(1.2 * steps * settings.batch_size * settings.length)
-        corpus = load_corpus(settings.data, out / "data", overwrite, needed)
+    needed = None if settings.epochs else int(1.2 * steps * settings.batch_size * settings.length)
+    corpus = load_corpus(settings.data, out / "data", overwrite, needed)
     if content and (content["tokenizer"], content["train_tokens"]) != (corpus.tokenizer.to_json(), len(corpus.train)):
         raise BadInput(f"{settings.data} is not the data of the run in {out}: other tokens or another tokenizer")
     vocab, separator = corpus.tokenizer.vocab, corpus.tokenizer.separator
@@ -319,10 +328,12 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
         optimizer.load_state_dict(content["optimizer"])
         step, seen, seconds = content["step"], content["seen"], content["seconds"]
         if step >= steps:
-            raise BadInput(f"{out} has finished its {steps} steps; give more with --steps to go on")
+            raise BadInput(f"{out} is at step {step} of {steps}; give more with --steps to go on")
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
         (out / "ckpt.pt").unlink(missing_ok=True)
+        if corpus.name != str(out / "data"):
+            shutil.rmtree(out / "data", ignore_errors=True)  # an overwritten run's text
     metrics = open_metrics(out / "metrics.jsonl", step)
     (out / "config.json").write_text(json.dumps({**asdict(settings), "steps": steps, "path": path}, indent=1) + "\n")
 
@@ -375,6 +386,9 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
             evaluating, saving = step % eval_every == 0 or step == steps, step % save_every == 0 and step < steps
             if evaluating or saving or step % log_every == 0:
                 mean_loss = running.item() / (step - logged[0])  # the only wait for the device
+                if not math.isfinite(mean_loss):
+                    raise BadInput(f"the loss is {mean_loss} at step {step}; try a smaller --lr than {settings.lr:g}. "
+                                   f"{out / 'ckpt.pt'}, if there is one, holds the state before")
                 elapsed = time.perf_counter() - clock
                 per_second = (seen - logged[1]) / elapsed
                 seconds += elapsed
@@ -398,7 +412,7 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
                 logged, clock = (step, seen), time.perf_counter()  # neither validation nor saving counts as training time
         checkpoint()
     if stop and step < steps:
-        say(f"stopped at step {step}; go on with: python train.py --resume --out {out}")
+        say(f"stopped at step {step}; go on with: python train.py --resume --out {shlex.quote(str(out))}")
         return None
     return val_loss
 
@@ -480,8 +494,8 @@ def parse(argv):
     if "steps" in given and "epochs" in given:
         raise BadInput(f"--steps {given['steps']} and --epochs {given['epochs']:g} both set the budget; give one of them")
     if args["resume"]:
-        if args["out"] is None:
-            raise BadInput("--resume needs the run folder: --out DIR")
+        if args["out"] is None or args["overwrite"]:
+            raise BadInput("--resume goes on with the run in a folder: give it as --out DIR, without --overwrite")
         saved = load_checkpoint(args["out"])["settings"]
         wanted = asdict(Settings(**{**(saved if given.get("objective") in (None, saved["objective"]) else {}), **given}))
         changed = [name for name in given if name not in MAY_CHANGE and wanted[name] != saved[name]]
@@ -500,9 +514,12 @@ def parse(argv):
 def main(argv=None):
     settings, args = parse(argv)
     out, reported = args.pop("out"), not args.pop("no_report")
-    if train(settings, out, compiled=args.pop("compile"), **args) is not None and reported:
+    if train(settings, out, compiled=args.pop("compile"), **args) is None:
+        return 130  # stopped by Ctrl-C or SIGTERM
+    if reported:
         from evaluate import report  # evaluate.py stands above this file; this is a call at the very end
         report(out, args["device"])
+    return 0
 
 
 if __name__ == "__main__":

@@ -103,6 +103,10 @@ def test_wrong_folders_are_refused(folder, tmp_path):
     with pytest.raises(BadInput, match="does not exist"):
         data.prepare([str(tmp_path / "nowhere")], tmp_path / "x", quiet=True)
     assert not (tmp_path / "x").exists()
+    with pytest.raises(BadInput, match="lies inside the input"):
+        data.prepare([str(folder)], folder / "out", quiet=True)
+    with pytest.raises(BadInput, match="holds tokens already"):
+        data.prepare([str(out)], tmp_path / "x", quiet=True)
     with open(out / "train.bin", "rb+") as file:
         file.truncate(100)
     with pytest.raises(BadInput, match=r"train\.bin holds 50 tokens"):

@@ -194,7 +194,8 @@ def test_generate_command(trained, capsys):
 @pytest.mark.parametrize("argv, says", [
     (["perplexity", "nowhere"], "nowhere"), (["perplexity", "{ar}", "--regime", "padded"], "one regime"),
     (["perplexity", "{ar}", "--data", "no.txt"], "no.txt does not exist"), (["perplexity", "{ar}", "--data", "{short}"], "at least two"),
-    (["generate", "{ar}", "--temperature", "-1"], "cannot be negative"), (["generate", "{ar}", "--order", "confident"], "mlm or vl"),
+    (["generate", "{ar}", "--temperature", "-1"], "at least 0"), (["generate", "{ar}", "--temperature", "nan"], "nan"),
+    (["perplexity", "{ar}", "--json", "no/such/x.json"], "no such folder"), (["generate", "{ar}", "--order", "confident"], "mlm or vl"),
     (["generate", "{ar}", "--at-once"], "at-once"), (["generate", "{vl}", "--at-once"], "at-once"),
     (["perplexity", "{ar}", "--max-sequences", "1"], "at least two"),
     (["perplexity", "{junk}"], "not a whole checkpoint"), (["sing", "{ar}"], "invalid choice"), ([], "command")])

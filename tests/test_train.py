@@ -171,7 +171,9 @@ def test_a_run_loads_without_its_data(text, tmp_path):
     (["--lr", "0"], "--lr 0 is not a positive number"), (["--batch-ramp", "1"], "--batch-ramp 1"),
     (["--steps", "-5"], "'-5' is not a whole number"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
     (["--device", "cuda:77"], "--device cuda:77"), (["--resume"], "--out DIR"), (["--preset", "huge"], "tiny"),
-    (["--seed", "-1"], "--seed -1"), (["--mask-rule", "always"], "--mask-rule always is for masks in one stream"),
+    (["--seed", "-1"], "'-1' is not a whole number"), (["--seed", "9" * 25], "2147483647"),
+    (["--epochs", "1e9"], "100 million"), (["--device", "meta"], "meta"), (["--data", ""], "empty"),
+    (["--resume", "--overwrite", "--out", "x"], "without --overwrite"), (["--mask-rule", "always"], "--mask-rule always is for masks in one stream"),
     (["--objective", "vl", "--streams", "2", "--mask-rule", "bert"], "two-stream"),
     (["--steps", "5", "--epochs", "1"], "give one of them"), (["--resume", "--out", "no/run"], "no/run"), (["--length", "1"], "length 1"), (["--obj", "ar"], "--obj"),
 ])
@@ -189,7 +191,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(text, tmp_path):
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     for argv, says in (([*flags], "--overwrite"), (["--resume", "--lr", "0.5"], "--lr 0.002, not 0.5"),
                        (["--resume", "--objective", "dar"], "--objective ar, not dar"),
-                       (["--resume"], "has finished its 4 steps"),
+                       (["--resume"], "is at step 4 of 4"),
                        (["--overwrite", "--data", "no.txt", "--device", "cpu"], "does not exist"),
                        (["--overwrite", "--device", "cuda:77"], "cuda:77")):
         with pytest.raises(BadInput, match=says):
@@ -266,3 +268,30 @@ def test_without_a_compiler_there_is_a_note(text, tmp_path, monkeypatch, capsys,
     settings = Settings(data=text, **{**SMALL, "steps": 3})
     assert train(settings, tmp_path / "run", device="cpu", dtype="fp32", compiled=True) is not None
     assert "going on without it" in capsys.readouterr().err
+
+
+def test_a_diverging_run_stops_and_keeps_no_broken_checkpoint(text, tmp_path):
+    with pytest.raises(BadInput, match="smaller --lr than 1e"):
+        run(Settings(data=text, **{**SMALL, "lr": 1e30}), tmp_path / "run")
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_an_overwritten_run_forgets_its_text(text, tmp_path):
+    run(Settings(data=text, **SMALL), tmp_path / "run")
+    run(Settings(**{**SMALL, "steps": 1}), tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda content: content.pop("model"), "lacks model"), (lambda content: content["settings"].update(foo=1), "foo"),
+    (lambda content: content["model"].pop("query"), "another version")])
+def test_damaged_checkpoints(text, tmp_path, damage, says):
+    run(Settings(data=text, **{**SMALL, "steps": 1}), tmp_path / "run")
+    content = load_checkpoint(tmp_path / "run")
+    damage(content)
+    torch.save(content, tmp_path / "run" / "ckpt.pt")
+    with pytest.raises(BadInput, match=says):
+        load_run(tmp_path / "run")
+    (tmp_path / "run" / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(BadInput, match="not a whole checkpoint"):
+        load_run(tmp_path / "run")
