@@ -126,27 +126,33 @@ def print_perplexity(results):
               f"{'':8s}  nll {results['training_order_nll']:.4f}, each token given the groups before its own")
 
 
-def print_by_length(results):
-    """Perplexity against the length of the prefix (Figure 3), in bins that double."""
-    names = list(results["regimes"])
-    print("prefix      " + "".join(f"{name:>12s}" for name in names))
-    last = results["length"] - 1
+def in_bins(curve):
+    """Perplexity over prefix lengths 1, 2-3, 4-7, ... of a `by_length` dict -> [(first, last, perplexity)]."""
+    last = curve["prefix"][-1]
     edges = [2 ** k for k in range(last.bit_length())] + [last + 1]
-    for low, high in itertools.pairwise(edges):
-        cells = [math.exp(np.mean(results["regimes"][name]["by_length"]["nll"][low - 1:high - 1])) for name in names]
-        label = f"{low}" if high == low + 1 else f"{low}-{high - 1}"
-        print(f"{label:12s}" + "".join(f"{cell:12.2f}" for cell in cells))
+    return [(low, high - 1, math.exp(np.mean(curve["nll"][low - 1:high - 1]))) for low, high in itertools.pairwise(edges)]
+
+
+def print_by_length(results):
+    """Perplexity against the length of the prefix (Figure 3)."""
+    columns = {name: in_bins(regime["by_length"]) for name, regime in results["regimes"].items()}
+    print("prefix      " + "".join(f"{name:>12s}" for name in columns))
+    for row in zip(*columns.values()):
+        low, high, _ = row[0]
+        print(f"{str(low) if low == high else f'{low}-{high}':12s}" + "".join(f"{cell:12.2f}" for _, _, cell in row))
 
 
 def plot_by_length(path, curves):
-    """Figure 3: curves is {label: by_length dict}."""
-    plt = import_optional("matplotlib.pyplot")
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    """Figure 3: curves is {label: by_length dict}. Single positions are noisy, so lengths are drawn in doubling bins."""
+    figure, axes = import_optional("matplotlib.pyplot").subplots(figsize=(6, 4), layout="constrained")
     for label, curve in curves.items():
-        x, y, e = (np.array(curve[key]) for key in ("prefix", "nll", "stderr"))
-        axes.plot(x, np.exp(y), label=label, linewidth=1.2)
-        axes.fill_between(x, np.exp(y - e), np.exp(y + e), alpha=0.2)
+        low, high, cells = zip(*in_bins(curve))
+        axes.plot(np.sqrt(np.multiply(low, high)), cells, "o-", label=label)
     axes.set(xlabel="tokens in the prefix", ylabel="perplexity of the next token", xscale="log", yscale="log")
+    axes.set_xticks(low, low)
+    axes.minorticks_off()
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if min(axes.get_ylim()) <= t <= max(axes.get_ylim())]
+    axes.set_yticks(ticks, ticks)
     axes.legend()
     figure.savefig(path, dpi=150)
 
