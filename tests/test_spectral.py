@@ -491,6 +491,7 @@ def test_pictures(tmp_path, capsys):
 
 
 def test_missing_matplotlib_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BadInput, match="pip install matplotlib"):
         spectral.main(["theorem4.3", "--plot", "x.png"])
