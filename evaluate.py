@@ -296,7 +296,8 @@ def report(checkpoint, device=None):
     run = load_run(checkpoint, choose_device(device))
     print(f"\nleft-to-right perplexity of {describe(run.objective)} on a few validation sequences:")
     print_perplexity(perplexity(run, max_sequences=32))
-    prompt = evaluation_sequences(run, count=2)[0][0, :max(1, run.settings.length // 4)].tolist()
+    starts = evaluation_sequences(run, count=32)[0][:, :max(1, run.settings.length // 4)]
+    prompt = max(starts, key=lambda start: start.unique().numel()).tolist()    # prose rather than a table or white space
     ids = generate(run, prompt, run.settings.length // 2)
     print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
     print(f"\nrun folder: {checkpoint}    more: python evaluate.py perplexity {checkpoint} --by-length")

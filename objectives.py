@@ -340,8 +340,8 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i weight_i * -log softmax(x_i E^T)[y_i], one chunk of rows at a time.
 
-    The scores of all rows never exist at once, and each chunk's gradient is computed while its scores are at hand:
-    half the memory traffic of the plain formula, which tests/test_objectives.py compares it with.
+    The scores of all rows never exist at once, and each chunk's gradient is computed while its scores are in cache.
+    tests/test_objectives.py compares it with the plain formula.
     """
 
     @staticmethod
