@@ -12,6 +12,7 @@ A pretraining objective is a rule that gives each token i = 1..S of a sequence a
 Draw it: python masks.py dar --t 2 --length 8
 """
 import argparse
+import os
 import sys
 
 import torch
@@ -98,7 +99,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """--help with defaults, where there are any."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default or action.default == 0 and action.type else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,6 +116,9 @@ def command_line(main):
     """Run `main`; bad input ends with one line `error: ...` on standard error and exit status 2, no traceback."""
     try:
         sys.exit(main())
+    except BrokenPipeError:  # somebody piped the output into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (BadInput, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
