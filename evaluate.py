@@ -326,10 +326,10 @@ def main(argv=None):
     sub = command("generate", generate_command, "sample from the model")
     sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     sub.add_argument("--tokens", type=positive, default=100, help="tokens to add")
-    sub.add_argument("--samples", type=positive, default=1)
+    sub.add_argument("--samples", type=positive, default=1, help="texts, of seeds --seed, --seed + 1, ...")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     sub.add_argument("--top-k", type=int, default=50, help="0 for all")
-    sub.add_argument("--seed", type=seed, default=0)
+    sub.add_argument("--seed", type=seed, default=0, help="of every random choice")
     sub.add_argument("--at-once", action="store_true", help="dar: the tokens of a group in parallel")
     sub.add_argument("--order", choices=("left", "confident"), default="left",
                      help="mlm and vl: left to right, or the surest mask first")

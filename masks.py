@@ -175,7 +175,7 @@ def main(argv=None):
     objectives.add_options(parser)
     parser.add_argument("--length", type=positive, default=8, help="sequence length S")
     parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of every random choice")
     args = parser.parse_args(argv)
     objective = objectives.from_options(args.objective, t=args.t, mask=args.mask)
     objective.check(args.length)

@@ -838,7 +838,7 @@ def parse(argv):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(compute=compute, show=show, draw=plot)
         sub.add_argument("--json", metavar="FILE", help="write the results as one JSON object; - for standard output")
-        sub.add_argument("--seed", type=seed, default=0)
+        sub.add_argument("--seed", type=seed, default=0, help="of every random choice")
         for option, default, meaning in zip("rsT", toy, ("classes", "positions", "values per class and position")):
             sub.add_argument(f"--{option}", type=positive, default=default, help=f"toy model: {meaning}")
         if toy:

@@ -194,7 +194,7 @@ def test_a_new_objective_is_one_function(monkeypatch, make_run):
         one_stream = "mask"
 
         def groups(self, batch, length, generator=None):
-            return (1 + torch.arange(length) % 2).expand(batch, length)
+            return (1 + torch.arange(length) % 2).repeat(batch, 1)
 
     monkeypatch.setitem(OBJECTIVES, "second", EverySecond)
     objective = from_options("second")
