@@ -365,7 +365,10 @@ def load_corpus(source, cache=None, replace=False, hf_bytes=None):
     if source == "pydoc":
         return in_memory("pydoc", documents("pydoc"), ByteTokenizer(), 0.1)
     cache = Path(cache)
-    known = json.loads((cache / "manifest.json").read_text())["sources"] if (cache / "manifest.json").exists() else None
+    try:
+        known = json.loads((cache / "manifest.json").read_text())["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None  # not there, or damaged: `prepare` refuses to write over it
     if known not in (None, [source]) and not replace:
         raise BadInput(f"{cache} holds the tokens of {', '.join(known)}, not of {source}; choose another --out or remove it")
     if known != [source]:

@@ -243,6 +243,9 @@ def test_other_text_is_never_mistaken_for_the_run_s(text, tmp_path):
     with pytest.raises(BadInput, match="holds the tokens of"):
         run(settings["other"], tmp_path / "run")
     run(settings["other"], tmp_path / "run", overwrite=True)
+    (tmp_path / "run" / "data" / "manifest.json").write_text("{")
+    with pytest.raises(BadInput, match="not an empty folder"):
+        run(settings["other"], tmp_path / "run", resume=True)
     with pytest.raises(BadInput, match="does not exist"):
         run(Settings(data=str(tmp_path / "none"), **SMALL), tmp_path / "run", overwrite=True)
     assert load_checkpoint(tmp_path / "run")["settings"]["data"] == str(other)
