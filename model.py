@@ -151,8 +151,8 @@ class Transformer(nn.Module):
         The embedding and the query are as large as the scaled positions they are added to, 1 / sqrt(2 D) for each
         element. Matrices are normal(0, sqrt(0.4 / D)), those at the end of a feed-forward divided by sqrt(2 layers).
         Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter 2023): queries and
-        keys are one map, twice as large, and the output map is the transpose of the values' over sqrt(layers). With
-        independent maps, small masked models stay at the unigram loss for millions of tokens.
+        keys are one map, twice as large, and the output map is the transpose of the values' over sqrt(layers). Otherwise
+        small masked models can stay at the unigram loss for millions of tokens (README, results).
         """
         D, L = self.config.width, self.config.layers
         for name, parameter in self.named_parameters():
