@@ -217,6 +217,21 @@ class Transformer(nn.Module):
 
         return self.norm(x)
 
+    def encode(self, tokens, padding=None, causal=False, every_layer=False):
+        """The content stream of every token, for classifiers: as if all of f were 1, or 1, 2, ..., S where `causal`.
+
+        tokens (B, S); padding (B, S) bool, True where there is no token, at the end of a sequence only.
+        Returns (B, S, D) after the final norm; with every_layer a list of layers + 1 of them, the embedding first, all but
+        the last without that norm.
+        """
+        x = self.dropout(self.embedding_norm(self.embed(tokens)))
+        bias = None if padding is None or causal else additive(~padding[:, None, None, :], compute_dtype(x.device))
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1], tokens.shape[1], bias, causal))
+        states[-1] = self.norm(states[-1])
+        return states if every_layer else states[-1]
+
     def next_features(self, tokens, cache, first=0):
         """Causal generation: tokens (B, N) at positions first.. -> feature (B, D) that predicts the token after them.
 

@@ -175,3 +175,22 @@ def test_target_positions_have_a_static_shape():
         assert positions[:len(expected)].tolist() == expected and w.tolist() == [1.0] * len(expected) + [0.0] * (8 - len(expected))
     with pytest.raises(ValueError):
         target_positions(groups, 3)
+
+
+def test_encode_is_the_content_stream_of_the_training_paths(make_model):
+    """Causal features are those that predict the next token, full ones those of a mask path without a mask; padding at
+    the end changes nothing."""
+    model = make_model(length=9)
+    tokens = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(1, 9).expand(3, -1)
+    causal = model.encode(tokens, causal=True)
+    torch.testing.assert_close(causal[:, :-1], model(tokens, ar_groups(9).expand(3, -1), targets, "causal"))
+    full = model.encode(tokens)
+    ones = torch.ones_like(tokens)
+    torch.testing.assert_close(full[:, 1:], model(tokens, ones, targets, "mask"))
+    assert not torch.allclose(full, causal)
+    padding = torch.arange(9).expand(3, -1) >= 6
+    for how in (True, False):
+        states = model.encode(tokens, padding, how, every_layer=True)
+        torch.testing.assert_close(states[-1][:, :6], model.encode(tokens[:, :6], causal=how))
+        assert len(states) == 4
