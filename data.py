@@ -277,40 +277,42 @@ def prepare(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.0
     partial = out.with_name(out.name + ".partial")  # renamed when complete
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dtype = token_type(tokenizer.vocab)
-    counts = {side: {"documents": 0, "tokens": 0, "bytes": 0, "replaced": 0} for side in ("train", "val")}
-    bar = tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=quiet or not sys.stderr.isatty())
-    with open(partial / "train.bin", "wb") as train_file, open(partial / "val.bin", "wb") as val_file:
-        for names, forced in ((sources, None), (val, "val")):
-            for document in documents_of(names):
-                side = forced or ("val" if is_val(document) else "train")
-                file, count = (val_file if side == "val" else train_file), counts[side]
-                count["documents"] += 1
-                for block in document.blocks:
-                    size = len(block.encode("utf-8", "replace"))
-                    ids = tokenizer.encode(block).astype(dtype)
-                    ids.tofile(file)
-                    count["tokens"] += len(ids)
-                    count["bytes"] += size
-                    count["replaced"] += block.count("\ufffd")
-                    bar.update(size)
-                np.array([tokenizer.separator], dtype).tofile(file)
-                count["tokens"] += 1
-    bar.close()
-    if counts["train"]["bytes"] == 0:
-        shutil.rmtree(partial)
-        raise BadInput(f"no text in {', '.join(map(str, sources))}" +
-                       (" outside the validation documents" if counts["val"]["bytes"] else ""))
-    if counts["val"]["tokens"] == 0:
-        cut_tail(partial, counts, dtype, val_fraction)
-    text = tokenizer.to_json()
-    (partial / "tokenizer.json").write_text(text)
-    manifest = {"format": 1, "tokenizer": tokenizer.kind, "vocab": tokenizer.vocab, "dtype": dtype.__name__,
-                "tokenizer_sha256": sha256(text), "sources": [str(s) for s in sources],
-                "val_sources": [str(s) for s in val], **counts}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(out, ignore_errors=True)  # empty, or to be replaced
-    partial.rename(out)
+    try:
+        dtype = token_type(tokenizer.vocab)
+        counts = {side: {"documents": 0, "tokens": 0, "bytes": 0, "replaced": 0} for side in ("train", "val")}
+        bar = tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=quiet or not sys.stderr.isatty())
+        with open(partial / "train.bin", "wb") as train_file, open(partial / "val.bin", "wb") as val_file:
+            for names, forced in ((sources, None), (val, "val")):
+                for document in documents_of(names):
+                    side = forced or ("val" if is_val(document) else "train")
+                    file, count = (val_file if side == "val" else train_file), counts[side]
+                    count["documents"] += 1
+                    for block in document.blocks:
+                        size = len(block.encode("utf-8", "replace"))
+                        ids = tokenizer.encode(block).astype(dtype)
+                        ids.tofile(file)
+                        count["tokens"] += len(ids)
+                        count["bytes"] += size
+                        count["replaced"] += block.count("\ufffd")
+                        bar.update(size)
+                    np.array([tokenizer.separator], dtype).tofile(file)
+                    count["tokens"] += 1
+        bar.close()
+        if counts["train"]["bytes"] == 0:
+            raise BadInput(f"no text in {', '.join(map(str, sources))}" +
+                           (" outside the validation documents" if counts["val"]["bytes"] else ""))
+        if counts["val"]["tokens"] == 0:
+            cut_tail(partial, counts, dtype, val_fraction)
+        text = tokenizer.to_json()
+        (partial / "tokenizer.json").write_text(text, encoding="utf-8")
+        manifest = {"format": 1, "tokenizer": tokenizer.kind, "vocab": tokenizer.vocab, "dtype": dtype.__name__,
+                    "tokenizer_sha256": sha256(text), "sources": [str(s) for s in sources],
+                    "val_sources": [str(s) for s in val], **counts}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(out, ignore_errors=True)  # empty, or to be replaced
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -366,8 +368,8 @@ def load_corpus(source, cache=None, replace=False, hf_bytes=None):
         return in_memory("pydoc", documents("pydoc"), ByteTokenizer(), 0.1)
     cache = Path(cache)
     try:
-        known = json.loads((cache / "manifest.json").read_text())["sources"]
-    except (OSError, ValueError, KeyError, TypeError):
+        known = [str(name) for name in json.loads((cache / "manifest.json").read_text())["sources"]]
+    except Exception:  # noqa: BLE001
         known = None  # not there, or damaged: `prepare` refuses to write over it
     if known not in (None, [source]) and not replace:
         raise BadInput(f"{cache} holds the tokens of {', '.join(known)}, not of {source}; choose another --out or remove it")
@@ -412,9 +414,9 @@ def open_tokens(folder):
         manifest = json.loads((folder / "manifest.json").read_text())
         dtype = {"uint16": np.uint16, "uint32": np.uint32}[manifest["dtype"]]
         sizes = {side: manifest[side]["tokens"] for side in ("train", "val")}
-        val_bytes = int(manifest["val"]["bytes"])
-        tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text())
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        val_bytes = max(1, int(manifest["val"]["bytes"]))
+        tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
         raise BadInput(f"{folder} is not a whole token folder ({error!r}); make it anew with python data.py text") from None
     arrays = {}
     for side, tokens in sizes.items():
@@ -440,14 +442,17 @@ class Sequences:
     def __init__(self, tokens, length, separator, seed=None):
         self.tokens, self.length, self.separator, self.seed = tokens, length, separator, seed
         self.epoch, self.order = -1, None
+        self.total = len(tokens)
 
     def __len__(self):
         return math.ceil(len(self.tokens) / self.length)
 
-    def batch(self, start, size):
-        """Sequences start .. start + size - 1, counted over epochs -> LongTensor (size, length). seed None: in order."""
-        rows = np.full((size, self.length), self.separator, dtype=np.int64)
-        for row, number in zip(rows, range(start, start + size)):
+    def batch(self, start, size, part=slice(None)):
+        """Sequences start .. start + size - 1, counted over epochs, or a part of these -> LongTensor (size, length). seed
+        None: in order."""
+        numbers = range(start, start + size)[part]
+        rows = np.full((len(numbers), self.length), self.separator, dtype=np.int64)
+        for row, number in zip(rows, numbers):
             epoch, k = divmod(number, len(self))
             if self.seed is not None:
                 if epoch != self.epoch:
@@ -461,6 +466,7 @@ class Sequences:
 # ---------------------------------------------------------------------------- command line
 
 def main(argv=None):
+    import images  # stands beside this file and is needed by this command alone
     parser = Parser(description="Prepare data for train.py.")
     commands = parser.add_subparsers(dest="command", required=True)
     text = commands.add_parser("text", help="tokenize text into a folder of memory-mapped ids")
@@ -471,7 +477,10 @@ def main(argv=None):
     text.add_argument("--val", nargs="+", default=[], metavar="INPUT", help="validation text; default: a share of INPUT")
     text.add_argument("--val-fraction", type=float, default=0.05, help="that share, by document")
     text.add_argument("--max-bytes", type=positive, help="stop after about that much text of each INPUT")
+    images.add_options(commands.add_parser("images", help="decode and resize images into a memory-mapped folder"))
     args = parser.parse_args(argv)
+    if args.command == "images":
+        return images.prepare_command(args)
     manifest = prepare(args.inputs, args.out, args.tokenizer, args.vocab, args.val, args.val_fraction, args.max_bytes)
     for side in ("train", "val"):
         count = manifest[side]

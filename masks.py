@@ -13,6 +13,7 @@ Draw it: python masks.py dar --t 2 --length 8
 """
 import argparse
 import os
+import re
 import sys
 
 import torch
@@ -28,15 +29,16 @@ def ar_groups(length):
 def dar_groups(length, t, first):
     """Diversity-enhanced autoregressive, L_semi,t (Eq. 6): a first group of `first` tokens, then groups of `t`.
 
-    f(i) = 1 + max(0, ceil((i - first) / t)), i from 1. `first` is an int, giving (S,), or a LongTensor (B,), giving
-    (B, S). With `first` uniform in 1..t, every pair (context 1..k, target p), k < p <= min(k + t, S), is equally
+    f(i) = 1 + max(0, ceil((i - first) / t)), i from 1. `first`, and `t` too, is an int, giving (S,), or a LongTensor (B,),
+    giving (B, S). With `first` uniform in 1..t, every pair (context 1..k, target p), k < p <= min(k + t, S), is equally
     likely. t = 1 is the autoregressive case.
     """
-    first = torch.as_tensor(first)
-    if t < 1 or bool((first < 1).any()):
-        raise BadInput(f"groups need t >= 1 and a first group of at least 1 token, got t = {t}, first = {first.tolist()}")
+    first, t = torch.as_tensor(first)[..., None], torch.as_tensor(t)[..., None]
+    if bool((t < 1).any() or (first < 1).any()):
+        raise BadInput(f"groups need t >= 1 and a first group of at least 1 token, got t = {t[..., 0].tolist()}, "
+                       f"first = {first[..., 0].tolist()}")
     i = torch.arange(1, length + 1)
-    return 1 + ((i - first[..., None] + t - 1) // t).clamp(min=0)
+    return 1 + ((i - first + t - 1) // t).clamp(min=0)
 
 
 def masked_groups(batch, length, ratio, generator=None):
@@ -114,6 +116,7 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(main):
     """Run `main`; bad input ends with one line `error: ...` on standard error and exit status 2, no traceback."""
+    sys.stdout.reconfigure(errors="replace")  # where the locale has no sign for a character, a question mark
     try:
         sys.exit(main())
     except BrokenPipeError:  # somebody piped the output into head
@@ -121,6 +124,12 @@ def command_line(main):
         sys.exit(0)
     except (BadInput, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # NumPy raises the former, PyTorch the latter
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print(f"error: not enough memory ({str(error).splitlines()[0] if str(error) else 'no details'}); "
+              "use smaller batches, a smaller model or less data", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -143,6 +152,12 @@ def seed(text):
     if not text.isdecimal() or int(text) >= 2 ** 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2 ** 31 - 1}")
     return int(text)
+
+
+def group_size(text):
+    """An argparse type for --t: '2' -> 2, '1,2' -> (1, 2)."""
+    sizes = tuple(positive(part) for part in text.split(","))
+    return sizes if len(sizes) > 1 else sizes[0]
 
 
 def ratios(text):

@@ -2,16 +2,20 @@
 
     causal       one stream, ordinary GPT: f = 1, 2, ..., S; position p - 1 predicts token p
     mask         one stream, ordinary BERT: f in {1, 2}; targets are replaced by a [MASK] vector
+    mae          f in {1, 2}, images: the stream holds the given tokens only, a light decoder adds the [MASK]s (He et al. 2021)
     two-stream   any f: a content stream h that sees itself and a query stream g that does not (Eq. 23, 24)
 
-The [MASK] vector of the second way and the start of the query stream of the third are one parameter: a query *is* a
+The [MASK] vector of the second way and the start of the query stream of the last are one parameter: a query *is* a
 [MASK] that nothing else can see. Every way returns the features of the target positions only.
+
+Text and images differ at the two ends alone. A token is an id, embedded by a table that also scores the output; or it is
+a patch of pixels, embedded and predicted by linear maps, at a two-dimensional position.
 
 Architecture (the Cramming protocol, paper Sec. 5.1): pre-norm with a final norm, GEGLU feed-forward, no biases, scaled
 sinusoidal positions, a norm after the embedding, output layer tied to the embedding.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,7 @@ from torch import nn
 
 from masks import BadInput, content_mask, query_mask
 
-PATHS = ("causal", "mask", "two-stream")
+PATHS = ("causal", "mask", "mae", "two-stream")
 
 SIZES = {
     "tiny": {"layers": 4, "width": 128, "heads": 4},      # 0.7M parameters without the embedding: minutes on a CPU
@@ -28,25 +32,48 @@ SIZES = {
     "base": {"layers": 12, "width": 768, "heads": 12},    # 71M
     "paper": {"layers": 16, "width": 768, "heads": 12},   # 94M
 }
+VIT_SIZES = {  # and for the mae path the decoder's layers, width and heads
+    "vit-tiny": {"layers": 4, "width": 128, "heads": 4, "decoder": (1, 64, 2)},       # 0.7M: CIFAR-10 on a CPU
+    "vit-small": {"layers": 12, "width": 384, "heads": 6, "decoder": (8, 256, 8)},    # 18M
+    "vit-base": {"layers": 12, "width": 768, "heads": 12, "decoder": (8, 512, 16)},   # 71M
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    vocab: int
+    vocab: int            # 0 for images
     length: int = 128     # longest sequence
     layers: int = 4
     width: int = 128
     heads: int = 4
     dropout: float = 0.0  # 0 in pretraining, 0.1 in fine-tuning
+    patch: int = 0        # images: side of a patch in pixels; a sequence is a square of patches, in raster order
+    mean: tuple = ()      # images: of each channel over the training set, in 0..1
+    std: tuple = ()
+    norm_pix: bool = False  # images: predict pixels relative to the mean and the spread of their own patch
+    decoder: tuple = ()   # the mae path: layers, width and heads of its decoder
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
             raise BadInput(f"width {self.width} does not divide into {self.heads} heads of even size")
+        if self.patch and (self.width % 4 or math.isqrt(self.length) ** 2 != self.length):
+            raise BadInput(f"an image is a square of patches and its positions take a width that 4 divides: "
+                           f"got {self.length} patches, width {self.width}")
 
     @property
     def hidden(self):
         """Units of the feed-forward after the gate; the layer before it is twice as wide."""
         return 2 * self.width
+
+    @property
+    def values(self):
+        """Numbers in a patch."""
+        return len(self.mean) * self.patch ** 2
+
+    @property
+    def size(self):
+        """Side of an image in pixels."""
+        return math.isqrt(self.length) * self.patch
 
 
 class Attention(nn.Module):
@@ -128,20 +155,51 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
+class Decoder(nn.Module):
+    """Of the mae path: the encoded given tokens and a [MASK] at every other position in, features of the targets out."""
+
+    def __init__(self, config):
+        super().__init__()
+        layers, width, heads = config.decoder
+        inner = replace(config, layers=layers, width=width, heads=heads)
+        self.embedding = nn.Linear(config.width, width, bias=False)
+        self.query = nn.Parameter(torch.empty(width))
+        self.position_scale = nn.Parameter(torch.empty(1))
+        self.register_buffer("positions", grid_sinusoids(config.length, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(inner) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, bias=False)
+
+    def forward(self, x, given, filler, targets, bias=None):
+        """x (B, v, D) encoded tokens of the positions given (B, v), except where filler (B, v) is True -> (B, n, width)."""
+        S = len(self.positions)
+        x = torch.where(filler[..., None], self.query.to(x.dtype), self.embedding(x))
+        h = self.query.to(x.dtype).expand(len(x), S, -1).scatter(1, given[..., None].expand(-1, -1, x.shape[-1]), x)
+        h = h + self.position_scale * self.positions
+        for block in self.blocks[:-1]:
+            h = block(h, S, bias)
+        return self.norm(self.blocks[-1](h, S, bias, rows=lambda h: take(h, targets)))
+
+
 class Transformer(nn.Module):
-    """Token ids and group indices in, features of the target positions out."""
+    """Tokens - ids or patches - and group indices in, features of the target positions out."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.width)
+        if config.patch:
+            self.embedding = nn.Linear(config.values, config.width, bias=False)
+            self.pixels = nn.Linear(config.decoder[1] if config.decoder else config.width, config.values)
+        else:
+            self.embedding = nn.Embedding(config.vocab, config.width)  # its weight is also the output layer's
         self.query = nn.Parameter(torch.empty(config.width))           # [MASK], and g^(0) of the query stream
-        self.position_scale = nn.Parameter(torch.empty(()))
-        self.register_buffer("positions", sinusoids(config.length, config.width), persistent=False)
+        self.position_scale = nn.Parameter(torch.empty(1))
+        positions = grid_sinusoids if config.patch else sinusoids
+        self.register_buffer("positions", positions(config.length, config.width), persistent=False)
         self.embedding_norm = nn.LayerNorm(config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
+        self.decoder = Decoder(config) if config.decoder else None
         self.initialise()
 
     @torch.no_grad()
@@ -154,34 +212,40 @@ class Transformer(nn.Module):
         keys are one map, twice as large, and the output map is the transpose of the values' over sqrt(layers). Otherwise
         small masked models can stay at the unigram loss for millions of tokens (README, results).
         """
-        D, L = self.config.width, self.config.layers
-        for name, parameter in self.named_parameters():
-            if name in ("embedding.weight", "query"):
-                parameter.normal_(std=(2 * D) ** -0.5)
-            elif parameter.dim() == 2:
-                parameter.normal_(std=(0.4 / D) ** 0.5)
-        for block in self.blocks:
-            q, kv, out = block.attention.q.weight, block.attention.kv.weight, block.attention.out.weight
-            kv[:D] = q.mul_(2)
-            out.copy_(kv[D:].T / math.sqrt(L))
-            block.feed_forward.down.weight.div_(math.sqrt(2 * L))
-        self.position_scale.fill_(D ** -0.5)
+        if self.config.patch:
+            self.pixels.weight.normal_(std=0.02)
+            self.pixels.bias.zero_()
+        for stack in filter(None, (self, self.decoder)):
+            D, L = len(stack.query), len(stack.blocks)
+            inputs = getattr(stack.embedding, "in_features", 1)       # a table has one input, the id
+            stack.embedding.weight.normal_(std=(2 * D * inputs) ** -0.5)
+            stack.query.normal_(std=(2 * D) ** -0.5)
+            stack.position_scale.fill_(D ** -0.5)
+            for block in stack.blocks:
+                for matrix in block.parameters():
+                    if matrix.dim() == 2:
+                        matrix.normal_(std=(0.4 / D) ** 0.5)
+                q, kv, out = block.attention.q.weight, block.attention.kv.weight, block.attention.out.weight
+                kv[:D] = q.mul_(2)
+                out.copy_(kv[D:].T / math.sqrt(L))
+                block.feed_forward.down.weight.div_(math.sqrt(2 * L))
 
     def embed(self, tokens, first=0):
-        """tokens (B, N) at positions first, first + 1, ... -> (B, N, D), before the norm."""
+        """tokens (B, N) or patches (B, N, values) at positions first, first + 1, ... -> (B, N, D), before the norm."""
         return self.embedding(tokens) + self.position_scale * self.positions[first:first + tokens.shape[1]]
 
-    def forward(self, tokens, groups, targets, path, blank=None, padded=True):
+    def forward(self, tokens, groups, targets, path, blank=None, padded=True, given=None):
         """Features from which the targets are predicted.
 
-        tokens  (B, S) ids; where `blank` (mask path) or f > 1 (two-stream, causal) a target's own id is not read by its
-                own prediction
+        tokens  (B, S) ids or (B, S, values) patches; where `blank` (mask path) or f > 1 (the others) a target's own token
+                is not read by its own prediction
         groups  (B, S) group indices f
         targets (B, n) positions to predict; entries that are no target (f <= 1) give a feature that means nothing
         path    one of PATHS
         blank   (B, S) bool, mask path: where the input is [MASK]; by default wherever f > 1
-        padded  False promises that no f is 0, which saves the mask path its attention mask
-        Returns (B, n, D).
+        padded  False promises that no f is 0, which saves the mask and mae paths an attention mask
+        given   (B, v) mae path: the positions with f = 1, then any others up to the v of static shape
+        Returns (B, n, D), of the decoder's width on the mae path.
         """
         S, dtype = tokens.shape[1], compute_dtype(tokens.device)
         if path == "causal":
@@ -198,6 +262,18 @@ class Transformer(nn.Module):
             for block in self.blocks[:-1]:
                 x = block(x, S, bias)
             x = self.blocks[-1](x, S, bias, rows=lambda x: take(x, targets))
+
+        elif path == "mae":
+            if given is None:
+                given = (groups != 1).long().argsort(dim=1, stable=True)[:, :int((groups == 1).sum(1).max())]
+            filler = groups.gather(1, given) != 1
+            x = self.dropout(self.embedding_norm(take(self.embed(tokens), given)))
+            # Where v + n = S every sequence has exactly v given tokens, and nothing needs to be masked.
+            bias = additive(~filler[:, None, None, :], dtype) if padded or given.shape[1] + targets.shape[1] > S else None
+            for block in self.blocks:
+                x = block(x, given.shape[1], bias)
+            return self.decoder(self.norm(x), given, filler, targets,
+                                additive((groups > 0)[:, None, None, :], dtype) if padded else None)
 
         else:
             # Content rows, then one query row for each target: [h; g] (B, S + n, D). One attention call per layer
@@ -259,6 +335,14 @@ def sinusoids(length, width):
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
+def grid_sinusoids(length, width):
+    """Two-dimensional positions (length, width) of a square in raster order: half of the width for the row, half for the
+    column (MAE)."""
+    side = math.isqrt(length)
+    line = sinusoids(side, width // 2)
+    return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
+
+
 def parameters(model):
     """Number of parameters (with the embedding, without it)."""
     total = sum(p.numel() for p in model.parameters())
@@ -268,12 +352,22 @@ def parameters(model):
 def flops_per_sequence(config, path, length, targets):
     """Floating-point operations of the matrix products that one training step does for one sequence.
 
-    `targets` rows go through the output layer. Forward once, backward twice. Attention counts what the kernel needs:
-    half of S^2 for the causal path. Used for model FLOP utilisation.
+    `targets` rows go through the output layer, and on the mae path all others through the encoder. Forward once, backward
+    twice. Attention counts what the kernel needs: half of S^2 for the causal path. Used for model FLOP utilisation.
     """
-    D, S, n, L = config.width, length, targets, config.layers
-    query, keys, rest = D * D, 2 * D * D, D * D + 3 * D * config.hidden       # weights of q; of k and v; of the others
-    rows = {"causal": [S] * L, "mask": [S] * (L - 1) + [n], "two-stream": [S + n] * (L - 1) + [n]}[path]
-    visible = S / 2 if path == "causal" else S
-    macs = sum(r * (query + rest) + S * keys + 2 * r * visible * D for r in rows) + n * D * config.vocab
+    S, n = length, targets
+
+    def stack(D, rows, content, share=1.0):
+        """Multiply-adds of layers that send `rows[l]` rows through attention to `content` rows and the feed-forward."""
+        row = D * D + D * D + 3 * D * 2 * D                                   # q, attention's output, feed-forward
+        return sum(r * row + content * 2 * D * D + 2 * r * content * share * D for r in rows)
+
+    D, L, width = config.width, config.layers, config.width
+    if path == "mae":
+        layers, width, _ = config.decoder
+        macs = stack(D, [S - n] * L, S - n) + (S - n) * D * width + stack(width, [S] * (layers - 1) + [n], S)
+    else:
+        rows = {"causal": [S] * L, "mask": [S] * (L - 1) + [n], "two-stream": [S + n] * (L - 1) + [n]}[path]
+        macs = stack(D, rows, S, 0.5 if path == "causal" else 1.0)
+    macs += n * width * config.values + S * D * config.values if config.patch else n * D * config.vocab
     return 2 * 3 * macs

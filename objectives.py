@@ -29,15 +29,15 @@ from masks import (
     BadInput,
     ar_groups,
     dar_groups,
+    group_size,
     hidden_count,
     masked_groups,
     permutation_groups,
-    positive,
     prefix_groups,
     query_mask,
     ratios,
 )
-from model import compute_dtype
+from model import compute_dtype, take
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Objective:
     def max_targets(self, length):
         """An upper bound on the number of targets of one sequence. It fixes the shape of the output layer's input."""
         return length - 1
+
+    def min_targets(self, length):
+        """A lower bound on it. On the mae path it fixes the shape of the encoder's input: all tokens but these."""
+        return 1
 
     def outcomes(self, length, limit=200_000):
         """The distribution of f where it can be listed: (f LongTensor (K, S), probability double (K,)), or None when
@@ -94,25 +98,43 @@ class Autoregressive(Objective):
 
 @dataclass(frozen=True)
 class DiversityEnhanced(Objective):
-    """L_semi,t (Eq. 6), the paper's way to L_dar,t (Eq. 3): predict t tokens in parallel, first group uniform in 1..t."""
+    """L_semi,t (Eq. 6), the paper's way to L_dar,t (Eq. 3): predict t tokens in parallel, first group uniform in 1..t.
+
+    With a range (low, high), as in Table 9, each sequence draws its own t.
+    """
 
     t: int = 2
     paper = "diversity-enhanced autoregressive, L_semi,t (Eq. 6)"
 
+    def ts(self):
+        """All t that a sequence may draw, equally likely."""
+        low, high = self.t if isinstance(self.t, tuple) else (self.t, self.t)
+        return range(low, high + 1)
+
     def groups(self, batch, length, generator=None):
-        return dar_groups(length, self.t, torch.randint(1, self.t + 1, (batch,), generator=generator))
+        ts = self.ts()
+        t = torch.randint(ts[0], ts[-1] + 1, (batch,), generator=generator) if len(ts) > 1 else torch.full((batch,), ts[0])
+        first = 1 + (torch.rand(batch, generator=generator) * t).long()
+        return dar_groups(length, t, first)
 
     def outcomes(self, length, limit=200_000):
-        return equally_likely(dar_groups(length, self.t, torch.arange(1, self.t + 1)))
+        groups = [dar_groups(length, t, torch.arange(1, t + 1)) for t in self.ts()]
+        return torch.cat(groups), torch.cat([torch.full((t,), 1 / t / len(groups), dtype=torch.float64) for t in self.ts()])
 
     def left_to_right(self, length, path):
-        # Over the t first-group sizes each token is first in its group exactly once: a true next-token probability.
-        return {"next": dar_groups(length, self.t, torch.arange(1, self.t + 1))}
+        # Over the t first-group sizes each token is first in its group exactly once: a true next-token probability. Of a
+        # range, the smallest t takes the fewest passes.
+        t = self.ts()[0]
+        return {"next": dar_groups(length, t, torch.arange(1, t + 1))}
 
     def check(self, length):
         super().check(length)
-        if not 1 <= self.t < length:
-            raise BadInput(f"--t {self.t} is not in 1..{length - 1}: a group is shorter than the sequence of {length}")
+        if not 1 <= self.ts()[0] <= self.ts()[-1] < length:
+            raise BadInput(f"--t {show(self.t)} is not in 1..{length - 1}: a group is shorter than the sequence of {length}")
+
+    def __post_init__(self):
+        if isinstance(self.t, tuple) and (len(self.t) != 2 or self.t[0] > self.t[1]):
+            raise BadInput(f"--t {show(self.t)} is neither a group size like 2 nor a range like 1,2")
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,9 @@ class Masked(Objective):
 
     def max_targets(self, length):
         return hidden_count(self.mask, length)
+
+    def min_targets(self, length):
+        return min(self.hidden_counts(length))
 
     def hidden_counts(self, length):
         """{number of hidden tokens: probability}."""
@@ -238,7 +263,8 @@ OBJECTIVES = {"ar": Autoregressive, "dar": DiversityEnhanced, "mlm": Masked, "vl
 
 def add_options(parser):
     """The options of all objectives, for every command that takes an objective."""
-    parser.add_argument("--t", type=positive, default=None, help="dar: tokens predicted in parallel (default: 2)")
+    parser.add_argument("--t", type=group_size, default=None,
+                        help="dar: tokens predicted in parallel, or a range such as 1,2 (default: 2)")
     parser.add_argument("--mask", type=ratios, default=None,
                         help="mlm: ratio of hidden tokens (default: 0.15); vl: its range (default: 0.15,0.3)")
 
@@ -254,17 +280,19 @@ def from_options(objective, **options):
         takes = f"{objective} takes --{next(iter(known))}" if known else f"{objective} takes no options"
         raise BadInput(f"--{name} belongs to {' and '.join(owners)}, and {takes}; leave out --{name} "
                        f"or type --objective {owners[0]}")
-    if isinstance(given.get("mask"), (tuple, list)):
-        given["mask"] = given["mask"][0] if len(given["mask"]) == 1 else tuple(given["mask"])
+    for name, value in given.items():
+        if isinstance(value, (tuple, list)):
+            given[name] = value[0] if len(value) == 1 else tuple(value)
     return OBJECTIVES[objective](**given)
 
 
-def choose_path(objective, streams=None):
+def choose_path(objective, streams=None, images=False):
     """Which of model.PATHS runs this objective, given --streams (None: one stream where one suffices)."""
     if streams == 1 and objective.one_stream is None:
         raise BadInput(f"--streams 1 cannot run {flag(objective)}: tokens predicted in parallel must not see each "
                        "other, which takes two streams; type --streams 2 or leave it out")
-    return "two-stream" if streams == 2 or objective.one_stream is None else objective.one_stream
+    path = "two-stream" if streams == 2 or objective.one_stream is None else objective.one_stream
+    return "mae" if images and path == "mask" else path
 
 
 def flag(objective):
@@ -287,18 +315,20 @@ def show(value):
 class Batch(NamedTuple):
     """Everything one step needs, of static shape. B sequences of length S, n = max_targets(S)."""
 
-    tokens: Tensor   # (B, S) input ids, corrupted where the 80/10/10 rule says so
+    tokens: Tensor   # (B, S) input ids, corrupted where the 80/10/10 rule says so; images: (B, S, values) patches
     groups: Tensor   # (B, S) f
     blank: Tensor    # (B, S) bool: where the mask path shows [MASK]
+    given: Tensor    # (B, v) mae path: the positions with f = 1 first, then others to fill up; other paths: v = 0
     targets: Tensor  # (B, n) positions to predict, those that are no target last
-    labels: Tensor   # (B, n) their true ids
+    labels: Tensor   # (B, n) their true ids; images: (B, n, values) pixels
     weight: Tensor   # (B, n) 1 for a target, 0 for the rest
+    total: Tensor    # (B,) the number of targets of the whole batch, of which this may be a part
 
     def part(self, start, stop):
         return Batch(*(field[start:stop] for field in self))
 
     def pinned(self):
-        return Batch(*(field.contiguous().pin_memory() for field in self))
+        return Batch(*(field if field.is_cuda else field.contiguous().pin_memory() for field in self))
 
     def to(self, device):
         return Batch(*(field.to(device, non_blocking=field.is_pinned()) for field in self))
@@ -314,25 +344,32 @@ def target_positions(groups, n):
     return targets, is_target.gather(1, targets).float()
 
 
-def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always"):
-    """Draw f for tokens (B, S) and prepare what the model needs.
+def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always", size=None, part=slice(None)):
+    """Draw f for tokens (B, S), or patches (B, S, values), and prepare what the model needs.
 
     On the mask path, mask_rule "always" shows [MASK] at every target, which is the paper's formula: targets are predicted
     from the unmasked tokens alone. "bert" is the usual practice (Devlin et al. 2019) and the Cramming protocol: [MASK] at
     80% of the targets, a random token at 10%, the token itself at 10%. The other paths never corrupt their input.
+    Where `tokens` are the rows `part` of a batch of `size`, everything random is what it would be for the whole batch.
     """
-    B, S = tokens.shape
-    groups = objective.groups(B, S, generator)
-    if path == "mask" and groups.max() > 2 or path == "causal" and not torch.equal(groups, ar_groups(S).expand(B, S)):
+    S, size = tokens.shape[1], size or len(tokens)
+    groups = objective.groups(size, S, generator)
+    total, groups = (groups > 1).sum(), groups[part]
+    if path in ("mask", "mae") and groups.max() > 2 or path == "causal" and not torch.equal(groups, ar_groups(S).expand_as(groups)):
         raise ValueError(f"{describe(objective)} has an f that its one_stream = {path!r} cannot run; leave one_stream None")
     targets, weight = target_positions(groups, objective.max_targets(S))
     blank, inputs = groups > 1, tokens
     if path == "mask" and mask_rule == "bert":
-        dice = torch.rand(B, S, generator=generator)
-        noise = torch.randint(vocab, (B, S), generator=generator)
+        dice = torch.rand(size, S, generator=generator)[part]
+        noise = torch.randint(vocab, (size, S), generator=generator)[part]
         inputs = torch.where(blank & (dice >= 0.8) & (dice < 0.9), noise, tokens)
         blank = blank & (dice < 0.8)
-    return Batch(inputs, groups, blank, targets, tokens.gather(1, targets), weight)
+    if path == "mae":
+        given = (groups != 1).long().argsort(dim=1, stable=True)[:, :S - objective.min_targets(S)]
+    else:
+        given = targets[:, :0]
+    labels = take(tokens, targets.to(tokens.device)) if tokens.dim() == 3 else tokens.gather(1, targets)
+    return Batch(inputs, groups, blank, given, targets, labels, weight, total.repeat(len(groups)))
 
 
 # ---------------------------------------------------------------------------- losses
@@ -375,9 +412,13 @@ def loss_sum(model, batch, path):
     """The sum over the batch's targets of -log P(x_p | context of p); divide by the number of targets for the loss.
 
     This one function is L_ar, L_semi,t, L_m and L_vm: what sets them apart is `batch.groups`. Packed sequences have no
-    padding.
+    padding. For images -log P is the squared error, the mean over a patch's numbers: a Gaussian, up to constants.
     """
-    features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded=False)
+    features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded=False, given=batch.given)
+    if model.config.patch:
+        labels = F.layer_norm(batch.labels, batch.labels.shape[-1:]) if model.config.norm_pix else batch.labels
+        error = (model.pixels(features).float() - labels).square().mean(-1)              # (B, n)
+        return (error * batch.weight).sum()
     return LinearCrossEntropy.apply(features.flatten(0, 1), model.embedding.weight, batch.labels.flatten(),
                                     batch.weight.flatten(), rows_at_once(model), torch.is_grad_enabled())
 

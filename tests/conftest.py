@@ -21,6 +21,12 @@ WAYS = [
     ({"objective": "permutation"}, 2), ({"objective": "prefix"}, 2),
 ]
 
+IMAGE_WAYS = [
+    ({"objective": "ar"}, 1), ({"objective": "ar"}, 2), ({"objective": "dar", "t": 2}, 2), ({"objective": "dar", "t": (1, 3)}, 2),
+    ({"objective": "mlm", "mask": 0.6}, 1), ({"objective": "mlm", "mask": 0.6}, 2),
+    ({"objective": "vl", "mask": (0.3, 0.8)}, 1), ({"objective": "vl", "mask": (0.3, 0.8)}, 2), ({"objective": "permutation"}, 2),
+]
+
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # the models are tiny; two threads would mostly wait for each other
@@ -37,6 +43,31 @@ def way(request):
     options, streams = request.param
     objective = from_options(**options)
     return objective, choose_path(objective, streams)
+
+
+@pytest.fixture(params=IMAGE_WAYS, ids=name_of)
+def image_way(request):
+    """(objective, path) for images."""
+    options, streams = request.param
+    objective = from_options(**options)
+    return objective, choose_path(objective, streams, images=True)
+
+
+@pytest.fixture
+def make_image_model():
+    """A function that builds a ViT over 3 x 3 patches of 4 x 4 pixels in float64, for the same reason with large weights."""
+
+    def make(path, **kwargs):
+        torch.manual_seed(0)
+        model = Transformer(Config(0, 9, 3, 16, 2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3,
+                                   decoder=(2, 8, 2) if path == "mae" else (), **kwargs)).double().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" not in name:
+                    parameter.mul_(3)
+        return model
+
+    return make
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from masks import ar_groups, masked_groups
-from model import SIZES, Config, Transformer, additive, attend, flops_per_sequence, parameters
-from objectives import draw_batch, from_options, target_positions
+from model import SIZES, Config, Transformer, additive, attend, flops_per_sequence, grid_sinusoids, parameters, take
+from objectives import draw_batch, from_options, loss_sum, target_positions
 
 
 def dependence(model, groups, targets, path):
@@ -194,3 +194,72 @@ def test_encode_is_the_content_stream_of_the_training_paths(make_model):
         states = model.encode(tokens, padding, how, every_layer=True)
         torch.testing.assert_close(states[-1][:, :6], model.encode(tokens[:, :6], causal=how))
         assert len(states) == 4
+
+
+# ---------------------------------------------------------------------------- images
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_patch_is_predicted_from_its_context_alone(image_way, make_image_model, seed):
+    """The loss of one target has a gradient to exactly the patches 0 < f(j) < f(i): through a whole batch as drawn."""
+    objective, path = image_way
+    model, generator = make_image_model(path), torch.Generator().manual_seed(seed)
+    patches = torch.randn(4, 9, 48, generator=generator, dtype=torch.float64)
+    batch = draw_batch(objective, path, patches, 0, generator)
+    inputs = batch.tokens.clone().requires_grad_()
+    features = model(inputs, batch.groups, batch.targets, path, batch.blank, False, batch.given)
+    probe = torch.randn(features.shape[-1], dtype=torch.float64, generator=generator)
+    for b, f in enumerate(batch.groups):
+        for k in batch.weight[b].nonzero()[:, 0].tolist():
+            gradient, = torch.autograd.grad(features[b, k] @ probe, inputs, retain_graph=True)
+            assert torch.equal(gradient[b].abs().amax(1) > 0, f < f[batch.targets[b, k]])
+            assert gradient[:b].count_nonzero() == gradient[b + 1:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("mask", [0.6, (0.2, 0.8)])
+def test_mae_against_a_plain_index_transcription(make_image_model, mask):
+    """Image by image: encode the visible patches alone, put a mask vector wherever one is hidden, decode, read the hidden."""
+    objective = from_options("mlm" if isinstance(mask, float) else "vl", mask=mask)
+    model, generator = make_image_model("mae"), torch.Generator().manual_seed(3)
+    patches = torch.randn(6, 9, 48, generator=generator, dtype=torch.float64)
+    batch = draw_batch(objective, "mae", patches, 0, generator)
+    ours = model(batch.tokens, batch.groups, batch.targets, "mae", None, False, batch.given)
+    total = 0.0
+    for b, f in enumerate(batch.groups.tolist()):
+        visible, hidden = ([i for i in range(9) if f[i] == value] for value in (1, 2))
+        x = [model.embedding(patches[b, i]) + model.position_scale * model.positions[i] for i in visible]
+        x = model.embedding_norm(torch.stack(x))[None]
+        for block in model.blocks:
+            x = block(x, len(visible))
+        x, decoder = model.norm(x), model.decoder
+        whole = torch.stack([decoder.embedding(x[0, visible.index(i)]) if i in visible else decoder.query for i in range(9)])
+        whole = (whole + decoder.position_scale * decoder.positions)[None]
+        for block in decoder.blocks:
+            whole = block(whole, 9)
+        expected = decoder.norm(whole)[0, hidden]
+        torch.testing.assert_close(ours[b, batch.weight[b] > 0], expected)
+        total += (model.pixels(expected) - patches[b, hidden]).square().mean(1).sum()
+    torch.testing.assert_close(loss_sum(model, batch, "mae"), total, check_dtype=False)
+    # without `given`, the same
+    torch.testing.assert_close(model(batch.tokens, batch.groups, batch.targets, "mae", None, False), ours)
+
+
+def test_normalised_pixels(make_image_model):
+    """--norm-pix compares with each patch's own standard score."""
+    model = make_image_model("causal", norm_pix=True)
+    patches = torch.randn(2, 9, 48, dtype=torch.float64)
+    batch = draw_batch(from_options("ar"), "causal", patches, 0)
+    features = model(patches, batch.groups, batch.targets, "causal")
+    scores = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    expected = (model.pixels(features) - scores[:, 1:]).square().mean(-1).sum()
+    torch.testing.assert_close(loss_sum(model, batch, "causal"), expected, check_dtype=False)
+
+
+def test_positions_of_a_square():
+    """Row and column are told apart, by half of the width each."""
+    positions = grid_sinusoids(9, 16)
+    assert len(positions.unique(dim=0)) == 9
+    for i in range(9):
+        for j in range(9):
+            assert torch.equal(positions[i, :8], positions[j, :8]) == (i // 3 == j // 3)
+            assert torch.equal(positions[i, 8:], positions[j, 8:]) == (i % 3 == j % 3)
+    assert torch.equal(take(positions[None], torch.tensor([[4]]))[0, 0], positions[4])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import images
 import train as module
 from data import load_corpus
 from masks import BadInput
@@ -61,6 +62,46 @@ class Killed(Exception):
 def test_an_interrupted_run_resumes_bit_for_bit(options, text, tmp_path, monkeypatch):
     """With gradient accumulation, a batch ramp, and an epoch that ends between the two halves."""
     settings = Settings(data=text, **{**SMALL, "steps": 20, "batch_size": 60}, micro_batch=16, batch_ramp=0.5, **options)
+    interrupted_run_is_exact(settings, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{"objective": "ar", "streams": 2}, {"objective": "dar", "t": (1, 2)}, {"objective": "vl"}],
+                         ids=lambda options: options["objective"])
+def test_so_does_one_on_images(options, small_shapes, tmp_path, monkeypatch):
+    settings = Settings(data="shapes", size=8, patch=4, steps=20, batch_size=25, micro_batch=16, batch_ramp=0.5, **options)
+    interrupted_run_is_exact(settings, tmp_path, monkeypatch)
+    loaded = load_run(tmp_path / "whole")
+    assert loaded.tokenizer is None and loaded.model.config.length == 4 and loaded.settings == settings
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """The drawn images, 200 of them."""
+    drawn = images.shapes
+    monkeypatch.setattr(images, "shapes", lambda count, size, seed: drawn(200, size, seed))
+
+
+@pytest.mark.parametrize("options", [{"objective": "ar"}, {"objective": "dar"}, {"objective": "mlm"},
+                                     {"objective": "vl", "streams": 2}], ids=lambda options: options["objective"])
+def test_every_objective_learns_flat_images(options, tmp_path, monkeypatch):
+    """Images of one colour each, so that any patch tells all others. Guessing the mean gives a loss of 1."""
+    colours = np.random.default_rng(0).integers(0, 256, (300, 1, 1, 3), dtype=np.uint8)
+    monkeypatch.setattr(images, "shapes", lambda count, size, seed: (
+        np.broadcast_to(colours, (300, size, size, 3)), np.zeros(300, np.int64)))
+    settings = Settings(data="shapes", size=8, patch=4, steps=150, batch_size=32, lr=5e-3, **options)
+    assert run(settings, tmp_path / "run") < 0.1
+
+
+def test_text_and_images_are_not_confused(text, tmp_path):
+    for options, message in (({"data": "shapes", "preset": "tiny"}, "is for text"), ({"data": text, "preset": "vit-tiny"}, "is for images"),
+                             ({"data": "shapes", "length": 64}, "--length"), ({"data": text, "patch": 4}, "--patch"),
+                             ({"data": "shapes", "size": 30}, "--patch 4 does not divide"), ({"data": "shapes", "crop": 0.0}, "--crop 0")):
+        with pytest.raises(BadInput, match=message):
+            run(Settings(**options), tmp_path / "run")
+    assert Settings(data="shapes", objective="vl").mask == (0.5, 0.75) and Settings(objective="vl").mask == (0.15, 0.3)
+
+
+def interrupted_run_is_exact(settings, tmp_path, monkeypatch):
     run(settings, tmp_path / "whole", save_every=7, log_every=3)
 
     def save_then_die(path, content, save=module.save):
@@ -117,8 +158,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(BadInput, match="No space left on device.*intact"):
         module.save(tmp_path / "ckpt.pt", {"step": 2})
+    assert not list(tmp_path.glob("*.partial"))
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
 
 
@@ -271,6 +313,17 @@ def test_without_a_compiler_there_is_a_note(text, tmp_path, monkeypatch, capsys,
     settings = Settings(data=text, **{**SMALL, "steps": 3})
     assert train(settings, tmp_path / "run", device="cpu", dtype="fp32", compiled=True) is not None
     assert "going on without it" in capsys.readouterr().err
+
+
+def test_the_previous_checkpoint_is_kept_and_offered(text, tmp_path):
+    run(Settings(data=text, **SMALL), tmp_path / "run", save_every=5)
+    path, previous = tmp_path / "run" / "ckpt.pt", tmp_path / "run" / "ckpt.prev.pt"
+    assert (load_checkpoint(path)["step"], load_checkpoint(previous)["step"]) == (12, 10)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1                                   # one bit: torch.load alone would not notice
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"not a whole checkpoint.*mv .*ckpt\.prev\.pt .*ckpt\.pt"):
+        load_checkpoint(tmp_path / "run")
 
 
 def test_a_diverging_run_stops_and_keeps_no_broken_checkpoint(text, tmp_path):

@@ -1,0 +1,223 @@
+"""Reconstruct hidden patches one at a time, each prediction becoming context (paper, Sec. 5.2, Table 8).
+
+    python evaluate.py reconstruct CKPT [CKPT ...] --data DIR --picture pictures.png
+
+The generation task of the image side. Every checkpoint gets the same images with the same patches hidden, and predicts
+from what it was trained to predict from:
+
+    mae           all patches that are known by then; the decoder shows [MASK] at the others
+    mlm, vl in two streams   all patches that are known by then; the others are not seen
+    ar, dar       the known patches before the predicted one in raster order, under the group index in which it is first of
+                  its group; in a random order, earlier patches that are still unknown are left out (f = 0)
+
+The very first patch is never hidden: left-to-right objectives do not predict it.
+"""
+import math
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import import_optional
+from images import contact_sheet, crop, denormalise, load_images, normalise, order, patchify, unpatchify, write_png
+from masks import BadInput, positive, seed
+from objectives import describe, scores_next
+
+
+def hidden_patches(count, length, share, order="raster", seed=0):
+    """Which patches of `count` images are hidden, in the order in which they are predicted -> LongTensor (count, n).
+
+    round(share (S - 1)) of the patches 1 .. S - 1, every subset being equally likely.
+    """
+    if not 0 < share < 1:
+        raise BadInput(f"--hide {share:g} is not between 0 and 1")
+    n = max(1, round(share * (length - 1)))
+    hidden = 1 + torch.rand(count, length - 1, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, :n]
+    return hidden.sort(dim=1).values if order == "raster" else hidden
+
+
+@torch.no_grad()
+def reconstruct(run, patches, hidden, bar=None):
+    """Predict patches (N, S, values) at `hidden` (N, n), one after another -> a copy with the predictions in their place.
+
+    What stands at a hidden patch is never read.
+    """
+    model, path = run.model, run.path
+    N, S, _ = patches.shape
+    row = torch.arange(N)[:, None]
+    known = torch.ones(N, S, dtype=torch.bool)
+    known[row, hidden] = False
+    filled = torch.where(known[..., None], patches, torch.zeros(()))
+    masked = run.objective.one_stream == "mask"
+    if path == "causal" and not torch.equal(hidden, hidden.sort(dim=1).values):
+        raise BadInput(f"{run.name} runs as one causal stream, which reads every earlier patch; --order random would show it "
+                       "patches that are not known yet: use --order raster")
+    if not masked:  # the pass of each target in which its context is exactly what is before it
+        *_, passes = run.objective.left_to_right(S, path).values()
+        first = torch.stack([scores_next(f) for f in passes]).long().argmax(0)           # (S,)
+    for target in hidden.T[..., None]:                                                   # (N, 1)
+        if masked:
+            groups = known.long() + 2 * (~known).long() * (path == "mae")
+            groups[row, target] = 2
+        else:
+            # One causal stream reads the patches before the target; those after it cannot be kept out, but are not read.
+            groups = passes[first[target[:, 0]]]                                         # (N, S)
+            groups = groups if path == "causal" else torch.where(known | (torch.arange(S) == target), groups, 0)
+        device = model.query.device
+        inputs = (x.to(device) for x in (filled, groups, target))
+        filled[row, target] = model.pixels(model(*inputs, path)).to(filled)
+        known[row, target] = True
+        if bar is not None:
+            bar.update(N)
+    return filled
+
+
+# ---------------------------------------------------------------------------- measures
+
+def ssim(x, y):
+    """Structural similarity of images (N, C, H, W) in 0..1 -> (N,): Gaussian windows of deviation 1.5 and 11 pixels inside
+    the image, sample moments without correction, K1 = 0.01, K2 = 0.03, the mean over windows and channels (Wang et al. 2004)."""
+    line = torch.exp(-(torch.arange(11) - 5.0).square() / (2 * 1.5 ** 2)).to(x)
+    line = line / line.sum()
+
+    def blur(z):
+        z = F.conv2d(z.flatten(0, 1)[:, None], line[None, None, None, :])
+        return F.conv2d(z, line[None, None, :, None]).unflatten(0, x.shape[:2])[:, :, 0]
+
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    value = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4))
+    return value.mean(dim=(1, 2, 3))
+
+
+def measures(config, patches, filled, hidden, perceptual=None):
+    """{name: (N,)} of reconstructions `filled` of `patches` (N, S, values).
+
+    l2     squared error, the mean over the numbers of the hidden patches, in units of the data's standard deviation: the
+           training loss, which guessing the data's mean brings to about 1
+    psnr   of the completed image in 0..1, in decibels; predictions outside that range are cut
+    ssim   of the completed image
+    lpips  of the completed image, where `perceptual` is given
+    """
+    row = torch.arange(len(patches))[:, None]
+    x, y = (picture(config, p) for p in (patches, filled))
+    results = {"l2": (filled - patches)[row, hidden].square().mean(dim=(1, 2)),
+               "psnr": -10 * (x - y).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()}
+    if config.size >= 11:
+        results["ssim"] = ssim(x, y)
+    if perceptual:
+        results["lpips"] = torch.cat([perceptual(a * 2 - 1, b * 2 - 1).flatten() for a, b in zip(x.split(100), y.split(100))])
+    return results
+
+
+def picture(config, patches):
+    """Patches (N, S, values) -> images (N, 3, H, W) in 0..1."""
+    return denormalise(unpatchify(patches, config.patch, len(config.mean)), config.mean, config.std).clamp(0, 1)
+
+
+def perceptual_distance(net):
+    """LPIPS (Zhang et al. 2018) through the lpips package, which needs torchvision and its weights."""
+    if net is None:
+        return None
+    lpips = import_optional("lpips")
+    with torch.no_grad():
+        model = lpips.LPIPS(net=net, verbose=False).eval()
+    return torch.no_grad()(model)
+
+
+def with_mean(patches, hidden):
+    """The baseline: every hidden patch becomes the mean colour of the image's known patches."""
+    N, S, values = patches.shape
+    known = torch.ones(N, S, dtype=torch.bool)
+    known[torch.arange(N)[:, None], hidden] = False
+    colour = (patches * known[..., None]).sum(1) / known.sum(1, keepdim=True)            # (N, values)
+    colour = colour.view(N, 3, -1).mean(2, keepdim=True).expand(-1, -1, values // 3).reshape(N, 1, values)
+    return torch.where(known[..., None], patches, colour)
+
+
+# ---------------------------------------------------------------------------- command line
+
+def image_run(args, checkpoint):
+    """evaluate.open_run, for checkpoints of images: -> Run, autocast context."""
+    from evaluate import open_run  # evaluate.py stands above this file and is there when a command runs
+    run, autocast = open_run(args, checkpoint)
+    if not getattr(run.settings, "images", False):
+        raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")
+    return run, autocast
+
+
+def reconstruct_command(args):
+    perceptual, rows, pictures, shown = perceptual_distance(args.lpips), [], [], None
+    for checkpoint in args.checkpoints:
+        run, autocast = image_run(args, checkpoint)
+        config = run.model.config
+        if config.norm_pix:
+            raise BadInput(f"{checkpoint} was trained with --norm-pix: it predicts neither the brightness nor the contrast of a "
+                           "patch, so it cannot fill an image")
+        if shown is None:
+            shown, source = config, args.data or run.settings.data
+            images = load_images(source, config.size).val
+            uint8 = images.batch(order(len(images), args.seed, 0, min(args.max_images, len(images))))[0]
+            hidden = hidden_patches(len(uint8), config.length, args.hide, args.order, args.seed)
+        elif (config.size, config.patch) != (shown.size, shown.patch):
+            raise BadInput(f"{checkpoint} cuts images of {config.size} pixels into patches of {config.patch}, "
+                           f"{args.checkpoints[0]} of {shown.size} into {shown.patch}: compare those that see alike")
+        patches = patchify(normalise(crop(uint8, None, config.size), config.mean, config.std), config.patch)
+        start, parts = time.perf_counter(), []
+        with autocast, tqdm(total=hidden.numel(), unit="patch", desc=describe(run.objective), leave=False,
+                            disable=not sys.stderr.isatty()) as bar:
+            for x, h in zip(patches.split(250), hidden.split(250)):
+                parts.append(reconstruct(run, x, h, bar))
+        filled = torch.cat(parts)
+        seconds = time.perf_counter() - start
+        if not rows:
+            blurred = with_mean(patches, hidden)
+            rows.append({"checkpoint": None, "label": "mean colour", **summary(measures(config, patches, blurred, hidden, perceptual))})
+            grey = patches.scatter(1, hidden[..., None].expand(-1, -1, config.values), 0.0)
+            pictures += [picture(config, p[:args.rows]) for p in (patches, grey)]
+        rows.append({"checkpoint": checkpoint, "label": f"{describe(run.objective)} ({run.path})", "step": run.step,
+                     "objective": describe(run.objective), "path": run.path, "seconds": seconds,
+                     **summary(measures(config, patches, filled, hidden, perceptual))})
+        pictures.append(picture(config, filled[:args.rows]))
+    if args.json != "-":
+        print(f"{len(uint8):,} validation images of {source}, {hidden.shape[1]} of {shown.length} patches hidden, predicted in "
+              f"{args.order} order; mean ± standard error over images\n")
+        print_rows(rows)
+    if args.picture:
+        sheet = torch.stack(pictures, dim=1).permute(0, 1, 3, 4, 2)                      # (rows, columns, H, W, 3)
+        write_png(args.picture, contact_sheet((sheet * 255).round().byte().numpy()))
+        if args.json != "-":
+            print(f"\n{args.picture}: original, hidden (grey), " + ", ".join(row["label"] for row in rows[1:]))
+    return {"data": source, "images": len(uint8), "hidden": hidden.shape[1], "patches": shown.length, "rows": rows}, None
+
+
+def summary(values):
+    """{name: (N,)} -> {name: mean, name_stderr: standard error}."""
+    result = {}
+    for name, value in values.items():
+        result[name] = value.mean().item()
+        result[f"{name}_stderr"] = value.std().item() / math.sqrt(len(value)) if len(value) > 1 else math.nan
+    return result
+
+
+def print_rows(rows):
+    names = [name for name in ("l2", "psnr", "ssim", "lpips") if name in rows[0]]
+    width = max(len(row["label"]) for row in rows)
+    print(" " * width + "".join(f"{name + (' (dB)' if name == 'psnr' else ''):>19s}" for name in names))
+    for row in rows:
+        print(f"{row['label']:{width}s}" + "".join(f"{row[name]:10.4f} ± {row[name + '_stderr']:.4f}" for name in names))
+
+
+def add_commands(command):
+    """Register `reconstruct` with evaluate.py."""
+    sub = command("reconstruct", reconstruct_command, "predict hidden patches one at a time (Table 8)", many=True)
+    sub.add_argument("--data", help="images (default: the validation images of the first checkpoint's data)")
+    sub.add_argument("--hide", type=float, default=0.25, help="share of the patches to hide")
+    sub.add_argument("--order", choices=("raster", "random"), default="raster", help="in which hidden patches are predicted")
+    sub.add_argument("--max-images", type=positive, default=1000, help="validation images, the same for every checkpoint")
+    sub.add_argument("--seed", type=seed, default=0, help="of the images and the hidden patches")
+    sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network (pip install lpips)")
+    sub.add_argument("--rows", type=positive, default=8, help="images in the picture")
+    sub.add_argument("--picture", metavar="FILE", help="picture: original, hidden input, each checkpoint's reconstruction")
