@@ -2,8 +2,9 @@
 
     python evaluate.py perplexity CKPT [--data ...] [--by-length]     P(x_{k+1} | x_1 .. x_k), Eq. 2
     python evaluate.py generate CKPT --prompt TEXT                    samples
+    python evaluate.py connectivity CKPT [CKPT ...]                   similarity of features (Figure 2)
 
-CKPT is a run folder or a checkpoint file.
+CKPT is a run folder, a checkpoint file, or hf:PATH for a model of the transformers package (hub.py).
 """
 import itertools
 import json
@@ -16,10 +17,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import finetune
+import reconstruct
+import vision
 from data import Sequences, import_optional, load_evaluation
+from hub import load_run
 from masks import BadInput, Parser, command_line, positive, seed
-from objectives import describe, scores_next, target_nll
-from train import choose_device, choose_dtype, load_run
+from objectives import describe, draw_batch, scores_next, target_nll
+from train import choose_device, choose_dtype
 
 # ---------------------------------------------------------------------------- perplexity
 
@@ -83,8 +88,12 @@ def summary(nll, tokens_per_byte):
 def evaluation_sequences(run, data=None, count=200):
     """(`count` sequences of held-out text (N, S), the same for every checkpoint of one tokenizer and length; its tokens
     per byte; the name of the data). `data` None: the validation text of the run."""
+    if run.tokenizer is None:
+        raise BadInput(f"{run.name} was trained on images; this command reads text")
     if data is None:
         data = run.settings.data
+        if data is None:
+            raise BadInput(f"{run.name} does not come with a text to evaluate on; give one with --data")
         folder = Path(run.name) if Path(run.name).is_dir() else Path(run.name).parent
         if (folder / "data").exists():  # raw text that train.py tokenized
             data = str(folder / "data")
@@ -93,7 +102,7 @@ def evaluation_sequences(run, data=None, count=200):
     whole = corpus.val[:len(corpus.val) // S * S]
     if len(whole) < 2 * S or count < 2:
         raise BadInput(f"a standard error takes at least two sequences of {S} tokens; {data} has {len(corpus.val):,} tokens "
-                       f"to evaluate on, and --max-sequences is {count}")
+                       f"to evaluate on, and {count} sequences are asked for")
     sequences = Sequences(whole, S, run.tokenizer.separator, seed=0)
     return sequences.batch(0, min(count, len(sequences))), len(corpus.val) / corpus.val_bytes, data
 
@@ -157,6 +166,102 @@ def plot_by_length(path, curves):
     figure.savefig(path, dpi=150)
 
 
+# ---------------------------------------------------------------------------- connectivity
+
+@torch.no_grad()
+def features_of(run, data, count, seed=0, quiet=True):
+    """`count` features f(X) of contexts X in held-out text, from which the run's network predicts X+.
+
+    The same sequences for every checkpoint of one tokenizer and length: `count` of them, or all that there are. From
+    each the same number of contexts, drawn by the run's own objective; one, where there are enough sequences.
+    Returns features (n, D), float32; targets (n,), the ids of X+; texts (n,), the sequence that each came from; n is less than
+    `count` only where the text is too short. All on the CPU.
+    """
+    sequences = evaluation_sequences(run, data, count)[0]
+    each, generator, rows = math.ceil(count / len(sequences)), torch.Generator().manual_seed(seed), []
+    for first in tqdm(range(0, len(sequences), 64), desc="features", leave=False, disable=quiet or not sys.stderr.isatty()):
+        tokens = sequences[first:first + 64]
+        batch = draw_batch(run.objective, run.path, tokens, run.model.config.vocab, generator)
+        chosen = (torch.rand(batch.weight.shape, generator=generator) * batch.weight).topk(min(each, batch.weight.shape[1]))
+        targets, is_target = batch.targets.gather(1, chosen.indices), chosen.values > 0   # (B, each)
+        inputs = (x.to(run.model.query.device) for x in (tokens, batch.groups, targets))
+        features = run.model(*inputs, run.path, padded=False).float().cpu()              # (B, each, D)
+        texts = torch.arange(first, first + len(tokens))[:, None].expand_as(targets)
+        rows.append((features[is_target], tokens.gather(1, targets)[is_target], texts[is_target]))
+    features, targets, texts = map(torch.cat, zip(*rows))
+    if not features.isfinite().all():
+        raise BadInput(f"{run.name} gives features that are not finite: its training diverged")
+    pick = torch.randperm(len(texts), generator=generator)[:count].sort().values
+    return features[pick], targets[pick], texts[pick]
+
+
+def top_pairs(x, texts, count=100_000, block=2048, quiet=True):
+    """The `count` largest inner products x_i . x_j of pairs from different texts, descending; fewer if there are fewer.
+
+    x (N, D), texts (N,). Block by block: memory is that of a few blocks and of `count`, whatever N.
+    """
+    best = x.new_empty(0)
+    for i in tqdm(range(0, len(x), block), desc="pairs", leave=False, disable=quiet or not sys.stderr.isatty()):
+        for j in range(i, len(x), block):
+            product = x[i:i + block] @ x[j:j + block].T
+            row, column = (product > (best[-1] if len(best) == count else -math.inf)).nonzero(as_tuple=True)
+            pair = (i + row < j + column) & (texts[i + row] != texts[j + column])
+            best = torch.cat([best, product[row[pair], column[pair]]])
+            best = best.topk(min(count, len(best))).values
+    return best
+
+
+def mean_product(x, texts):
+    """Mean of x_i . x_j over all pairs from different texts: of the square of the sum, less that within each text."""
+    x = x.double()
+    _, text, size = texts.unique(return_inverse=True, return_counts=True)
+    within = x.new_zeros(len(size), x.shape[1]).index_add_(0, text, x)         # sum of x over each text
+    pairs = len(x) ** 2 - size.square().sum()
+    return ((x.sum(0).square().sum() - within.square().sum()) / pairs).item()
+
+
+def connectivity(features, texts, count=100_000, quiet=True):
+    """Figure 2's surrogate for how connected the samples are: similarity of features f(X) of contexts of different texts.
+
+    `inner_product`, the paper's, is in units of the network's own; `cosine` compares networks. For each: the mean over all
+    pairs, and of the `count` most similar pairs the mean, quantiles, least, and the curve over their rank.
+    """
+    if len(texts.unique()) < 2:
+        raise BadInput("similarities are of features from different texts; give more --data or more --features")
+    results = {}
+    for name, x in (("inner_product", features), ("cosine", torch.nn.functional.normalize(features))):
+        top = top_pairs(x, texts, count, quiet=quiet).cpu().double().numpy()
+        ranks = np.unique(np.geomspace(1, len(top), 200).round().astype(int))
+        results[name] = {"mean_of_all": mean_product(x, texts), "mean": top.mean().item(), "least": top[-1].item(),
+                         "quantiles": {f"{q:g}": float(np.quantile(top, q)) for q in (0.1, 0.5, 0.9)},
+                         "curve": {"rank": ranks.tolist(), "similarity": top[ranks - 1].tolist()}}
+    return {"features": len(texts), "texts": len(texts.unique()), "pairs": len(top), **results}
+
+
+def print_connectivity(rows):
+    """rows: results of `connectivity` with `label`."""
+    width = max(len(row["label"]) for row in rows)
+    for name in ("inner_product", "cosine"):
+        print(f"{name.replace('_', ' '):{width}s} {'all pairs':>10s} {'top pairs':>10s}"
+              f"{'90%':>10s} {'median':>10s} {'10%':>10s} {'least':>10s}")
+        for row in rows:
+            x = row[name]
+            cells = (x["mean_of_all"], x["mean"], *(x["quantiles"][q] for q in ("0.9", "0.5", "0.1")), x["least"])
+            print(f"{row['label']:{width}s}" + "".join(f" {cell:10.4g}" for cell in cells))
+        print()
+
+
+def plot_connectivity(path, rows):
+    """Figure 2: similarity over the rank of the pair, one curve for each checkpoint; inner products, then cosines."""
+    figure, both = import_optional("matplotlib.pyplot").subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes, name in zip(both, ("inner_product", "cosine")):
+        for row in rows:
+            axes.plot(row[name]["curve"]["rank"], row[name]["curve"]["similarity"], label=row["label"])
+        axes.set(xlabel="rank of the pair", ylabel=name.replace("_", " "), xscale="log")
+    both[0].legend()
+    figure.savefig(path, dpi=150)
+
+
 # ---------------------------------------------------------------------------- generation
 
 @torch.no_grad()
@@ -187,7 +292,7 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, at_once=Fals
                        f"{describe(run.objective)} ({run.path}){' with --order confident' if confident else ''}; leave it out")
     if confident:
         return fill_confident(run, prompt, count, choose)
-    if run.path == "causal":
+    if run.path == "causal" and hasattr(run.model, "next_features"):
         return continue_cached(run, prompt, count, choose)
     return continue_in_groups(run, prompt, count, choose, at_once)
 
@@ -256,11 +361,18 @@ def write_json(target, content):
         Path(target).write_text(text + "\n")
 
 
-def open_run(args):
-    """The checkpoint, device and precision that the arguments name. -> Run, autocast context."""
+def open_run(args, checkpoint=None):
+    """The checkpoint (one of several, where a command takes several), device and precision that the arguments name.
+    -> Run, autocast context."""
     device = choose_device(args.device)
     dtype = choose_dtype(device, args.dtype)
-    return load_run(args.checkpoint, device), torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    run = load_run(checkpoint or args.checkpoint, device, getattr(args, "length", None))
+    return run, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def about(run):
+    """What --json says of a checkpoint."""
+    return {"step": run.step, "objective": describe(run.objective), "path": run.path}
 
 
 def perplexity_command(args):
@@ -268,7 +380,8 @@ def perplexity_command(args):
     with autocast:
         results = perplexity(run, args.data, args.max_sequences, args.regime, args.by_length or bool(args.plot), quiet=False)
     if args.json != "-":
-        print(f"{run.name}: {describe(run.objective)} ({run.path}), step {run.step:,}, on {results['data']}")
+        trained = f", step {run.step:,}" if run.step else ""
+        print(f"{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}")
         print_perplexity(results)
         if args.by_length:
             print_by_length(results)
@@ -277,8 +390,37 @@ def perplexity_command(args):
     return {"results": results}, run
 
 
+def connectivity_command(args):
+    rows, data, tokenizers = [], args.data, set()
+    for checkpoint in args.checkpoints:
+        run, autocast = open_run(args, checkpoint)
+        if data is None:
+            data = evaluation_sequences(run, count=2)[2]                       # the first one's text, for all
+        with autocast:
+            features, _, texts = features_of(run, data, args.features, args.seed, quiet=False)
+        device = run.model.query.device
+        rows.append({"checkpoint": checkpoint, "label": describe(run.objective), **about(run),
+                     **connectivity(features.to(device), texts.to(device), args.top, quiet=False)})
+        tokenizers.add((run.tokenizer.to_json(), run.settings.length))
+    labels = [row["label"] for row in rows]
+    for row in rows:
+        if labels.count(row["label"]) > 1 or row["checkpoint"].startswith("hf:"):
+            row["label"] = f"{Path(row['checkpoint']).name} {row['label']}"
+    if args.json != "-":
+        print(f"{rows[0]['features']:,} features f(X) of {rows[0]['texts']:,} sequences of {data}; the {rows[0]['pairs']:,} most "
+              "similar pairs\n")
+        print_connectivity(rows)
+        if len(tokenizers) > 1:
+            print("Tokenizers or lengths differ: the sequences come from the same text, but are not the same cuts of it.")
+    if args.plot:
+        plot_connectivity(args.plot, rows)
+    return {"data": data, "same_sequences": len(tokenizers) == 1, "checkpoints": rows}, None
+
+
 def generate_command(args):
     run, autocast = open_run(args)
+    if run.tokenizer is None:
+        raise BadInput(f"{run.name} was trained on images; this command writes text")
     prompt = run.tokenizer.encode(args.prompt).tolist() or [run.tokenizer.separator]
     texts = []
     with autocast:
@@ -292,8 +434,14 @@ def generate_command(args):
 
 
 def report(checkpoint, device=None):
-    """What train.py shows at the end: a quick perplexity and a sample."""
+    """What train.py shows at the end: a quick perplexity and a sample, or a few reconstructed images."""
     run = load_run(checkpoint, choose_device(device))
+    if run.settings.images:
+        if not run.settings.norm_pix:
+            main(["reconstruct", str(checkpoint), "--max-images", "100", "--picture", str(Path(checkpoint, "reconstruction.png")),
+                  *(["--device", device] if device else [])])
+        print(f"\nrun folder: {checkpoint}    more: python evaluate.py probe {checkpoint}")
+        return
     print(f"\nleft-to-right perplexity of {describe(run.objective)} on a few validation sequences:")
     print_perplexity(perplexity(run, max_sequences=32))
     starts = evaluation_sequences(run, count=32)[0][:, :max(1, run.settings.length // 4)]
@@ -307,10 +455,13 @@ def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of train.py.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def command(name, function, text):
+    def command(name, function, text, many=False):
+        """A command on one checkpoint, or on many; `function` takes the arguments and returns (content for --json, Run), or
+        None in place of the Run where the content tells of each."""
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
-        sub.add_argument("checkpoint", metavar="CKPT", help="run folder or checkpoint file")
+        which = {"dest": "checkpoints", "nargs": "+"} if many else {"dest": "checkpoint"}
+        sub.add_argument(**which, metavar="CKPT", help="run folder, checkpoint file, or hf:PATH (a transformers model)")
         sub.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
         sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
         sub.add_argument("--json", metavar="FILE", help="write the results as one JSON object; - for standard output")
@@ -322,6 +473,14 @@ def main(argv=None):
     sub.add_argument("--by-length", action="store_true", help="perplexity against the length of the prefix (Figure 3)")
     sub.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the text")
     sub.add_argument("--plot", metavar="FILE", help="picture of the curve over prefix length")
+    sub.add_argument("--length", type=positive, help="hf: models: tokens of a sequence (default: 128, as our own models)")
+
+    sub = command("connectivity", connectivity_command, "similarity of features of held-out contexts (Figure 2)", many=True)
+    sub.add_argument("--data", help="as for perplexity (default: the first checkpoint's validation text)")
+    sub.add_argument("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
+    sub.add_argument("--top", type=positive, default=100_000, help="most similar pairs to show")
+    sub.add_argument("--seed", type=seed, default=0, help="of the choice of contexts")
+    sub.add_argument("--plot", metavar="FILE", help="picture of similarity over rank")
 
     sub = command("generate", generate_command, "sample from the model")
     sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
@@ -334,19 +493,23 @@ def main(argv=None):
     sub.add_argument("--order", choices=("left", "confident"), default="left",
                      help="mlm and vl: left to right, or the surest mask first")
 
+    finetune.add_commands(command)
+    reconstruct.add_commands(command)
+    vision.add_commands(command)
     args = parser.parse_args(argv)
     if args.command == "generate":
         for name, value in (("temperature", args.temperature), ("top-k", args.top_k)):
             if not 0 <= value < math.inf:
                 raise BadInput(f"--{name} {value:g} is not a number of at least 0")
-    for name in ("json", "plot"):
+    for name in ("json", "plot", "picture"):
         target = getattr(args, name, None)
         if target and target != "-" and not Path(target).absolute().parent.is_dir():
             raise BadInput(f"--{name} {target}: there is no such folder")
+    if getattr(args, "plot", None):
+        import_optional("matplotlib.pyplot")                                   # complain before the work, not after it
     results, run = args.function(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("function", "json", "command")}
-    write_json(args.json, {"command": f"evaluate.py {args.command}", "settings": settings, "step": run.step,
-                           "objective": describe(run.objective), "path": run.path, **results})
+    write_json(args.json, {"command": f"evaluate.py {args.command}", "settings": settings, **(about(run) if run else {}), **results})
 
 
 if __name__ == "__main__":

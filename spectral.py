@@ -588,60 +588,31 @@ def empirical_spectrum(features, targets):
     return {"correlations": np.sort(correlations)[::-1], "covariance": covariance / covariance.sum()}
 
 
-def connectivity(features, count=100_000):
-    """The surrogate of Figure 2: the `count` largest similarities of pairs of features (N, D), descending.
-
-    The paper compares inner products; their scale is the network's own, so here they are cosines.
-    """
-    x = torch.nn.functional.normalize(torch.as_tensor(features, dtype=torch.float32))
-    similarity = (x @ x.T)[torch.ones(len(x), len(x), dtype=torch.bool).triu(1)]
-    return similarity.topk(min(count, len(similarity))).values.numpy()
-
-
 @torch.no_grad()
-def features_of(run, data, count, seed=0):
-    """Features f(X) of held-out text under the run's own objective and the embeddings of their targets, (count, D)."""
-    from evaluate import evaluation_sequences
-    from objectives import draw_batch
-    model, generator, features, targets = run.model, torch.Generator().manual_seed(seed), [], []
-    for tokens in evaluation_sequences(run, data, count)[0].split(32):
-        batch = draw_batch(run.objective, run.path, tokens, model.config.vocab, generator, "always")
-        batch = batch.to(model.query.device)
-        f = model(batch.tokens, batch.groups, batch.targets, run.path, batch.blank)
-        features.append(f[batch.weight > 0].float().cpu())
-        targets.append(batch.labels[batch.weight > 0].cpu())
-        if sum(map(len, targets)) >= 4 * count:                                # neighbours in one text are alike
-            break
-    features, targets = torch.cat(features), torch.cat(targets)
-    if len(targets) < 4 * features.shape[1]:
-        raise BadInput(f"{len(targets)} targets are too few to estimate {features.shape[1]} correlations; give --data "
-                       f"with at least {4 * features.shape[1]}")
-    pick = torch.randperm(len(targets), generator=generator)[:count]
-    return features[pick].double().numpy(), model.embedding.weight.cpu()[targets[pick]].double().numpy()
-
-
 def trained(checkpoints, data=None, count=8000, device=None, seed=0):
-    """Figure 2's surrogate and the empirical spectrum of each checkpoint."""
-    from train import choose_device, load_run
+    """The empirical spectrum of each checkpoint, from features f(X) of contexts of held-out text and the embeddings of X+."""
+    from evaluate import features_of, load_run
+    from train import choose_device
     rows = []
     for path in checkpoints:
         run = load_run(path, choose_device(device))
-        features, targets = features_of(run, data, count, seed)
-        similarity, values = connectivity(features), empirical_spectrum(features, targets)
-        rows.append({"checkpoint": path, "objective": describe(run.objective), "step": run.step,
-                     "features": len(features), "connectivity_mean": similarity.mean(),
-                     "connectivity_least": similarity[-1], **values,
-                     "tail_sigma4": (values["correlations"].clip(0) ** 4).sum()})
+        features, ids, _ = features_of(run, data, count, seed)
+        targets = run.model.embedding.weight.cpu()[ids]                        # (count, D)
+        if len(features) < 4 * features.shape[1]:
+            raise BadInput(f"{len(features)} features are too few to estimate {features.shape[1]} correlations; give --features "
+                           f"and --data for at least {4 * features.shape[1]}")
+        values = empirical_spectrum(features.double().numpy(), targets.double().numpy())
+        rows.append({"checkpoint": path, "objective": describe(run.objective), "step": run.step, "features": len(features),
+                     **values, "tail_sigma4": (values["correlations"].clip(0) ** 4).sum()})
     return {"checkpoints": rows}
 
 
 def show_trained(x):
     shown = (2, 3, 5, 9, 17, 33)
-    rows = [("objective", "features", "cosine of top pairs", "sum sigma^4", *(f"sigma_{j}" for j in shown))]
+    rows = [("objective", "features", "sum sigma^4", *(f"sigma_{j}" for j in shown))]
     for y in x["checkpoints"]:
         sigma = [f"{value:.3f}" for j, value in enumerate(y["correlations"], 2) if j in shown]
-        connected, tail = (f"{y[key]:.3f}" for key in ("connectivity_mean", "tail_sigma4"))
-        rows.append((y["objective"], str(y["features"]), connected, tail, *sigma))
+        rows.append((y["objective"], str(y["features"]), f"{y['tail_sigma4']:.3f}", *sigma))
     return [*table(rows), "",
             "Shown: how strongly linear functions of a network's features and of its embeddings depend on each other",
             "on held-out text, a lower bound on the sigma_j of its objective; few features make it lower. Not shown:",
@@ -869,7 +840,7 @@ def parse(argv):
     sub.add_argument("--weighting", choices=WEIGHTINGS, default="targets", help="what weighs the same")
     sub.add_argument("--samples", type=positive, default=100_000, help="draws of f where not all can be listed")
     sub = command("trained", lambda a: trained(a.checkpoints, a.data, a.features, a.device, a.seed), show_trained,
-                  "connectivity (Figure 2) and empirical spectrum of checkpoints of train.py")
+                  "empirical spectrum of checkpoints of train.py")
     sub.add_argument("checkpoints", nargs="+", metavar="CKPT", help="run folders or checkpoint files")
     sub.add_argument("--data", help="text or token folder (default: each run's validation text)")
     sub.add_argument("--features", type=positive, default=8000, help="features of each checkpoint, 8000 in the paper")
