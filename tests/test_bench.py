@@ -1,0 +1,249 @@
+"""What bench.py times is a whole training step, in turn with the others; FLOPs, memory and peers are what it says."""
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench
+from bench import Case, compare, counted_flops, doubled, in_turn, make_draw, make_peer, peer_inputs, prepare, step_flops
+from masks import BadInput
+from model import Config, Transformer
+from objectives import choose_path, from_options, loss_sum
+from train import Settings, make_optimizer
+
+CPU = torch.device("cpu")
+
+
+def text(objective, streams=None, vocab=23, length=8, layers=2, width=16, heads=2, batch=3, dtype=torch.float32, **options):
+    objective = from_options(objective, **options)
+    return Case(objective, choose_path(objective, streams), Config(vocab, length, layers, width, heads), batch, dtype)
+
+
+def image(mask=0.75, batch=3):
+    config = Config(0, length=16, layers=2, width=16, heads=2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3, decoder=(2, 8, 2))
+    return Case(from_options("mlm", mask=mask), "mae", config, batch, torch.float32)
+
+
+CASES = {"ar": text("ar"), "dar": text("dar", t=2), "mlm": text("mlm", mask=0.3), "vl": text("vl", mask=(0.2, 0.5)),
+         "mae": image()}
+
+
+def test_functions_run_in_turn():
+    calls = []
+    values = in_turn({name: lambda name=name: calls.append(name) or len(calls) for name in "ABC"}, rounds=3)
+    assert "".join(calls) == "ABCABCABC"
+    assert values == {"A": [1, 4, 7], "B": [2, 5, 8], "C": [3, 6, 9]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_timed_step_is_a_whole_training_step(name):
+    """The weights after three timed steps are those of a plain loop over the same batches."""
+    case = CASES[name]
+    with ThreadPoolExecutor(1) as pool:
+        run, model = prepare(case, CPU, pool)
+        assert run(1) > 0 and run(2) > 0
+    torch.manual_seed(0)
+    plain = Transformer(case.config)
+    start = [p.clone() for p in plain.parameters()]
+    settings, draw = Settings(), make_draw(case)
+    optimizer = make_optimizer(plain, settings)
+    for _ in range(3):
+        batch, count = draw()
+        assert count == batch.weight.sum()
+        optimizer.zero_grad()
+        (loss_sum(plain, batch, case.path) / count).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), settings.clip)
+        optimizer.step()
+    for timed, expected, first in zip(model.parameters(), plain.parameters(), start):
+        torch.testing.assert_close(timed, expected)
+        assert expected.grad is None or not torch.equal(timed, first)
+
+
+def test_the_clock_covers_every_step():
+    """A loop of n steps reports the time of one, and counts the batches: one more than the steps, drawn ahead."""
+    ticks, drawn = iter([10.0, 16.0]), []
+    with ThreadPoolExecutor(1) as pool:
+        submit = pool.submit
+        pool.submit = lambda function: drawn.append(function) or submit(function)
+        run, _ = prepare(CASES["ar"], CPU, pool, clock=lambda: next(ticks))
+        assert run(4) == 1.5 and len(drawn) == 5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_are_those_that_pytorch_counts(name):
+    """The formula against the products that really run, to the last one. For images it counts every product three times,
+    but the gradient of the input pixels is not computed."""
+    case = CASES[name]
+    c = case.config
+    counted = case.batch * counted_flops(replace(case, batch=1), Transformer(c))
+    assert step_flops(case) == counted + (2 * case.batch * c.length * c.values * c.width if c.patch else 0)
+
+
+def test_doubling_changes_one_thing():
+    case = text("ar", length=16, width=32, heads=4)
+    for what, larger in doubled(case).items():
+        changed = {name for name in vars(case.config) if getattr(case.config, name) != getattr(larger.config, name)}
+        if what == "batch":
+            assert not changed and larger.batch == 2 * case.batch and step_flops(larger) == 2 * step_flops(case)
+        else:
+            assert changed == {"width": {"width", "heads"}}.get(what, {what}) and larger.batch == case.batch
+            assert 1.5 < step_flops(larger) / step_flops(case) < 4
+    picture = image()
+    assert doubled(picture)["image side"].config.size == 2 * picture.config.size
+
+
+def test_ratios_are_of_medians_and_show_the_range():
+    a, b = ({"name": name, "dtype": "fp32", "ms_per_step": ms[1], "ms_rounds": ms, "peak_memory": memory,
+             "flops_per_step": flops} for name, ms, memory, flops in (("a", [2.0, 4.0, 10.0], 50, 3),
+                                                                     ("b", [6.0, 8.0, 10.0], 100, 6)))
+    r = compare(a, b)
+    assert (r["speed"], r["speed_low"], r["speed_high"], r["memory"], r["flops"]) == (2.0, 1.0, 3.0, 0.5, 0.5)
+    assert compare({**a, "peak_memory": None}, b)["memory"] is None
+
+
+def test_command_line_writes_all_fields(tmp_path, capsys, monkeypatch):
+    """Also that memory is measured: weights, gradients and two moments take 16 bytes for each parameter."""
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(bench, "SIDES", {True: (256,)})
+    out = tmp_path / "bench.json"
+    argv = ["--objectives", "ar", "--layers", "1", "--width", "128", "--heads", "2", "--length", "8", "--batch-size", "2",
+            "--vocab", "16384", "--rounds", "2", "--device", "cpu", "--dtype", "fp32", "--json", str(out)]
+    assert bench.main(argv) == 0
+    content = json.loads(out.read_text())
+    assert content["command"] == "bench.py" and content["threads"] == torch.get_num_threads()
+    assert content["settings"]["length"] == 8 and content["matrix_product_flops"]["fp32"] > 1e9
+    [r] = content["results"]
+    assert (r["name"], r["path"], r["dtype"], r["peer"], r["compiled"]) == ("ar", "causal", "fp32", False, False)
+    assert len(r["ms_rounds"]) == 2 and min(r["ms_rounds"]) <= r["ms_per_step"] <= max(r["ms_rounds"])
+    assert r["tokens_per_second"] == pytest.approx(2 * 8 / r["ms_per_step"] * 1e3)
+    assert r["mfu"] == pytest.approx(r["flops_per_step"] / r["ms_per_step"] * 1e3 / content["matrix_product_flops"]["fp32"])
+    assert r["first_step_seconds"] > 0 and 0 < r["mfu"] < 1
+    assert 16 * r["parameters"] < r["peak_memory"] < 16 * r["parameters"] + 100e6
+    assert "ar fp32" in capsys.readouterr().out
+
+
+def test_command_line_compares_and_doubles(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(bench, "SIDES", {True: (256,)})
+    monkeypatch.setattr(bench, "cpu_memory", lambda case: 1000 * case.batch)
+    bench.main(["--objectives", "ar,vl", "--mask", "0.2,0.4", "--layers", "1", "--width", "16", "--heads", "2",
+                "--length", "8", "--batch-size", "2", "--vocab", "50", "--rounds", "2", "--device", "cpu",
+                "--dtype", "bf16,fp32", "--scaling", "--json", "-"])
+    content = json.loads(capsys.readouterr().out)
+    assert [(r["name"], r["dtype"]) for r in content["results"][:4]] == [
+        ("ar", "bf16"), ("ar", "fp32"), ("vl 0.2,0.4", "bf16"), ("vl 0.2,0.4", "fp32")]
+    assert [(r["name"], r["other"], r["dtype"], r["other_dtype"]) for r in content["against_causal"]] == [
+        ("vl 0.2,0.4", "ar", dtype, dtype) for dtype in ("bf16", "fp32")]
+    assert len(content["scaling"]) == 4 * 4 and len(content["results"]) == 4 + 16
+    for g in content["scaling"]:
+        assert g["time"] > 0 and g["memory"] == (2 if g["doubled"] == "batch" else 1)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--objectives", "ar,gpt"], "gpt"), (["--dtype", "fp64"], "fp64"), (["--t", "3", "--objectives", "ar"], "--t 3"),
+    (["--mask", "0.3", "--objectives", "vl"], "--mask 0.3"), (["--preset", "vit-tiny", "--size", "30"], "--size 30"),
+    (["--json", "/nowhere/x.json"], "/nowhere"), (["--width", "30"], "30"), (["--length", "1"], "1"),
+    (["--rounds", "0"], "0")])
+def test_bad_input_is_refused_in_one_line(argv, words):
+    with pytest.raises(BadInput) as error:
+        bench.main([*argv, "--device", "cpu"])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------- peers
+
+def peer(name, scale=1.0):
+    """A peer's case, its model in float32 with larger weights, so that its output depends on its input, and a batch."""
+    pytest.importorskip("transformers")
+    case = replace(CASES[name], peer=True)
+    torch.manual_seed(0)
+    model = make_peer(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(scale)
+    batch, _ = make_draw(case)()
+    return case, model, batch
+
+
+def test_extras_peers_have_the_size_that_is_claimed():
+    """Parameter counts by hand: same width, depth, vocabulary; feed-forward 4 x width; no dropout."""
+    D, L, V, S = 16, 2, 23, 8
+    layer = 12 * D * D + 13 * D                                     # q, k, v, out; D -> 4 D -> D; biases; two norms
+    ours = sum(p.numel() for p in Transformer(CASES["ar"].config).parameters())
+    assert ours == V * D + L * (10 * D * D + 2 * D) + 3 * D + 1       # GEGLU at 2 D is six of the ten, here eight of twelve
+    sizes = {"ar": V * D + S * D + L * layer + 2 * D,
+             "mlm": V * D + S * D + 2 * D + 2 * D + L * layer + D * D + D + 2 * D + V,  # segments; the head's extra layer
+             "dar": V * D + D + V + L * (layer + D * D - 4 * D + 3 * D + 2 * D)}      # + positions' keys; other biases
+    for name, size in sizes.items():
+        case, model, batch = peer(name)
+        assert sum(p.numel() for p in model.parameters()) == size
+        inputs = peer_inputs(batch, case.path, case.config)
+        model.train()
+        assert torch.equal(model(**inputs).loss, model(**inputs).loss)
+    attention = {name: peer(name)[1].config._attn_implementation for name in CASES}
+    assert attention == {"ar": "sdpa", "mlm": "sdpa", "vl": "sdpa", "mae": "sdpa", "dar": "eager"}
+
+
+@pytest.mark.parametrize("name", ["ar", "dar", "mlm", "vl"])
+def test_extras_peers_score_the_same_targets(name):
+    """The loss they train on is the mean over exactly this batch's targets of -log P of their true ids."""
+    case, model, batch = peer(name, 5.0)
+    logits = model(**peer_inputs(batch, case.path, case.config)).logits
+    nll = []
+    for b in range(case.batch):
+        for k, (position, label) in enumerate(zip(batch.targets[b].tolist(), batch.labels[b].tolist())):
+            if batch.groups[b, position] > 1:
+                row = {"causal": position - 1, "mask": position, "two-stream": k}[case.path]
+                nll.append(F.cross_entropy(logits[b, row], torch.tensor(label)))
+    assert len(nll) == batch.weight.sum()
+    torch.testing.assert_close(model(**peer_inputs(batch, case.path, case.config)).loss, torch.stack(nll).mean())
+
+
+def test_extras_xlnet_predictions_see_their_groups_context_and_nothing_else():
+    """Whether a prediction changes with a token, for every pair, against 0 < f(j) < f(i)."""
+    case, model, batch = peer("dar", 8.0)
+    model.eval()
+    assert set(batch.groups[:, 1].tolist()) == {1, 2}, "both sizes of the first group should occur"
+    with torch.no_grad():
+        logits = model(**peer_inputs(batch, case.path, case.config)).logits
+        for j in range(case.config.length):
+            tokens = batch.tokens.clone()
+            tokens[:, j] = (tokens[:, j] + 1) % case.config.vocab
+            other = model(**peer_inputs(batch._replace(tokens=tokens), case.path, case.config)).logits
+            changed = (other != logits).any(-1)                                          # (B, n)
+            context = batch.groups[:, j:j + 1] < batch.groups.gather(1, batch.targets)
+            assert torch.equal(changed | (batch.weight == 0), context | (batch.weight == 0))
+
+
+def test_extras_mae_peer_hides_as_many_patches():
+    case, model, batch = peer("mae")
+    c, seen = case.config, []
+    model.vit.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape))
+    out = model(**peer_inputs(batch, case.path, case.config))
+    assert seen == [(case.batch, 1 + batch.given.shape[1], c.width)]                       # and a class token
+    assert torch.equal(out.mask.sum(1), batch.weight.sum(1)) and out.logits.shape == (case.batch, c.length, c.values)
+    decoder = model.decoder.decoder_layers
+    assert (len(decoder), model.decoder.decoder_embed.out_features, model.config.decoder_num_attention_heads) == c.decoder
+    assert model.config.decoder_intermediate_size == 4 * c.decoder[1]
+
+
+def test_extras_peers_and_flops(capsys, monkeypatch):
+    """One objective against its peer in both precisions; the peer's FLOPs by hand."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(bench, "SIDES", {True: (256,)})
+    monkeypatch.setattr(bench, "cpu_memory", lambda case: 2000 if case.peer else 1000)
+    bench.main(["--objectives", "ar", "--layers", "2", "--width", "16", "--heads", "2", "--length", "8", "--batch-size", "2",
+                "--vocab", "23", "--rounds", "2", "--device", "cpu", "--dtype", "fp32,bf16", "--peers", "--json", "-"])
+    content = json.loads(capsys.readouterr().out)
+    pairs = [(r["dtype"], r["other_dtype"]) for r in content["ratios"]]
+    assert pairs == [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
+    D, L, V, S, B = 16, 2, 23, 8, 2
+    flops = 6 * B * (L * (S * 12 * D * D + S * S * D) + S * D * V)
+    for r in content["results"]:
+        assert not r["peer"] or r["name"] == "GPT2LMHeadModel" and r["flops_per_step"] == flops
+    assert all(r["memory"] == 0.5 and r["flops"] < 1 for r in content["ratios"])
