@@ -494,7 +494,7 @@ def run_glue(run, glue_dir, tasks, seeds, protocol, autocast=PLAIN, max_train=No
     known, results = read_results(results_file), {}
     with autocast:
         made_by = {"weights": fingerprint(run.model), **asdict(protocol),
-                   "precision": str(compute_dtype(next(run.model.parameters()).device))[6:]}
+                   "precision": str(compute_dtype(next(run.model.parameters())))[6:]}
     for name in tests:
         dataset = glue_dataset(glue_dir, name)
         dataset = replace(dataset, train=dataset.train.at_most(max_train))
@@ -667,14 +667,14 @@ def probe(train_x, train_y, test_x, test_y, seed=0):
     train_x, test_x = ((x.double() - mean) / torch.where(std > 1e-8, std, 1.0) for x in (train_x, test_x))
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     fit, held = order[len(order) // 5:], order[:len(order) // 5]
-    best, strength, w = math.inf, L2[0], None
+    best, strength, w, kept = math.inf, L2[0], None, None
     for l2 in L2 if len(held) else ():
         w = logistic_regression(train_x[fit], train_y[fit], l2, classes, w)  # starting from the stronger one's
         loss = F.cross_entropy(linear(train_x[held], w), train_y[held]).item()
         if loss > best:
             break
-        best, strength = loss, l2
-    w = logistic_regression(train_x, train_y, strength, classes)
+        best, strength, kept = loss, l2, w
+    w = logistic_regression(train_x, train_y, strength, classes, kept)
     return probe_figures(linear(train_x, w).argmax(1), train_y, linear(test_x, w).argmax(1), test_y, l2=strength)
 
 

@@ -14,8 +14,11 @@ a patch of pixels, embedded and predicted by linear maps, at a two-dimensional p
 Architecture (the Cramming protocol, paper Sec. 5.1): pre-norm with a final norm, GEGLU feed-forward, no biases, scaled
 sinusoidal positions, a norm after the embedding, output layer tied to the embedding.
 """
+import contextlib
+import functools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +79,52 @@ class Config:
         return math.isqrt(self.length) * self.patch
 
 
+def product(a, b):
+    """a b^T: (..., I) and (O, I) -> (..., O). No gradient through oneDNN: see Linear."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if takes_onednn(a) else F.linear(a, b)
+
+
+def takes_onednn(x):
+    """PyTorch multiplies float32 by MKL, which leaves half of an AMD processor's width unused; oneDNN does not."""
+    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == compute_dtype(x) == torch.float32
+            and on_amd())
+
+
+@functools.cache
+def on_amd():
+    """Whether this is an AMD processor with AVX-512 and PyTorch has oneDNN: a fixed rule, so that runs repeat."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    with contextlib.suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return False
+
+
+class Product(torch.autograd.Function):
+    """`product` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (product(grad, weight.T) if ctx.needs_input_grad[0] else None,
+                product(grad.flatten(0, -2).T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, through the faster kernel."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return Product.apply(x, self.weight) if takes_onednn(x) else F.linear(x, self.weight)
+
+
 class Attention(nn.Module):
     """Multi-head attention whose queries come from `x` and whose keys and values come from `content` (Eq. 23)."""
 
@@ -83,9 +132,9 @@ class Attention(nn.Module):
         super().__init__()
         D = config.width
         self.heads = config.heads
-        self.q = nn.Linear(D, D, bias=False)
-        self.kv = nn.Linear(D, 2 * D, bias=False)
-        self.out = nn.Linear(D, D, bias=False)
+        self.q = Linear(D, D)
+        self.kv = Linear(D, 2 * D)
+        self.out = Linear(D, D)
 
     def forward(self, x, content, bias=None, causal=False, cache=None):
         B, N, D = x.shape
@@ -114,9 +163,9 @@ def additive(mask, dtype):
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
-def compute_dtype(device):
-    """The precision in which matrix products run: autocast's where it is on, float32 elsewhere."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+def compute_dtype(x):
+    """The precision in which matrix products with x run: autocast's where it is on, else x's own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class FeedForward(nn.Module):
@@ -124,8 +173,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.width, 2 * config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.up = Linear(config.width, 2 * config.hidden)
+        self.down = Linear(config.hidden, config.width)
 
     def forward(self, x):
         value, gate = self.up(x).chunk(2, dim=-1)
@@ -162,7 +211,7 @@ class Decoder(nn.Module):
         super().__init__()
         layers, width, heads = config.decoder
         inner = replace(config, layers=layers, width=width, heads=heads)
-        self.embedding = nn.Linear(config.width, width, bias=False)
+        self.embedding = Linear(config.width, width)
         self.query = nn.Parameter(torch.empty(width))
         self.position_scale = nn.Parameter(torch.empty(1))
         self.register_buffer("positions", grid_sinusoids(config.length, width), persistent=False)
@@ -187,7 +236,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         if config.patch:
-            self.embedding = nn.Linear(config.values, config.width, bias=False)
+            self.embedding = Linear(config.values, config.width)
             self.pixels = nn.Linear(config.decoder[1] if config.decoder else config.width, config.values)
         else:
             self.embedding = nn.Embedding(config.vocab, config.width)  # its weight is also the output layer's
@@ -247,7 +296,7 @@ class Transformer(nn.Module):
         given   (B, v) mae path: the positions with f = 1, then any others up to the v of static shape
         Returns (B, n, D), of the decoder's width on the mae path.
         """
-        S, dtype = tokens.shape[1], compute_dtype(tokens.device)
+        S, dtype = tokens.shape[1], compute_dtype(self.query)
         if path == "causal":
             x = self.dropout(self.embedding_norm(self.embed(tokens)))
             for block in self.blocks:
@@ -301,7 +350,7 @@ class Transformer(nn.Module):
         the last without that norm.
         """
         x = self.dropout(self.embedding_norm(self.embed(tokens)))
-        bias = None if padding is None or causal else additive(~padding[:, None, None, :], compute_dtype(x.device))
+        bias = None if padding is None or causal else additive(~padding[:, None, None, :], compute_dtype(x))
         states = [x]
         for block in self.blocks:
             states.append(block(states[-1], tokens.shape[1], bias, causal))

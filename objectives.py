@@ -37,7 +37,7 @@ from masks import (
     query_mask,
     ratios,
 )
-from model import compute_dtype, take
+from model import compute_dtype, product, take
 
 
 @dataclass(frozen=True)
@@ -383,21 +383,21 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, embedding, labels, weight, chunk, differentiate=True):
-        dtype = compute_dtype(x.device)
+        dtype = compute_dtype(x)
         x_low, E = x.to(dtype), embedding.to(dtype)
         loss, dx, dE = x.new_zeros((), dtype=torch.float32), torch.empty_like(x_low), torch.zeros_like(embedding)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             y, w = labels[rows, None], weight[rows, None]
-            scores = (x_low[rows] @ E.T).float()                                         # (chunk, V)
+            scores = product(x_low[rows], E).float()                                     # (chunk, V)
             p = torch.softmax(scores, dim=-1)
             # log-sum-exp from the largest probability, which cannot underflow
-            top = scores.max(dim=1, keepdim=True)
-            loss += ((top.values - p.gather(1, top.indices).log() - scores.gather(1, y)) * w).sum()
+            total = scores.amax(dim=1, keepdim=True) - p.amax(dim=1, keepdim=True).log()
+            loss += ((total - scores.gather(1, y)) * w).sum()
             if differentiate:
                 p = p.scatter_add_(1, y, torch.full_like(w, -1.0)).mul_(w).to(dtype)     # d loss / d scores
-                torch.matmul(p, E, out=dx[rows])
-                dE += p.T @ x_low[rows]
+                dx[rows] = product(p, E.T)
+                dE += product(p.T, x_low[rows].T)
         ctx.save_for_backward(dx, dE)
         ctx.dtype = x.dtype
         return loss

@@ -489,7 +489,7 @@ def test_images_are_refused(run):
 
 
 def test_extras_models_of_the_transformers_package(make_run, tmp_path):
-    """BERT with its [CLS], [SEP] and token types, and GPT-2, through the same code."""
+    """BERT with its [CLS], [SEP] and token types through the same code."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     import hub
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]

@@ -3,7 +3,18 @@ import pytest
 import torch
 
 from masks import ar_groups, masked_groups
-from model import SIZES, Config, Transformer, additive, attend, flops_per_sequence, grid_sinusoids, parameters, take
+from model import (
+    SIZES,
+    Config,
+    Linear,
+    Transformer,
+    additive,
+    attend,
+    flops_per_sequence,
+    grid_sinusoids,
+    parameters,
+    take,
+)
 from objectives import draw_batch, from_options, loss_sum, target_positions
 
 
@@ -140,6 +151,19 @@ def test_fast_attention_equals_the_fused_kernel():
             *(x.float() for x in (q, k, v)), attn_mask=None if bias is None else bias.float(), is_causal=causal)
         assert (ours.float() - exact).norm() / exact.norm() < 0.02
         ours.float().sum().backward()
+
+
+def test_linear_layers_have_the_plain_result_and_gradient():
+    """Whatever kernel this machine takes, against the formula in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(3, 5, n, generator=generator).requires_grad_() for n in (24, 40))
+    layer = Linear(24, 40)
+    y = layer(x)
+    gradients = torch.autograd.grad(y, (x, layer.weight), g)
+    exact = (x.double() @ layer.weight.double().T, g.double() @ layer.weight.double(),
+             torch.einsum("bio,bij->oj", g.double(), x.double()))
+    for ours, expected in zip((y, *gradients), exact):
+        assert ours.dtype == torch.float32 and (ours - expected).norm() / expected.norm() < 1e-6
 
 
 def test_generation_cache_equals_recomputation(make_model):
