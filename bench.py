@@ -24,6 +24,7 @@ a user gets from either at the same width, depth and vocabulary, and the ratio o
     two-stream  XLNetLMHeadModel      perm_mask and target_mapping from the same f; relative positions
     mae         ViTMAEForPreTraining  draws its own masks, of the same ratio; 4 x width in the decoder too
 """
+import inspect
 import itertools
 import math
 import re
@@ -157,7 +158,9 @@ def prepare(case, device, pool, clock=time.perf_counter):
     settings = Settings()  # its learning rate, decay and clipping
     optimizer, loss_function, draw = make_optimizer(model, settings), make_loss(case), make_draw(case)
     if case.compiled:
-        loss_function = torch.compile(loss_function, dynamic=False, isolate_recompiles=True)
+        # Each case has a cache of its own, where this version of PyTorch has an option for that.
+        apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+        loss_function = torch.compile(loss_function, dynamic=False, **apart)
 
     def ready():
         batch, count = draw()

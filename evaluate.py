@@ -79,10 +79,11 @@ def training_order_nll(run, sequences, most=64):
 
 def summary(nll, tokens_per_byte):
     """Results from the -log P (N, S - 1) of N sequences. Perplexity is exp of the mean over tokens; the standard error
-    treats sequences as the independent samples."""
+    treats sequences as the independent samples; `sequence_nll` are theirs, for paired comparisons of checkpoints."""
     mean, stderr = nll.mean().item(), nll.mean(1).std().item() / math.sqrt(len(nll))
     return {"nll": mean, "stderr": stderr, "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
-            "bits_per_byte": mean / math.log(2) * tokens_per_byte, "tokens": nll.numel(), "sequences": len(nll)}
+            "bits_per_byte": mean / math.log(2) * tokens_per_byte, "tokens": nll.numel(), "sequences": len(nll),
+            "sequence_nll": nll.mean(1).tolist()}
 
 
 def evaluation_sequences(run, data=None, count=200):

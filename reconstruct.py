@@ -172,14 +172,15 @@ def reconstruct_command(args):
                 parts.append(reconstruct(run, x, h, bar))
         filled = torch.cat(parts)
         seconds = time.perf_counter() - start
+        found = measures(config, patches, filled, hidden, perceptual)
         if not rows:
             blurred = with_mean(patches, hidden)
             rows.append({"checkpoint": None, "label": "mean colour", **summary(measures(config, patches, blurred, hidden, perceptual))})
             grey = patches.scatter(1, hidden[..., None].expand(-1, -1, config.values), 0.0)
             pictures += [picture(config, p[:args.rows]) for p in (patches, grey)]
         rows.append({"checkpoint": checkpoint, "label": f"{describe(run.objective)} ({run.path})", "step": run.step,
-                     "objective": describe(run.objective), "path": run.path, "seconds": seconds,
-                     **summary(measures(config, patches, filled, hidden, perceptual))})
+                     "objective": describe(run.objective), "path": run.path, "seconds": seconds, **summary(found),
+                     **{f"{name}_of_images": values.tolist() for name, values in found.items()}})  # for paired comparisons
         pictures.append(picture(config, filled[:args.rows]))
     if args.json != "-":
         print(f"{len(uint8):,} validation images of {source}, {hidden.shape[1]} of {shown.length} patches hidden, predicted in "

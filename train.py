@@ -333,7 +333,7 @@ def load_run(path, device="cpu"):
             Transformer(config).load_state_dict({name: value.to("meta") for name, value in weights.items()})
         model = Transformer(config).to(device)
         model.load_state_dict(weights)
-    tokenizer = content["tokenizer"] and tokenizer_from_json(content["tokenizer"])
+    tokenizer = None if settings.images else tokenizer_from_json(content["tokenizer"])
     return Run(model.eval(), *settings.task(), tokenizer, settings, content["step"], str(path))
 
 
@@ -438,14 +438,14 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
     loss_module, synchronise = spread_out(LossModule(model, loss_function), world, fsdp)
     validation = loss_module if fsdp else LossModule(model, loss_sum)
     optimizer = make_optimizer(model, settings)
-    step, seen, seconds, skipped, pending = 0, 0, 0.0, 0, [0.0, 0.0, 0.0]
+    step, seen, seconds, skipped, last, pending = 0, 0, 0.0, 0, 0, [0.0, 0.0, 0.0]
     if content:
         with from_this_version(out):
             restore(model, optimizer, content)
         step, seen, seconds, skipped = (content.get(name, 0) for name in ("step", "seen", "seconds", "skipped"))
         if step >= steps:
             raise BadInput(f"{out} is at step {step} of {steps}; give more with --steps to go on")
-        pending = content.get("pending", pending)
+        last, pending = content.get("logged", step), content.get("pending", pending)
     out.mkdir(parents=True, exist_ok=True)
     if not resume and rank == 0:
         for name in ("ckpt.pt", "ckpt.prev.pt"):
@@ -480,15 +480,16 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
             os.fsync(metrics.fileno())  # no line that the checkpoint is past may be missing after a power loss
             save(out / "ckpt.pt", {
                 "settings": asdict(settings), "model_config": asdict(config), **content, "step": step, "seen": seen,
-                "seconds": seconds, "skipped": skipped, "logged": logged[0], "pending": [x.item() for x in (running, bad, streak)], "dtype": "bf16" if dtype == torch.bfloat16 else "fp32", **identity})
+                "seconds": seconds, "skipped": skipped, "logged": logged[0], "pending": [x.item() for x in (running, bad, streak)],
+                "dtype": "bf16" if dtype == torch.bfloat16 else "fp32", **identity})
 
     flops = flops_per_sequence(config, path, config.length, objective.max_targets(config.length))
     peak, val_loss = peak_flops(device) if dtype == torch.bfloat16 else None, None
-    bar = tqdm(total=steps, initial=content.get("logged", step) if content else step, unit="step", disable=quiet or not sys.stderr.isatty())
+    bar = tqdm(total=steps, initial=last, unit="step", disable=quiet or not sys.stderr.isatty())
     # On the device: the sum of the losses since the last log, the steps skipped since then, and those in a row up to now.
     running, bad, streak = torch.tensor(pending, device=device)
     running *= rank == 0  # the processes' sums will be added up
-    logged, clock, agreed = (content.get("logged", step) if content else step, seen), time.perf_counter(), False
+    logged, clock, agreed = (last, seen), time.perf_counter(), False
     with ThreadPoolExecutor(1) as pool, metrics, bar, stop_signals() as stop:
         ahead = pool.submit(draw, step, seen)
         while step < steps and not (agreed or stop and world == 1):
@@ -546,6 +547,7 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
                                     + (f", {skipped} steps skipped" if skipped else ""))
                 running.zero_()
                 bad.zero_()
+                logged = step, seen
                 if evaluating and (rank == 0 or fsdp):  # a model in parts takes all processes
                     val_loss = validation_loss(validation, objective, path, val_set, device, autocast)
                     write_line(metrics, {"step": step, "val_loss": round(val_loss, 4)})
@@ -553,7 +555,7 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
                         f"{per_second * each:,.0f} {unit}/s")
                 if saving:
                     checkpoint()
-                logged, clock = (step, seen), time.perf_counter()  # neither validation nor saving counts as training time
+                clock = time.perf_counter()  # neither validation nor saving counts as training time
         checkpoint()
     if (stop or agreed) and step < steps:
         say(f"stopped at step {step}; go on with: python train.py --resume --out {shlex.quote(str(out))}")
