@@ -1,0 +1,343 @@
+"""What a pretrained image encoder is good for: linear probe, fine-tuning and transfer (paper, Tables 3, 4 and 6).
+
+    python evaluate.py probe CKPT                                        frozen features of the run's own images
+    python evaluate.py probe CKPT --data DIR --classifier sgd --pixels   MAE's protocol; raw pixels beside it
+    python evaluate.py finetune CKPT --data DIR --label-fraction 0.1 --seeds 3
+    python evaluate.py transfer CKPT --data A B C
+
+Stated once, for all three: an image is cropped to its centre, resized to the model's size and normalised by the mean and
+deviation of the images the model was pretrained on; the encoder sees all patches, under causal attention for ar and dar
+and under full attention for the others (--attention); its features of the last layer, after the final norm (--layer),
+are averaged over the patches (--pool). Training images are the set's train part, scores are on its val part.
+
+The probe computes each feature once, from the image as it is: MAE's protocol, which --classifier sgd follows otherwise,
+draws a new crop in every epoch and uses LARS for its batch of 16,384.
+"""
+import copy
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import finetune
+from finetune import Batch, Classifier, Protocol, encode_all, label_subset, optimise, predictions, probe, probe_figures
+from images import FileSet, Patches, load_images, mix, patchify, random_erase, soft_targets, unpatchify
+from masks import BadInput, positive, seed
+from reconstruct import image_run
+
+# ---------------------------------------------------------------------------- labelled images
+
+def load_labelled(source, size, fraction=1.0, max_train=None):
+    """load_images, with training images for `fraction` of the labels or for about max_train of them, of every class alike.
+
+    Images in memory of another size than the model's remain as they are: they are resized whenever they are read.
+    """
+    try:
+        images = load_images(source, size)
+    except BadInput:
+        images = load_images(source)  # complains again if it was not the size
+    labels = images.train.labels
+    present = len(np.unique(labels))
+    if present < 2:
+        raise BadInput(f"{source} has training images of {present} class only; there is nothing to tell apart")
+    if max_train is not None and max_train < present:
+        raise BadInput(f"--max-train {max_train} is less than one image for each of the {present} classes of {source}")
+    rows = label_subset(labels, fraction, seed=0)
+    if max_train is not None and max_train < len(rows):
+        rows = rows[label_subset(labels[rows], max_train / len(rows), seed=0)]
+    return images if len(rows) == len(labels) else replace(images, train=subset(images.train, rows))
+
+
+def subset(images, rows):
+    """The images of these numbers, as a set of the same kind."""
+    if isinstance(images, FileSet):
+        return replace(images, files=tuple(images.files[i] for i in rows), labels=images.labels[rows], corrupt=set())
+    return replace(images, images=images.images[rows], labels=images.labels[rows])
+
+
+def as_batch(patches):
+    """Patches (B, S, values) as a Batch without padding."""
+    return Batch(patches, torch.full((len(patches),), patches.shape[1], device=patches.device), None, None)
+
+
+def ahead(make, steps):
+    """make(k) for each of the steps, the next one being made by a thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for k in steps:
+            ready, waiting = waiting, pool.submit(make, k)
+            if ready is not None:
+                yield ready.result()
+        yield waiting.result()
+
+
+def in_order(images, config, device, labels, size=128):
+    """Every image once, as it is -> pairs (row numbers, Batch). Writes the labels into `labels` (N,): a file that stands in
+    for a corrupt one comes with its own."""
+    source = Patches(images, config, device=device)
+
+    def make(start):
+        rows = np.arange(start, min(start + size, len(images)))
+        patches, labels[rows] = source.labelled(start, len(rows))
+        return rows, as_batch(patches)
+
+    return ahead(make, range(0, len(images), size))
+
+
+# ---------------------------------------------------------------------------- features and linear probe
+
+def image_features(run, images, pool="mean", causal=False, layer=None, autocast=finetune.PLAIN, quiet=True):
+    """Features of a frozen encoder -> {layer: float32 (N, D)}, labels (N,), all in memory. See encode_all for `layer`."""
+    labels = np.empty(len(images), np.int64)
+    batches = in_order(images, run.model.config, run.model.query.device, labels)
+    return encode_all(run, batches, len(images), pool, causal, layer, autocast, quiet), labels
+
+
+def pixels(run, images):
+    """The baseline: the numbers that go into the model -> float32 (N, 3 * size * size), labels (N,)."""
+    labels = np.empty(len(images), np.int64)
+    parts = [batch.tokens.flatten(1).cpu() for _, batch in in_order(images, run.model.config, torch.device("cpu"), labels)]
+    return torch.cat(parts), labels
+
+
+def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90, batch_size=256, base=0.1):
+    """MAE's linear probe (He et al. 2021, A.1) on features (N, D) and class numbers (N,): batch norm without affine map, then
+    a linear layer; rate base * batch / 256, 10 of 90 epochs of warm-up, cosine to 0, no weight decay, momentum 0.9. With plain
+    SGD in place of LARS the batch is small. Returns figures as finetune.probe."""
+    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
+    N, D = train_x.shape
+    classes, size = int(max(train_y.max(), test_y.max())) + 1, min(batch_size, N)
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.BatchNorm1d(D, eps=1e-6, affine=False), nn.Linear(D, classes))
+    nn.init.normal_(model[1].weight, std=0.01, generator=generator)
+    nn.init.zeros_(model[1].bias)
+    protocol = Protocol(base * size / 256, "mean", "full", epochs, size, warmup=10 / 90, clip=math.inf)
+
+    def batches(epoch):
+        return ((train_x[rows], train_y[rows]) for rows in torch.randperm(N, generator=generator).split(size))
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=protocol.lr, momentum=0.9)
+    optimise(model, optimizer, batches, N // size, F.cross_entropy, protocol)     # what is left over of an epoch is dropped
+    model.eval()
+    with torch.no_grad():
+        train_predicted, test_predicted = (model(x).argmax(1) for x in (train_x, test_x))
+    return probe_figures(train_predicted, train_y, test_predicted, test_y, epochs=epochs, batch_size=size, lr=protocol.lr)
+
+
+# ---------------------------------------------------------------------------- fine-tuning
+
+@dataclass(frozen=True)
+class Recipe(Protocol):
+    """MAE's fine-tuning (He et al. 2021, A.1) without RandAugment, and with the gradient clipped at norm 1."""
+
+    warmup: float = 0.05       # 5 of 100 epochs
+    weight_decay: float = 0.05
+    beta2: float = 0.999
+    dropout: float = 0.0
+    layer_decay: float = 0.65  # learning rate of a layer as a share of that of the next one
+    drop_path: float = 0.1     # share of samples for which the last block is skipped; the first never is
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1     # of the labels
+    erase: float = 0.25        # probability of random erasing
+    crop: float = 0.08         # least share of the area that a random crop keeps
+
+
+BUDGETS = {  # by preset: epochs, batch, base rate for a batch of 256
+    "vit-tiny": {"epochs": 10, "batch_size": 128, "base": 2e-3, "crop": 0.2},
+    "vit-small": {"epochs": 100, "batch_size": 1024, "base": 5e-4},
+    "vit-base": {"epochs": 100, "batch_size": 1024, "base": 5e-4},
+}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training a branch is left out for a share `rate` of the samples, and grows for
+    the others so that its expectation stays."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or not self.rate:
+            return x
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+
+def image_classifier(run, classes, recipe, seed):
+    """A copy of the encoder with drop path; pooled features, layer norm and a new linear layer."""
+    encoder = copy.deepcopy(run.model)
+    encoder.decoder = encoder.pixels = None
+    for block, rate in zip(encoder.blocks, torch.linspace(0, recipe.drop_path, len(encoder.blocks)).tolist()):
+        block.dropout = DropPath(rate)
+    width = run.model.config.width
+    model = Classifier(encoder, width, classes, recipe.pool, recipe.attention == "causal", recipe.dropout, seed)
+    model.head = nn.Sequential(nn.LayerNorm(width), model.head)
+    return model.to(run.model.query.device)
+
+
+def layer_groups(model, recipe):
+    """Parameter groups with layer-wise rates: lr * decay^(L + 1 - l), where l = L + 1 for the head and the final norm, l = 1
+    .. L for the blocks and l = 0 for what comes before them. Vectors do not decay."""
+    top, groups = len(model.encoder.blocks) + 1, {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        else:
+            layer = top if name.startswith(("head.", "encoder.norm.")) else 0
+        groups.setdefault((layer, parameter.dim() >= 2), []).append(parameter)
+    return [{"params": parameters, "lr": recipe.lr * recipe.layer_decay ** (top - layer),
+             "weight_decay": recipe.weight_decay * matrices} for (layer, matrices), parameters in groups.items()]
+
+
+def fine_tune_images(run, images, recipe, seed, autocast=finetune.PLAIN, bar=None):
+    """Fine-tune a copy of run.model on images.train -> accuracy on images.val, figures of the run.
+
+    The new layer, the order and crops of the images, mixing and erasing, and drop path have seeds of their own, from `seed`.
+    """
+    head_seed, order_seed, mix_seed, drop_seed = np.random.SeedSequence(seed).generate_state(4).tolist()
+    config, device, classes = run.model.config, run.model.query.device, len(images.classes)
+    model = image_classifier(run, classes, recipe, head_seed)
+    size, per_epoch = batch_and_steps(len(images.train), recipe)
+    source = Patches(images.train, config, order_seed, recipe.crop, device)
+
+    def draw(step):
+        patches, labels = source.labelled(step * size, size)
+        generator = torch.Generator().manual_seed(mix_seed * 1_000_003 + step)
+        x = random_erase(unpatchify(patches, config.patch), generator, recipe.erase)
+        x, targets = mix(x, soft_targets(labels.to(device), classes, recipe.smoothing), generator, recipe.mixup, recipe.cutmix)
+        return as_batch(patchify(x, config.patch)), targets
+
+    def accuracy():
+        labels = np.empty(len(images.val), np.int64)
+        scores = predictions(model, in_order(images.val, config, device, labels), len(labels), autocast)
+        return float((scores.argmax(1) == labels).mean())
+
+    torch.manual_seed(drop_seed)
+    optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, recipe.beta2), fused=device.type in ("cuda", "cpu"))
+    figures = optimise(model, optimizer, lambda epoch: ahead(draw, range(epoch * per_epoch, (epoch + 1) * per_epoch)), per_epoch,
+                       F.cross_entropy, recipe, autocast, accuracy, bar)
+    return accuracy(), {**figures, "examples_per_second": recipe.epochs * per_epoch * size / figures["seconds"]}
+
+
+def batch_and_steps(count, recipe):
+    """Images per step, at most all of them, and steps per epoch; the images left over begin the next epoch."""
+    size = min(recipe.batch_size, count)
+    return size, max(1, round(count / size))
+
+
+def recipe_from(args, run):
+    """The Recipe that the flags describe, for a model of this preset."""
+    attention, pool = finetune.attention_and_pool(run, args.attention, args.pool or "mean")
+    values = dict(BUDGETS[run.settings.preset])
+    base = values.pop("base")
+    values.update((f.name, value) for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None)
+    values.setdefault("lr", base * values["batch_size"] / 256)
+    recipe = Recipe(**{**values, "attention": attention, "pool": pool})
+    for name, fits, text in (("lr", lambda x: 0 < x < math.inf, "a positive number"),
+                             ("layer_decay", lambda x: 0 < x <= 1, "in 0..1, 0 excluded"),
+                             ("drop_path", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
+                             ("mixup", lambda x: 0 <= x < math.inf, "a number of at least 0"),
+                             ("cutmix", lambda x: 0 <= x < math.inf, "a number of at least 0"),
+                             ("smoothing", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
+                             ("erase", lambda x: 0 <= x <= 1, "in 0..1"),
+                             ("weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0")):
+        if not fits(getattr(recipe, name)):
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(recipe, name):g} is not {text}")
+    return recipe
+
+
+# ---------------------------------------------------------------------------- command line
+
+def shown(images, config):
+    """The data set in words."""
+    note = "" if images.size == config.size else f", resized from {images.size} to {config.size} pixels"
+    return f"{len(images.train):,} training and {len(images.val):,} validation images of {images.name}{note}"
+
+
+def both_features(run, images, pool, attention, layer, autocast):
+    """image_features of the training and of the validation images."""
+    return [image_features(run, part, pool, attention == "causal", layer, autocast, quiet=False)
+            for part in (images.train, images.val)]
+
+
+def probe_images(args, run, autocast):
+    """evaluate.py probe, for a checkpoint of images."""
+    finetune.refuse(args, run, finetune.TEXT_ONLY)
+    attention, pool = finetune.attention_and_pool(run, args.attention, args.pool or "mean")
+    images = load_labelled(args.data or run.settings.data, run.model.config.size, max_train=args.max_train)
+    classify = sgd_probe if args.classifier == "sgd" else probe
+    (x, y), (test_x, test_y) = both_features(run, images, pool, attention, args.layer, autocast)
+    layers = {str(layer): classify(x[layer], y, test_x[layer], test_y, args.seed)
+              for layer in tqdm(x, desc="probe", leave=False, disable=not sys.stderr.isatty())}
+    if args.pixels:
+        layers["pixels"] = classify(*pixels(run, images.train), *pixels(run, images.val), args.seed)
+    if args.json != "-":
+        print(f"{run.name}: {finetune.describe_run(run)}, linear probe ({args.classifier or 'lbfgs'}), {pool} pooling, {attention} "
+              f"attention; {len(images.classes)} classes, {shown(images, run.model.config)}")
+        finetune.print_probes(layers)
+    return {"results": {"data": images.name, "classes": images.classes, "classifier": args.classifier or "lbfgs", "pool": pool,
+                        "attention": attention, "layers": layers}}, run
+
+
+def finetune_images(args, run, autocast):
+    """evaluate.py finetune, for a checkpoint of images."""
+    finetune.refuse(args, run, finetune.TEXT_ONLY)
+    recipe = recipe_from(args, run)
+    images = load_labelled(args.data, run.model.config.size, args.label_fraction, args.max_train)
+    found = []
+    for k in range(args.seeds):
+        steps = recipe.epochs * batch_and_steps(len(images.train), recipe)[1]
+        with tqdm(total=steps, unit="step", desc=f"seed {k}", leave=False, disable=not sys.stderr.isatty()) as bar:
+            found.append(fine_tune_images(run, images, recipe, k, autocast, bar))
+    results = {"data": images.name, "classes": images.classes, "train": len(images.train), "dev": len(images.val),
+               "figures": [figures for _, figures in found], "accuracy": finetune.spread([accuracy for accuracy, _ in found])}
+    if args.json != "-":
+        figures = found[-1][1]
+        print(f"{run.name}: {finetune.describe_run(run)}, fine-tuned for {recipe.epochs} epochs, {recipe.pool} pooling, "
+              f"{recipe.attention} attention; {shown(images, run.model.config)}. Scores x 100"
+              + (", the best epoch chosen on the validation images" if recipe.best_epoch else ""))
+        finetune.print_scores("", results)
+        print(f"{figures['seconds']:.0f} s a seed, {figures['examples_per_second']:,.0f} images/s, {figures['input_share']:.1%} of "
+              "the time for waiting for them")
+    return {"protocol": asdict(recipe), "results": results}, run
+
+
+def transfer_command(args):
+    run, autocast = image_run(args, args.checkpoint)
+    attention, pool = finetune.attention_and_pool(run, args.attention, args.pool or "mean")
+    config, sets = run.model.config, []
+    for images in [load_labelled(source, config.size, max_train=args.max_train) for source in args.data]:  # complain before the work
+        (x, y), (test_x, test_y) = both_features(run, images, pool, attention, args.layer, autocast)
+        [layer] = x
+        sets.append({"data": images.name, "classes": len(images.classes), "size": images.size,
+                     **probe(x[layer], y, test_x[layer], test_y, args.seed)})
+    mean = sum(row["accuracy"] for row in sets) / len(sets)
+    if args.json != "-":
+        print(f"{run.name}: {finetune.describe_run(run)}, logistic regression on frozen features, {pool} pooling, {attention} "
+              f"attention, {config.size} x {config.size} pixels; accuracy x 100 on the validation images\n")
+        width = max(len(row["data"]) for row in sets)
+        print(f"{'':{width}s}  classes  training   accuracy   95% interval   majority        l2")
+        for row in sets:
+            low, high = (100 * end for end in row["interval"])
+            print(f"{row['data']:{width}s}  {row['classes']:7d}  {row['train']:8,}     {100 * row['accuracy']:6.1f}   {low:5.1f} .. "
+                  f"{high:5.1f}     {100 * row['majority']:6.1f}   {row['l2']:7g}")
+        print(f"{'mean':{width}s}                        {100 * mean:6.1f}")
+    return {"results": {"pool": pool, "attention": attention, "sets": sets, "mean": mean}}, run
+
+
+def add_commands(command):
+    """Register `transfer` with evaluate.py; finetune.py registers what it shares with text."""
+    sub = command("transfer", transfer_command, "logistic regression on frozen features of several image sets (Table 6)")
+    sub.add_argument("--data", nargs="+", required=True, metavar="SET", help="images, as for train.py")
+    sub.add_argument("--layer", type=seed, help="0 (the embedding) upwards (default: the last)")
+    sub.add_argument("--seed", type=seed, default=0, help="of the split that chooses the L2 strength")
+    sub.add_argument("--max-train", type=positive, metavar="N", help="use about N training images of each set only")
+    sub.add_argument("--pool", choices=finetune.POOLS, help="of the patches' features (default: mean)")
+    sub.add_argument("--attention", choices=("causal", "full"), help="default: causal for ar and dar, else full")
