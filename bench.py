@@ -24,6 +24,7 @@ a user gets from either at the same width, depth and vocabulary, and the ratio o
     two-stream  XLNetLMHeadModel      perm_mask and target_mapping from the same f; relative positions
     mae         ViTMAEForPreTraining  draws its own masks, of the same ratio; 4 x width in the decoder too
 """
+import argparse
 import inspect
 import itertools
 import math
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 from data import Sequences, import_optional
 from evaluate import write_json
-from masks import BadInput, Parser, command_line, positive, query_mask
+from masks import BadInput, Parser, command_line, output_file, positive, query_mask
 from model import SIZES, VIT_SIZES, Config, Transformer, flops_per_sequence
 from objectives import add_options, choose_path, describe, draw_batch, from_options, loss_sum, show
 from train import IMAGE_MASKS, PRESETS, Settings, choose_device, choose_dtype, clip_gradients, make_optimizer, take_step
@@ -391,7 +392,7 @@ def dtypes(text):
     """An argparse type: 'fp32,bf16' -> ['fp32', 'bf16']."""
     names = text.split(",")
     if not set(names) <= set(NAMES.values()):
-        raise BadInput(f"--dtype {text} is not fp32, bf16 or fp32,bf16")
+        raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp32,bf16")
     return list(dict.fromkeys(names))
 
 
@@ -455,10 +456,8 @@ def main(argv=None):
     parser.add_argument("--dtype", type=dtypes, help="fp32, bf16 or fp32,bf16 (default: bf16 where it is faster)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile (default: on CUDA)")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--json", metavar="FILE", help="write the results as one JSON object; - for standard output")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the results as one JSON object; - for standard output")
     args = parser.parse_args(argv)
-    if args.json and args.json != "-" and not Path(args.json).absolute().parent.is_dir():
-        raise BadInput(f"--json {args.json}: there is no such folder")
     device = choose_device(args.device)
     if args.clock == "cpu" and device.type != "cpu":
         raise BadInput(f"--clock cpu says nothing about the time on {device.type}; leave it out")

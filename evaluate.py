@@ -22,7 +22,7 @@ import reconstruct
 import vision
 from data import Sequences, import_optional, load_evaluation
 from hub import load_run
-from masks import BadInput, Parser, command_line, positive, seed
+from masks import BadInput, Parser, command_line, output_file, positive, seed
 from objectives import describe, draw_batch, scores_next, target_nll
 from train import choose_device, choose_dtype
 
@@ -465,7 +465,7 @@ def main(argv=None):
         sub.add_argument(**which, metavar="CKPT", help="run folder, checkpoint file, or hf:PATH (a transformers model)")
         sub.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
         sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
-        sub.add_argument("--json", metavar="FILE", help="write the results as one JSON object; - for standard output")
+        sub.add_argument("--json", type=output_file, metavar="FILE", help="write the results as one JSON object; - for standard output")
         return sub
 
     sub = command("perplexity", perplexity_command, "left-to-right likelihood of held-out text (Eq. 2)")
@@ -473,7 +473,7 @@ def main(argv=None):
     sub.add_argument("--regime", choices=("padded", "truncated"), help="for masks in one stream (default: both)")
     sub.add_argument("--by-length", action="store_true", help="perplexity against the length of the prefix (Figure 3)")
     sub.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the text")
-    sub.add_argument("--plot", metavar="FILE", help="picture of the curve over prefix length")
+    sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture of the curve over prefix length")
     sub.add_argument("--length", type=positive, help="hf: models: tokens of a sequence (default: 128, as our own models)")
 
     sub = command("connectivity", connectivity_command, "similarity of features of held-out contexts (Figure 2)", many=True)
@@ -481,7 +481,7 @@ def main(argv=None):
     sub.add_argument("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
     sub.add_argument("--top", type=positive, default=100_000, help="most similar pairs to show")
     sub.add_argument("--seed", type=seed, default=0, help="of the choice of contexts")
-    sub.add_argument("--plot", metavar="FILE", help="picture of similarity over rank")
+    sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture of similarity over rank")
 
     sub = command("generate", generate_command, "sample from the model")
     sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
@@ -502,10 +502,6 @@ def main(argv=None):
         for name, value in (("temperature", args.temperature), ("top-k", args.top_k)):
             if not 0 <= value < math.inf:
                 raise BadInput(f"--{name} {value:g} is not a number of at least 0")
-    for name in ("json", "plot", "picture"):
-        target = getattr(args, name, None)
-        if target and target != "-" and not Path(target).absolute().parent.is_dir():
-            raise BadInput(f"--{name} {target}: there is no such folder")
     if getattr(args, "plot", None):
         import_optional("matplotlib.pyplot")                                   # complain before the work, not after it
     results, run = args.function(args)

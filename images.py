@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from masks import BadInput, Parser, command_line, positive
+from masks import BadInput, Parser, command_line, output_file, positive
 from masks import seed as seed_type
 
 SIDES = ("train", "val")
@@ -877,14 +877,12 @@ def add_options(parser):
 def main(argv=None):
     parser = Parser(description="Draw a contact sheet of an image set: one row for each class.")
     parser.add_argument("source", metavar="DATA", help="shapes, or a folder of images (see the top of this file)")
-    parser.add_argument("--out", default="sheet.png", help="PNG file to write")
+    parser.add_argument("--out", type=output_file, default="sheet.png", help="PNG file to write")
     parser.add_argument("--size", type=positive, help="side of the images in pixels (default: as they are)")
     parser.add_argument("--columns", type=positive, default=16, help="images of each class")
     parser.add_argument("--rows", type=positive, default=20, help="classes at most")
     parser.add_argument("--views", action="store_true", help="random resized crops and flips, as in training")
     args = parser.parse_args(argv)
-    if not Path(args.out).absolute().parent.is_dir():
-        raise BadInput(f"--out {args.out}: there is no such folder")
     data = load_images(args.source, args.size)
     labels, rng = data.train.labels, np.random.default_rng(0)
     shown = np.unique(labels)[:args.rows]

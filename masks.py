@@ -15,6 +15,7 @@ import argparse
 import os
 import re
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -158,6 +159,13 @@ def group_size(text):
     """An argparse type for --t: '2' -> 2, '1,2' -> (1, 2)."""
     sizes = tuple(positive(part) for part in text.split(","))
     return sizes if len(sizes) > 1 else sizes[0]
+
+
+def output_file(text):
+    """An argparse type: a file to write, in a folder that exists; or - for standard output."""
+    if text != "-" and not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return text
 
 
 def ratios(text):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import import_optional
 from images import contact_sheet, crop, denormalise, load_images, normalise, order, patchify, unpatchify, write_png
-from masks import BadInput, positive, seed
+from masks import BadInput, output_file, positive, seed
 from objectives import describe, scores_next
 
 
@@ -221,4 +221,4 @@ def add_commands(command):
     sub.add_argument("--seed", type=seed, default=0, help="of the images and the hidden patches")
     sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network (pip install lpips)")
     sub.add_argument("--rows", type=positive, default=8, help="images in the picture")
-    sub.add_argument("--picture", metavar="FILE", help="picture: original, hidden input, each checkpoint's reconstruction")
+    sub.add_argument("--picture", type=output_file, metavar="FILE", help="picture: original, hidden input, each checkpoint's reconstruction")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import import_optional
-from masks import BadInput, Parser, command_line, positive, seed
+from masks import BadInput, Parser, command_line, output_file, positive, seed
 from objectives import OBJECTIVES, add_options, describe, flag, from_options, spectral_loss
 
 TABLE_9 = {1: (56.2, 82.5), 2: (59.4, 82.9), 3: (59.6, 82.7), 4: (58.8, 82.5)}  # dar's t: linear probe, fine-tuning
@@ -808,14 +808,14 @@ def parse(argv):
     def command(name, compute, show, text, toy=(), plot=None, picture=None):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(compute=compute, show=show, draw=plot)
-        sub.add_argument("--json", metavar="FILE", help="write the results as one JSON object; - for standard output")
+        sub.add_argument("--json", type=output_file, metavar="FILE", help="write the results as one JSON object; - for standard output")
         sub.add_argument("--seed", type=seed, default=0, help="of every random choice")
         for option, default, meaning in zip("rsT", toy, ("classes", "positions", "values per class and position")):
             sub.add_argument(f"--{option}", type=positive, default=default, help=f"toy model: {meaning}")
         if toy:
             sub.add_argument("--rho", type=float, default=0.5, help="mask ratio")
         if plot:
-            sub.add_argument("--plot", metavar="FILE.png", help=f"picture of {picture}")
+            sub.add_argument("--plot", type=output_file, metavar="FILE.png", help=f"picture of {picture}")
         return sub
 
     spectra = "the spectra of all objectives, and of dar's tail sum beside Table 9"

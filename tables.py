@@ -59,8 +59,9 @@ SCALES = {
         "two cores, hours", 8e10, 1, {
             "text": "--preset tiny --steps 4883 --batch-size 16 --lr 2e-3",
             "images": f"{TINY} --epochs 2", "images half": f"{TINY} --epochs 1"},
-        {"perplexity": "--max-sequences 256", "connectivity": "", "probe": "", "finetune": "--epochs 5",
-         "reconstruct": "", "transfer": "", "glue": "--seeds 3 --max-train 20000"},
+        {"perplexity": "--max-sequences 256", "connectivity": "", "probe": "", "probe images": "--classifier sgd",
+         "finetune": "--epochs 4 --max-train 10000", "reconstruct": "", "transfer": "",
+         "glue": "--seeds 3 --epochs 3 --max-train 10000 --pool mean"},
         {"perplexity": 5e4, "connectivity": 8e3, "probe": 6e4, "finetune": 8e5, "reconstruct": 2e4, "transfer": 2e4,
          "glue": 1e5},
         tenth=5000, mask_rule="always", vocab=8192, counts={"text": 1e7, "images": 50_000}, many=("table7",),
