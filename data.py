@@ -5,6 +5,8 @@
     DIR          a token folder written by `python data.py text INPUT... --out DIR --tokenizer wordpiece --vocab 8192`
     hf:NAME      a Hugging Face dataset, streamed through the `datasets` package (column `text`)
 
+`python data.py images` prepares images: see images.py.
+
 A token folder holds train.bin and val.bin (ids in native byte order, documents one after another, each closed by a
 separator), tokenizer.json and manifest.json.
 """

@@ -1,8 +1,11 @@
-"""Evaluate a checkpoint of train.py.
+"""Evaluate a checkpoint of train.py: the front end of all evaluation.
 
     python evaluate.py perplexity CKPT [--data ...] [--by-length]     P(x_{k+1} | x_1 .. x_k), Eq. 2
     python evaluate.py generate CKPT --prompt TEXT                    samples
     python evaluate.py connectivity CKPT [CKPT ...]                   similarity of features (Figure 2)
+    python evaluate.py glue | probe | finetune CKPT ...               classification (finetune.py, glue.py; images: vision.py)
+    python evaluate.py transfer CKPT --data A B C                     probes on several image sets (vision.py)
+    python evaluate.py reconstruct CKPT [CKPT ...]                    images completed patch by patch (reconstruct.py)
 
 CKPT is a run folder, a checkpoint file, or hf:PATH for a model of the transformers package (hub.py).
 """
