@@ -199,8 +199,9 @@ def synchronize(device):
 def step_flops(case):
     """FLOPs of the matrix products of one step: by the formula for this project's models, counted for peers."""
     if not case.peer:
-        targets = case.objective.max_targets(case.config.length)
-        return case.batch * flops_per_sequence(case.config, case.path, case.config.length, targets)
+        S = case.config.length
+        rows = case.objective.max_targets(S), S - case.objective.min_targets(S)
+        return case.batch * flops_per_sequence(case.config, case.path, S, *rows)
     one = replace(case, batch=1)
     return case.batch * counted_flops(one, make_peer(one))
 

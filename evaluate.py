@@ -217,7 +217,7 @@ def top_pairs(x, texts, count=100_000, block=2048, quiet=True):
 
 def mean_product(x, texts):
     """Mean of x_i . x_j over all pairs from different texts: of the square of the sum, less that within each text."""
-    x = x.double()
+    x, texts = x.cpu().double(), texts.cpu()                                   # MPS has no float64
     _, text, size = texts.unique(return_inverse=True, return_counts=True)
     within = x.new_zeros(len(size), x.shape[1]).index_add_(0, text, x)         # sum of x over each text
     pairs = len(x) ** 2 - size.square().sum()

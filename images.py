@@ -257,10 +257,12 @@ def pool():
     """Worker processes that decode. Threads would wait for each other from about five cores on: pillow gives up the
     interpreter's lock for 80% of the time that a photograph of 500 x 375 takes."""
     methods = multiprocessing.get_all_start_methods()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's processes share them
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(["images"])
-    executor = ProcessPoolExecutor(os.cpu_count(), context, initializer=start_worker)
+    executor = ProcessPoolExecutor(workers, context, initializer=start_worker)
     if hasattr(signal, "pthread_sigmask"):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by what starts now
         executor.submit(int)
@@ -668,10 +670,14 @@ class Patches:
         images, labels = self.images.batch(order(self.total, self.seed, start, size)[part])
         views = None
         if self.least is not None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
-            views = random_views(size, generator, (self.least, 1.0))[part].to(self.device)
-        x = normalise(crop(images.to(self.device), views, config.size), config.mean, config.std)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + start + 500_000_009)  # not that of the masks
+            views = self.moved(random_views(size, generator, (self.least, 1.0))[part])
+        x = normalise(crop(self.moved(images), views, config.size), config.mean, config.std)
         return patchify(x, config.patch), labels
+
+    def moved(self, x):
+        """x on the device; through pinned memory the thread need not wait for what the device is doing."""
+        return x.pin_memory().to(self.device, non_blocking=True) if torch.device(self.device).type == "cuda" else x.to(self.device)
 
     def batch(self, start, size, part=slice(None)):
         """The same without labels."""

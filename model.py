@@ -95,9 +95,14 @@ def on_amd():
     """Whether this is an AMD processor with AVX-512 and PyTorch has oneDNN: a fixed rule, so that runs repeat."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
+    return "AuthenticAMD" in cpu_info() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def cpu_info():
+    """What Linux says of the processor; elsewhere nothing."""
     with contextlib.suppress(OSError):
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return False
+        return Path("/proc/cpuinfo").read_text()
+    return ""
 
 
 class Product(torch.autograd.Function):
@@ -398,11 +403,11 @@ def parameters(model):
     return total, total - model.embedding.weight.numel()
 
 
-def flops_per_sequence(config, path, length, targets):
+def flops_per_sequence(config, path, length, targets, given=None):
     """Floating-point operations of the matrix products that one training step does for one sequence.
 
-    `targets` rows go through the output layer, and on the mae path all others through the encoder. Forward once, backward
-    twice. Attention counts what the kernel needs: half of S^2 for the causal path. Used for model FLOP utilisation.
+    `targets` rows go through the output layer, and on the mae path `given` rows (default: all others) through the encoder.
+    Forward once, backward twice. Attention counts what the kernel needs: half of S^2 for the causal path. Used for model FLOP utilisation.
     """
     S, n = length, targets
 
@@ -414,7 +419,8 @@ def flops_per_sequence(config, path, length, targets):
     D, L, width = config.width, config.layers, config.width
     if path == "mae":
         layers, width, _ = config.decoder
-        macs = stack(D, [S - n] * L, S - n) + (S - n) * D * width + stack(width, [S] * (layers - 1) + [n], S)
+        v = S - n if given is None else given
+        macs = stack(D, [v] * L, v) + v * D * width + stack(width, [S] * (layers - 1) + [n], S)
     else:
         rows = {"causal": [S] * L, "mask": [S] * (L - 1) + [n], "two-stream": [S + n] * (L - 1) + [n]}[path]
         macs = stack(D, rows, S, 0.5 if path == "causal" else 1.0)

@@ -45,18 +45,20 @@ def reconstruct(run, patches, hidden, bar=None):
     What stands at a hidden patch is never read.
     """
     model, path = run.model, run.path
+    patches, hidden = patches.to(model.query.device), hidden.to(model.query.device)
     N, S, _ = patches.shape
-    row = torch.arange(N)[:, None]
-    known = torch.ones(N, S, dtype=torch.bool)
+    row, positions = torch.arange(N, device=patches.device)[:, None], torch.arange(S, device=patches.device)
+    known = torch.ones(N, S, dtype=torch.bool, device=patches.device)
     known[row, hidden] = False
-    filled = torch.where(known[..., None], patches, torch.zeros(()))
+    filled = patches.masked_fill(~known[..., None], 0)
     masked = run.objective.one_stream == "mask"
     if path == "causal" and not torch.equal(hidden, hidden.sort(dim=1).values):
         raise BadInput(f"{run.name} runs as one causal stream, which reads every earlier patch; --order random would show it "
                        "patches that are not known yet: use --order raster")
     if not masked:  # the pass of each target in which its context is exactly what is before it
         *_, passes = run.objective.left_to_right(S, path).values()
-        first = torch.stack([scores_next(f) for f in passes]).long().argmax(0)           # (S,)
+        first = torch.stack([scores_next(f) for f in passes]).long().argmax(0).to(patches.device)     # (S,)
+        passes = passes.to(patches.device)
     for target in hidden.T[..., None]:                                                   # (N, 1)
         if masked:
             groups = known.long() + 2 * (~known).long() * (path == "mae")
@@ -64,14 +66,12 @@ def reconstruct(run, patches, hidden, bar=None):
         else:
             # One causal stream reads the patches before the target; those after it cannot be kept out, but are not read.
             groups = passes[first[target[:, 0]]]                                         # (N, S)
-            groups = groups if path == "causal" else torch.where(known | (torch.arange(S) == target), groups, 0)
-        device = model.query.device
-        inputs = (x.to(device) for x in (filled, groups, target))
-        filled[row, target] = model.pixels(model(*inputs, path)).to(filled)
+            groups = groups if path == "causal" else torch.where(known | (positions == target), groups, 0)
+        filled[row, target] = model.pixels(model(filled, groups, target, path)).to(filled)
         known[row, target] = True
         if bar is not None:
             bar.update(N)
-    return filled
+    return filled.cpu()
 
 
 # ---------------------------------------------------------------------------- measures
@@ -137,6 +137,11 @@ def with_mean(patches, hidden):
     return torch.where(known[..., None], patches, colour)
 
 
+def in_grey(patches, hidden):
+    """The data's mean colour in the place of every hidden patch."""
+    return patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[-1]), 0.0)
+
+
 # ---------------------------------------------------------------------------- command line
 
 def image_run(args, checkpoint):
@@ -146,6 +151,20 @@ def image_run(args, checkpoint):
     if not getattr(run.settings, "images", False):
         raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")
     return run, autocast
+
+
+def complete(config, images, numbers, hidden, fill, keep, perceptual=None):
+    """Read the images `numbers`, a few at a time, and fill them by fill(patches, hidden).
+    -> {name: (N,)} of `measures`, the first `keep` as pictures (keep, 3, H, W) in 0..1."""
+    found, kept = [], []
+    for start in range(0, len(numbers), 250):
+        part = slice(start, start + 250)
+        uint8 = images.batch(numbers[part])[0]
+        patches = patchify(normalise(crop(uint8, None, config.size), config.mean, config.std), config.patch)
+        filled = fill(patches, hidden[part])
+        found.append(measures(config, patches, filled, hidden[part], perceptual))
+        kept.append(picture(config, filled[:max(0, keep - start)]))
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(kept)
 
 
 def reconstruct_command(args):
@@ -159,31 +178,29 @@ def reconstruct_command(args):
         if shown is None:
             shown, source = config, args.data or run.settings.data
             images = load_images(source, config.size).val
-            uint8 = images.batch(order(len(images), args.seed, 0, min(args.max_images, len(images))))[0]
-            hidden = hidden_patches(len(uint8), config.length, args.hide, args.order, args.seed)
+            numbers = order(len(images), args.seed, 0, min(args.max_images, len(images)))
+            hidden = hidden_patches(len(numbers), config.length, args.hide, args.order, args.seed)
+            for fill in (lambda patches, _: patches, in_grey):
+                pictures.append(complete(config, images, numbers[:args.rows], hidden[:args.rows], fill, args.rows)[1])
+            found, _ = complete(config, images, numbers, hidden, with_mean, 0, perceptual)
+            rows.append({"checkpoint": None, "label": "mean colour", **summary(found)})
         elif (config.size, config.patch) != (shown.size, shown.patch):
             raise BadInput(f"{checkpoint} cuts images of {config.size} pixels into patches of {config.patch}, "
                            f"{args.checkpoints[0]} of {shown.size} into {shown.patch}: compare those that see alike")
-        patches = patchify(normalise(crop(uint8, None, config.size), config.mean, config.std), config.patch)
-        start, parts = time.perf_counter(), []
-        with autocast, tqdm(total=hidden.numel(), unit="patch", desc=describe(run.objective), leave=False,
-                            disable=not sys.stderr.isatty()) as bar:
-            for x, h in zip(patches.split(250), hidden.split(250)):
-                parts.append(reconstruct(run, x, h, bar))
-        filled = torch.cat(parts)
-        seconds = time.perf_counter() - start
-        found = measures(config, patches, filled, hidden, perceptual)
-        if not rows:
-            blurred = with_mean(patches, hidden)
-            rows.append({"checkpoint": None, "label": "mean colour", **summary(measures(config, patches, blurred, hidden, perceptual))})
-            grey = patches.scatter(1, hidden[..., None].expand(-1, -1, config.values), 0.0)
-            pictures += [picture(config, p[:args.rows]) for p in (patches, grey)]
+        start = time.perf_counter()
+        with tqdm(total=hidden.numel(), unit="patch", desc=describe(run.objective), leave=False,
+                  disable=not sys.stderr.isatty()) as bar:
+            def predicted(patches, hidden, run=run, autocast=autocast, bar=bar):
+                with autocast:
+                    return reconstruct(run, patches, hidden, bar)
+
+            found, kept = complete(config, images, numbers, hidden, predicted, args.rows, perceptual)
         rows.append({"checkpoint": checkpoint, "label": f"{describe(run.objective)} ({run.path})", "step": run.step,
-                     "objective": describe(run.objective), "path": run.path, "seconds": seconds, **summary(found),
+                     "objective": describe(run.objective), "path": run.path, "seconds": time.perf_counter() - start, **summary(found),
                      **{f"{name}_of_images": values.tolist() for name, values in found.items()}})  # for paired comparisons
-        pictures.append(picture(config, filled[:args.rows]))
+        pictures.append(kept)
     if args.json != "-":
-        print(f"{len(uint8):,} validation images of {source}, {hidden.shape[1]} of {shown.length} patches hidden, predicted in "
+        print(f"{len(numbers):,} validation images of {source}, {hidden.shape[1]} of {shown.length} patches hidden, predicted in "
               f"{args.order} order; mean ± standard error over images\n")
         print_rows(rows)
     if args.picture:
@@ -191,7 +208,7 @@ def reconstruct_command(args):
         write_png(args.picture, contact_sheet((sheet * 255).round().byte().numpy()))
         if args.json != "-":
             print(f"\n{args.picture}: original, hidden (grey), " + ", ".join(row["label"] for row in rows[1:]))
-    return {"data": source, "images": len(uint8), "hidden": hidden.shape[1], "patches": shown.length, "rows": rows}, None
+    return {"data": source, "images": len(numbers), "hidden": hidden.shape[1], "patches": shown.length, "rows": rows}, None
 
 
 def summary(values):

@@ -172,7 +172,7 @@ def cost(argv, vocab, examples):
     rows = min(settings.micro_batch, settings.batch_size) * {"two-stream": S + n, "mae": S - n}.get(path, S)
     D, L, V = config.width, config.layers, config.vocab
     memory = 1e9 + 16 * (12 * L * D * D + V * D) + 50 * rows * L * D + 6 * rows * V * n / S
-    return flops_per_sequence(config, path, S, n), sum(train.batch_sizes(settings, steps)), memory
+    return flops_per_sequence(config, path, S, n, S - objective.min_targets(S)), sum(train.batch_sizes(settings, steps)), memory
 
 
 def evaluation(place, models, seed, command, flags="", plot=None):

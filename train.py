@@ -23,6 +23,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from data import Sequences, load_corpus, tokenizer_from_json
 from images import Patches, is_images, load_images
 from masks import BadInput, Parser, command_line, group_size, positive, ratios, seed
-from model import SIZES, VIT_SIZES, Config, Transformer, flops_per_sequence, parameters
+from model import SIZES, VIT_SIZES, Config, Transformer, cpu_info, flops_per_sequence, parameters
 from objectives import OBJECTIVES, choose_path, describe, draw_batch, from_options, loss_sum
 
 TEXT = {"schedule": "triangle", "warmup": 0.0, "weight_decay": 0.01, "beta2": 0.98, "batch_ramp": 0.0, "length": 128}
@@ -174,10 +175,10 @@ def learning_rate(settings, progress):
 
 def batch_sizes(settings, steps):
     """The number of sequences of every step: it grows by sixteenths of the full batch over the first `batch_ramp`."""
-    full, sixteenth = settings.batch_size, max(1, settings.batch_size // 16)
+    full = settings.batch_size
     if not settings.batch_ramp:
         return [full] * steps
-    return [min(full, sixteenth * (1 + int(16 * step / (steps * settings.batch_ramp)))) for step in range(steps)]
+    return [math.ceil(full * min(16, 1 + int(16 * step / (steps * settings.batch_ramp))) / 16) for step in range(steps)]
 
 
 def steps_for(settings, sequences):
@@ -191,10 +192,8 @@ def steps_for(settings, sequences):
 
 
 def parts(size, micro):
-    """Cut a batch into as few equal parts of at most `micro` as possible; sizes differ by one at most."""
-    count = math.ceil(size / micro)
-    edges = [size * i // count for i in range(count + 1)]
-    return list(itertools.pairwise(edges))
+    """Cut a batch into parts of `micro`, the last one smaller: few shapes, each of which is compiled once."""
+    return list(itertools.pairwise([*range(0, size, micro), size]))
 
 
 # ---------------------------------------------------------------------------- the machine
@@ -222,16 +221,8 @@ def choose_dtype(device, name=None):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(768, 768, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            torch.mm(x, x)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
+    fast = any(flag in cpu_info() for flag in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def keep_freed_memory():
@@ -416,7 +407,7 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
         raise BadInput("--fsdp spreads the model over several processes; start them with torchrun --nproc_per_node=N train.py")
     device = choose_device(device or (f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and torch.cuda.is_available() else None))
     compiled = device.type == "cuda" if compiled is None else compiled
-    content = load_checkpoint(out, device) if resume else None
+    content = load_checkpoint(out) if resume else None
     dtype = choose_dtype(device, dtype or (content and content["dtype"]))
     torch.set_float32_matmul_precision("high")
 
@@ -429,13 +420,16 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
     sizes = batch_sizes(settings, steps)
     if min(sizes) < world:
         raise BadInput(f"a batch of {min(sizes)} sequences does not fill {world} processes; give a larger --batch-size")
+    if fsdp and any(size % world for size in sizes):  # every forward pass is a collective one
+        raise BadInput(f"--fsdp takes equal parts: {world} processes do not divide a batch of "
+                       f"{next(size for size in sizes if size % world)}; give another --batch-size")
 
     torch.manual_seed(settings.seed)
     model = Transformer(config).to(device)
     if path in ("causal", "mae"):
         model.query.requires_grad_(False)  # these read it nowhere
     loss_function = maybe_compiled(compiled, say)
-    loss_module, synchronise = spread_out(LossModule(model, loss_function), world, fsdp)
+    loss_module, synchronise = spread_out(LossModule(model, loss_function), device, world, fsdp)
     validation = loss_module if fsdp else LossModule(model, loss_sum)
     optimizer = make_optimizer(model, settings)
     step, seen, seconds, skipped, last, pending = 0, 0, 0.0, 0, 0, [0.0, 0.0, 0.0]
@@ -483,7 +477,8 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
                 "seconds": seconds, "skipped": skipped, "logged": logged[0], "pending": [x.item() for x in (running, bad, streak)],
                 "dtype": "bf16" if dtype == torch.bfloat16 else "fp32", **identity})
 
-    flops = flops_per_sequence(config, path, config.length, objective.max_targets(config.length))
+    flops = flops_per_sequence(config, path, config.length, objective.max_targets(config.length),
+                               config.length - objective.min_targets(config.length))
     peak, val_loss = peak_flops(device) if dtype == torch.bfloat16 else None, None
     bar = tqdm(total=steps, initial=last, unit="step", disable=quiet or not sys.stderr.isatty())
     # On the device: the sum of the losses since the last log, the steps skipped since then, and those in a row up to now.
@@ -500,10 +495,10 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
             for group in optimizer.param_groups:
                 group["lr"] = rate
             total = torch.zeros((), device=device)
-            for first, last in (cuts := parts(len(batch.tokens), settings.micro_batch)):
-                synchronise((first, last) == cuts[-1])
+            for cut in (cuts := parts(len(batch.tokens), settings.micro_batch)):
+                synchronise(cut == cuts[-1])
                 with autocast():
-                    loss = loss_module(batch.part(first, last).to(device), path) / count
+                    loss = loss_module(batch.part(*cut).to(device), path) / count
                 (loss * world).backward()  # the processes' gradients are averaged, their losses summed
                 total += loss.detach()
             norm = clip_gradients(model, settings.clip)
@@ -583,7 +578,7 @@ def join_group(device):
         on_gpu = torch.cuda.is_available() and (device is None or str(device).startswith("cuda"))
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=24))  # the first may prepare data
     return int(os.environ.get("RANK", "0")), world
 
 
@@ -597,15 +592,17 @@ def first_process_first(rank, world):
         dist.barrier()
 
 
-def spread_out(module, world, fsdp=False):
+def spread_out(module, device, world, fsdp=False):
     """(module whose gradients are averaged over the processes, function that switches this on for the next backward)."""
     if world == 1:
         return module, lambda on: None
     if fsdp:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(device.type, (world,))
         for block in module.model.blocks:
-            fully_shard(block)
-        fully_shard(module)
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
         return module, module.set_requires_gradient_sync
     wrapped = DistributedDataParallel(module)
 
@@ -621,7 +618,7 @@ def clip_gradients(model, largest):
 
 
 def take_step(optimizer, wrong):
-    """An optimiser step, unless `wrong` is 1: the fused kernels look at it on the device."""
+    """An optimiser step, unless `wrong` is 1. The fused kernels look at it on the device; the others (MPS, FSDP) wait for it."""
     if optimizer.defaults["fused"]:
         optimizer.found_inf = wrong
     elif wrong:
@@ -650,7 +647,8 @@ def restore(model, optimizer, content):
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {i: {name: like(value, ordered[i]) for name, value in entry.items()}
              for i, entry in content["optimizer"]["state"].items()}
-    optimizer.load_state_dict({**content["optimizer"], "state": state})
+    groups = [{**saved, "fused": group["fused"]} for saved, group in zip(content["optimizer"]["param_groups"], optimizer.param_groups)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 @contextlib.contextmanager

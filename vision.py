@@ -141,7 +141,7 @@ class Recipe(Protocol):
     beta2: float = 0.999
     dropout: float = 0.0
     layer_decay: float = 0.65  # learning rate of a layer as a share of that of the next one
-    drop_path: float = 0.1     # share of samples for which the last block is skipped; the first never is
+    drop_path: float = 0.1     # rate at which either branch of the last block is dropped for a sample; 0 in the first
     mixup: float = 0.8
     cutmix: float = 1.0
     smoothing: float = 0.1     # of the labels

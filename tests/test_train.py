@@ -176,8 +176,8 @@ def test_triangle_schedule():
 def test_batch_ramp_and_parts():
     settings = Settings(batch_size=100, batch_ramp=0.6)
     sizes = batch_sizes(settings, 100)
-    assert sizes[0] == 6 and sizes[60:] == [100] * 40 and sizes == sorted(sizes) and len(set(sizes)) == 17
-    assert abs(sum(sizes[:60]) / 60 - 51) < 1
+    assert sizes[0] == 7 and sizes[60:] == [100] * 40 and sizes == sorted(sizes) and len(set(sizes)) == 16
+    assert abs(sum(sizes[:60]) / 60 - 53.4) < 1 and batch_sizes(Settings(batch_size=31, batch_ramp=0.6), 100)[60:] == [31] * 40
     assert batch_sizes(Settings(batch_size=7), 3) == [7, 7, 7]
     for sequences in (1, 999, 10_000):
         steps = steps_for(settings, sequences)
@@ -185,7 +185,7 @@ def test_batch_ramp_and_parts():
     for size in range(1, 40):
         cut = parts(size, 16)
         lengths = [b - a for a, b in cut]
-        assert sum(lengths) == size and max(lengths) <= 16 and max(lengths) - min(lengths) <= 1
+        assert sum(lengths) == size and set(lengths[:-1]) <= {16} and lengths[-1] <= 16
         assert cut[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(cut))
 
 
