@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import images
+import model
 import train as module
 from data import load_corpus
 from masks import BadInput
@@ -132,7 +133,8 @@ def test_same_seed_same_weights(text, tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_accumulated_gradients_equal_the_whole_batch(text, tmp_path):
+def test_accumulated_gradients_equal_the_whole_batch(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "on_amd", lambda: False)  # oneDNN's rounding varies more with the batch, and Adam enlarges it
     for name, micro in (("whole", 64), ("parts", 5)):
         run(Settings(data=text, objective="vl", **{**SMALL, "steps": 3}, micro_batch=micro), tmp_path / name)
     whole, accumulated = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
