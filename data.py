@@ -11,6 +11,7 @@ A token folder holds train.bin and val.bin (ids in native byte order, documents 
 separator), tokenizer.json and manifest.json.
 """
 import ast
+import functools
 import gzip
 import hashlib
 import importlib
@@ -202,13 +203,14 @@ def cut_at_lines(text, size):
         start = stop
 
 
+@functools.cache  # parsing all sources takes seconds
 def pydoc_texts():
-    """(name, text) of every module of the standard library - its docstrings, read from the sources without importing
+    """[(name, text)] of every module of the standard library - its docstrings, read from the sources without importing
     them - and of every pydoc topic. Parts that some distributions leave out (tests, Tk, IDLE, ...) are left out
     everywhere, so that the corpus depends on the version of Python alone."""
     optional = {"test", "tests", "idlelib", "lib2to3", "distutils", "ensurepip", "tkinter", "turtle", "turtledemo",
                 "site-packages", "dist-packages", "pydoc_data", "__pycache__", "venv", "curses", "dbm", "sqlite3"}
-    root = Path(sysconfig.get_paths()["stdlib"])
+    found, root = [], Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if optional & set(parts) or parts[0] not in sys.stdlib_module_names or parts[0].startswith("_sysconfig"):
@@ -221,10 +223,11 @@ def pydoc_texts():
         texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
         text = "\n\n".join(filter(None, texts))
         if text:
-            yield ".".join(parts).removesuffix(".__init__"), text + "\n"
+            found.append((".".join(parts).removesuffix(".__init__"), text + "\n"))
     from pydoc_data.topics import topics
     for name in sorted(topics):
-        yield f"topics.{name}", topics[name].strip() + "\n"
+        found.append((f"topics.{name}", topics[name].strip() + "\n"))
+    return found
 
 
 def held_out(document, fraction):

@@ -113,7 +113,7 @@ def read_table(path, text, label=None, columns=None, ragged=False):
                 wanted = (*text, label) if label else text
                 missing = [name for name in wanted if name not in columns]
                 if missing:
-                    raise BadInput(f"{path} has no column {missing[0]!r}, only {', '.join(columns)}")
+                    raise BadInput(f"{path} has no column {missing[0]!r}, only {', '.join(columns)}; tabs separate columns")
                 places = [columns.index(name) for name in wanted]
                 if columns is row:
                     continue

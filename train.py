@@ -454,7 +454,7 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
     say(f"{describe(objective)} ({path}), {parameters(model)[0] / 1e6:.2f}M parameters, "
         + (f"{settings.positions} patches, " if settings.images else f"vocabulary {config.vocab:,}, ") +
         f"{train_set.total:,} training {unit}; {device.type} {str(dtype)[6:]}{' compiled' if compiled else ''}"
-        + (f", {world} processes" if world > 1 else ""))
+        + (f", {world} processes" if world > 1 else "") + (f", going on at step {step:,} of {steps:,}" if step else ""))
 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -117,7 +117,9 @@ def test_wrong_folders_are_refused(folder, tmp_path):
 
 
 def test_pydoc_is_the_same_every_time_and_split_by_module():
-    first, again = data.load_corpus("pydoc"), data.load_corpus("pydoc")
+    first = data.load_corpus("pydoc")
+    data.pydoc_texts.cache_clear()
+    again = data.load_corpus("pydoc")
     assert np.array_equal(first.train, again.train) and np.array_equal(first.val, again.val)
     assert 1.5e6 < len(first.train) + len(first.val) < 3e6 and 0.05 < len(first.val) / len(first.train) < 0.25
     modules = [[d.module for d in data.documents("pydoc") if data.held_out(d, 0.1) == side] for side in (False, True)]
