@@ -6,8 +6,8 @@
     python train.py --resume --out runs/vl                          go on where that run stopped
 
 Leaves a run folder: config.json (all settings), metrics.jsonl (one line every few steps), ckpt.pt (everything needed to
-evaluate or to go on). What a step does depends on the seed and the step's number only, never on the past, so a resumed
-run repeats the uninterrupted one.
+evaluate or to go on). Which batch and masks a step takes depends on the seed and the step's number only, so a resumed run
+repeats the uninterrupted one, on a CPU bit for bit.
 """
 import contextlib
 import ctypes
