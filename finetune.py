@@ -43,7 +43,7 @@ from images import is_images
 from masks import BadInput, positive, seed
 from model import compute_dtype
 from objectives import DiversityEnhanced, describe
-from train import make_optimizer
+from train import clip_gradients, make_optimizer, warm_cosine
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batches are padded to one of these
 PLAIN = contextlib.nullcontext()     # in place of an autocast context
@@ -312,7 +312,7 @@ class Protocol:
     warmup: float = 0.06      # share of the steps over which the learning rate rises; cosine to 0 afterwards
     weight_decay: float = 0.01
     beta2: float = 0.98
-    clip: float = 1.0
+    clip: float = 1.0         # largest norm of the gradient; 0 for no clipping
     dropout: float = 0.1
     best_epoch: bool = False  # score the dev part after every epoch and keep the best: optimistic on that part
 
@@ -335,13 +335,6 @@ class Classifier(nn.Module):
         """-> (B, outputs)."""
         features = pool_features(encode(self.encoder, batch, self.causal), batch, self.pool)
         return self.head(self.dropout(features)).float()
-
-
-def share_of_peak(progress, warmup):
-    """Learning rate at `progress` in 0..1 as a share of the peak: linear up, cosine to 0."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def fine_tune(run, inputs, labels, outputs, protocol, seed, autocast=PLAIN, validate=None, bar=None):
@@ -402,12 +395,12 @@ def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAI
             batch, wanted = next(ready)
             preparing += time.perf_counter() - clock
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * share_of_peak((step + 0.5) / steps, protocol.warmup)
+                group["lr"] = peak * warm_cosine((step + 0.5) / steps, protocol.warmup)
             with autocast:
                 scores = model(batch)
             error = loss(scores, wanted)
             error.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), protocol.clip)
+            clip_gradients(model, protocol.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             running += error.detach()

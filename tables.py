@@ -407,7 +407,8 @@ def table2(place):
 
 def images_table(title, paper, columns, rows=None, pairs=((DAR, AR),), note=""):
     rows = rows or of("images", PAIR)
-    return Table(title, TWO_STREAMS.format("images") + note, rows, columns, paper, compare(columns, pairs, paper))
+    recipe = " Fine-tuning is MAE's, without RandAugment." if "FT Acc." in columns else ""
+    return Table(title, TWO_STREAMS.format("images") + recipe + note, rows, columns, paper, compare(columns, pairs, paper))
 
 
 LP_FT = {"LP Acc.": probe(), "FT Acc.": finetune()}
@@ -482,7 +483,7 @@ def table8(place):
     rows = of("images", flags)
     picture = evaluation(place, list(rows.values()), 0, "reconstruct", "--max-images 8", plot="--picture")
     return Table("Table 8: reconstruction of hidden patches, one at a time", "MAE with the same images seen; the same hidden patches "
-                 "for all. L2 is in units of the data's variance (the paper does not say), over hidden patches only. "
+                 "for all, never the first. L2 is in units of the data's variance (the paper does not say), over hidden patches only. "
                  "Picture: original, hidden in grey, then the rows of the table in order.", rows, columns,
                  paper, compare(columns, [(small, large), (vl, small), (vl, large)]), (picture,))
 

@@ -39,8 +39,10 @@ from masks import BadInput, Parser, command_line, group_size, positive, ratios, 
 from model import SIZES, VIT_SIZES, Config, Transformer, cpu_info, flops_per_sequence, parameters
 from objectives import OBJECTIVES, choose_path, describe, draw_batch, from_options, loss_sum
 
-TEXT = {"schedule": "triangle", "warmup": 0.0, "weight_decay": 0.01, "beta2": 0.98, "batch_ramp": 0.0, "length": 128}
-IMAGES = {"schedule": "cosine", "warmup": 0.05, "weight_decay": 0.05, "beta2": 0.95, "batch_ramp": 0.0, "crop": 0.2}
+TEXT = {"schedule": "triangle", "warmup": 0.0, "weight_decay": 0.01, "beta2": 0.98, "clip": 0.5, "batch_ramp": 0.0,
+        "length": 128}
+IMAGES = {"schedule": "cosine", "warmup": 0.05, "weight_decay": 0.05, "beta2": 0.95, "clip": 0.0, "batch_ramp": 0.0,
+          "crop": 0.2}
 
 PRESETS = {  # a size of model.py and a budget that suits it
     "tiny": {**TEXT, "batch_size": 16, "steps": 1800, "lr": 2e-3},
@@ -98,7 +100,7 @@ class Settings:
     warmup: float = option(None, "share of the budget over which the learning rate also rises from 0", type=float)
     weight_decay: float = option(None, "decoupled, on matrices only", type=float)
     beta2: float = option(None, "of AdamW; its beta1 is 0.9", type=float)
-    clip: float = option(0.5, "largest norm of the gradient", type=float)
+    clip: float = option(None, "largest norm of the gradient; 0 for no clipping", type=float)
     seed: int = option(0, "of the initial weights, the order of the data and the masks", type=seed)
 
     def __post_init__(self):
@@ -130,7 +132,7 @@ class Settings:
             object.__setattr__(self, "norm_pix", bool(self.norm_pix))
         objective.check(self.positions)
         for name, fits, text in (("lr", lambda x: 0 < x < math.inf, "a positive number"),
-                                 ("clip", lambda x: x > 0, "a positive number"),
+                                 ("clip", lambda x: 0 <= x < math.inf, "a number of at least 0"),
                                  ("epochs", lambda x: 0 < x < math.inf, "a positive number"),
                                  ("weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0"),
                                  ("beta2", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
@@ -164,12 +166,18 @@ MAY_CHANGE = {"steps", "epochs", "micro_batch", "data"}  # on --resume; the data
 
 # ---------------------------------------------------------------------------- schedules
 
+def warm_cosine(progress, warmup):
+    """Share of the peak rate at `progress` in 0..1: linearly up, then a cosine to 0."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
 def learning_rate(settings, progress):
     """The rate at `progress` in 0..1 through the budget."""
     if settings.schedule == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:  # the Cramming protocol's one cycle
-        share = 0.25 + progress if progress < 0.75 else 4 * (1 - progress)
+        return settings.lr * warm_cosine(progress, settings.warmup)
+    share = 0.25 + progress if progress < 0.75 else 4 * (1 - progress)  # the Cramming protocol's one cycle
     return settings.lr * share * (min(1, progress / settings.warmup) if settings.warmup else 1)
 
 
@@ -612,8 +620,8 @@ def spread_out(module, device, world, fsdp=False):
 
 
 def clip_gradients(model, largest):
-    """Scale all gradients so that their norm is at most `largest` -> the norm before, on the device."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    """Scale all gradients so that their norm is at most `largest`, unless that is 0 -> the norm before, on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -69,7 +69,7 @@ WRONG = {
         ("--warmup 1", "--warmup 1 in 0..1"),
         ("--weight-decay -1", "--weight-decay -1 at least 0"),
         ("--beta2 1", "--beta2 1 in 0..1"),
-        ("--clip 0", "--clip 0 positive number"),
+        ("--clip -1", "--clip -1 at least 0"),
         ("--seed 2147483648", "'2147483648' from 0 to 2147483647"),
         ("--device gpu", "--device gpu not usable here"),
         ("--device cuda:77", "--device cuda:77 not usable here"),

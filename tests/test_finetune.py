@@ -246,7 +246,7 @@ QUICK = Protocol(lr=1e-2, pool="mean", attention="full", epochs=4, batch_size=8)
 
 
 def test_learning_rate_rises_and_falls():
-    shares = [finetune.share_of_peak(p, 0.1) for p in np.linspace(0, 1, 101)]
+    shares = [training.warm_cosine(p, 0.1) for p in np.linspace(0, 1, 101)]
     assert shares[0] == 0 and shares[5] == pytest.approx(0.5) and shares[10] == 1 and shares[55] == pytest.approx(0.5)
     assert shares[100] == pytest.approx(0) and all(np.diff(shares[:11]) > 0) and all(np.diff(shares[10:]) < 0)
 

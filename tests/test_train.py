@@ -168,13 +168,21 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
 
 
-def test_triangle_schedule():
+def test_schedules():
     settings = Settings(lr=1.0)
     assert [round(learning_rate(settings, p), 9) for p in (0, 0.375, 0.75, 0.875, 1)] == [0.25, 0.625, 1, 0.5, 0]
     cosine = Settings(lr=1.0, schedule="cosine", warmup=0.1)
     assert learning_rate(cosine, 0) == 0 and learning_rate(cosine, 1) == pytest.approx(0)
-    assert learning_rate(cosine, 0.5) == pytest.approx(0.5) and learning_rate(cosine, 0.05) == pytest.approx(
-        0.5 * 0.5 * (1 + math.cos(0.05 * math.pi)))
+    assert learning_rate(cosine, 0.05) == 0.5 and learning_rate(cosine, 0.1) == 1  # the cosine begins where the warm-up ends
+    assert learning_rate(cosine, 0.55) == pytest.approx(0.5) and learning_rate(cosine, 0.325) == pytest.approx(
+        0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_clipping():
+    model = torch.nn.Linear(2, 1, bias=False)
+    for largest, kept in ((0, 5.0), (10, 5.0), (1, 1.0)):
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert module.clip_gradients(model, largest) == 5 and model.weight.grad.norm() == pytest.approx(kept, rel=1e-5)
 
 
 def test_batch_ramp_and_parts():
