@@ -92,6 +92,20 @@ def query_mask(groups):
     return (groups[..., None, :] > 0) & (groups[..., None, :] < groups[..., :, None])
 
 
+def by_group(groups, targets):
+    """The same masks for long sequences: put in the order of f, what any row sees is a prefix, so a length says it all.
+
+    groups (B, S), targets (B, n) positions. Returns order (B, S), the positions by f with padding at the end; rows (B, n),
+    the order of the targets by f; seen (B, S + n), of how many of the ordered tokens each ordered content row and then each
+    ordered query row sees the first. Rows that see nothing - padding is one - are given something to see all the same: they
+    are never scored, and nothing sees them.
+    """
+    f, order = groups.masked_fill(groups == 0, torch.iinfo(groups.dtype).max).sort(dim=1, stable=True)
+    wanted, rows = groups.gather(1, targets).sort(dim=1, stable=True)
+    content, query = torch.searchsorted(f, f, right=True), torch.searchsorted(f, wanted)   # f(j) <= f(i), f(j) < f(i)
+    return order, rows, torch.cat([content, query], dim=1).clamp(min=1)
+
+
 # ---------------------------------------------------------------------------- command line, here and in every other file
 
 class BadInput(ValueError):

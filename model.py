@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from masks import BadInput, content_mask, query_mask
+from masks import BadInput, by_group, content_mask, query_mask
 
 PATHS = ("causal", "mask", "mae", "two-stream")
+LONG = 1024  # tokens from which two streams on a GPU do without an S x S mask
 
 SIZES = {
     "tiny": {"layers": 4, "width": 128, "heads": 4},      # 0.7M parameters without the embedding: minutes on a CPU
@@ -153,7 +154,13 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, bias=None, causal=False):
-    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, N, d), k and v (B, H, S, d), bias broadcast to (B, H, N, S)."""
+    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, N, d), k and v (B, H, S, d), bias broadcast to (B, H, N, S), or a
+    block mask."""
+    if not isinstance(bias, torch.Tensor | None):
+        from torch.nn.attention.flex_attention import flex_attention
+        if q.device.type != "cpu" and not torch.compiler.is_compiling():  # as plain Python it would make all the scores
+            flex_attention = torch.compile(flex_attention, dynamic=False)
+        return flex_attention(q, k, v, block_mask=bias)
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
     # On a CPU the fused kernel's backward in bf16 takes four times as long as the plain formula.
@@ -166,6 +173,32 @@ def attend(q, k, v, bias=None, causal=False):
 def additive(mask, dtype):
     """A bool mask, True = may attend, as 0 and minus infinity: the M of Eq. 24."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
+
+
+def two_stream_bias(groups, targets, dtype):
+    """The masks of Eq. 24 for S content rows and then one query row for each target (B, n) -> (B, 1, S + n, S)."""
+    see_h, see_g = content_mask(groups), take(query_mask(groups), targets)               # (B, S, S), (B, n, S)
+    # Softmax over nothing is NaN, so a row that sees nothing sees itself instead. It is never scored.
+    own = torch.arange(groups.shape[1], device=groups.device)
+    see_h = see_h | (~see_h.any(-1, keepdim=True) & (own == own[:, None]))
+    see_g = see_g | (~see_g.any(-1, keepdim=True) & (own == targets[..., None]))
+    return additive(torch.cat([see_h, see_g], dim=1)[:, None], dtype)
+
+
+def prefix_blocks(seen, length, size=128):
+    """FlexAttention's block mask for rows of which each sees the first `seen` (B, N) of `length` keys. Which blocks it sees
+    whole or in part follows from the least and the most in `size` rows, so that nothing of N x S is ever made."""
+    from torch.nn.attention.flex_attention import BlockMask
+    B, N = seen.shape
+    missing = -N % size
+    tiles = torch.cat([seen, seen[:, -1:].expand(B, missing)], dim=1).view(B, 1, -1, size)
+    whole = tiles.amin(-1) // size                                                        # (B, 1, blocks of rows)
+    part = (tiles.amax(-1) + size - 1) // size - whole
+    keys = torch.arange((length + size - 1) // size, device=seen.device)
+    return BlockMask.from_kv_blocks(
+        part.int(), (whole[..., None] + keys).clamp(max=len(keys) - 1).int(), whole.int(),
+        keys.int().expand(*whole.shape, -1).contiguous(), BLOCK_SIZE=size, seq_lengths=(N, length),
+        mask_mod=lambda b, h, i, j: j < seen[b, i])
 
 
 def compute_dtype(x):
@@ -288,7 +321,7 @@ class Transformer(nn.Module):
         """tokens (B, N) or patches (B, N, values) at positions first, first + 1, ... -> (B, N, D), before the norm."""
         return self.embedding(tokens) + self.position_scale * self.positions[first:first + tokens.shape[1]]
 
-    def forward(self, tokens, groups, targets, path, blank=None, padded=True, given=None):
+    def forward(self, tokens, groups, targets, path, blank=None, padded=True, given=None, long=None):
         """Features from which the targets are predicted.
 
         tokens  (B, S) ids or (B, S, values) patches; where `blank` (mask path) or f > 1 (the others) a target's own token
@@ -299,6 +332,8 @@ class Transformer(nn.Module):
         blank   (B, S) bool, mask path: where the input is [MASK]; by default wherever f > 1
         padded  False promises that no f is 0, which saves the mask and mae paths an attention mask
         given   (B, v) mae path: the positions with f = 1, then any others up to the v of static shape
+        long    two-stream path: whether to sort by f and use block masks in place of an S x S mask; by default on a GPU
+                from LONG tokens
         Returns (B, n, D), of the decoder's width on the mae path.
         """
         S, dtype = tokens.shape[1], compute_dtype(self.query)
@@ -334,16 +369,19 @@ class Transformer(nn.Module):
             # serves both, since their keys and values are the same.
             h = self.embed(tokens)
             g = self.query + self.position_scale * self.positions[targets]
+            if long := S >= LONG and tokens.device.type == "cuda" if long is None else long:
+                order, rows, seen = by_group(groups, targets)
+                h, g = take(h, order), take(g, rows)
+                bias, query_bias = prefix_blocks(seen, S), prefix_blocks(seen[:, S:], S)
+            else:
+                bias = two_stream_bias(groups, targets, dtype)
+                query_bias = bias[:, :, S:]
             x = self.dropout(self.embedding_norm(torch.cat([h, g], dim=1)))
-            see_h, see_g = content_mask(groups), take(query_mask(groups), targets)      # (B, S, S), (B, n, S)
-            # Softmax over nothing is NaN, so a row that sees nothing sees itself instead. It is never scored.
-            own = torch.arange(S, device=tokens.device)
-            see_h = see_h | (~see_h.any(-1, keepdim=True) & (own == own[:, None]))
-            see_g = see_g | (~see_g.any(-1, keepdim=True) & (own == targets[..., None]))
-            bias = additive(torch.cat([see_h, see_g], dim=1)[:, None], dtype)            # (B, 1, S + n, S)
             for block in self.blocks[:-1]:
                 x = block(x, S, bias)
-            x = self.blocks[-1](x, S, bias[:, :, S:], rows=lambda x: x[:, S:])           # only queries are scored
+            x = self.blocks[-1](x, S, query_bias, rows=lambda x: x[:, S:])               # only queries are scored
+            if long:
+                x = take(x, rows.argsort(dim=1))
 
         return self.norm(x)
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from masks import ar_groups, masked_groups
+from masks import ar_groups, by_group, content_mask, masked_groups, query_mask
 from model import (
     SIZES,
     Config,
@@ -13,6 +13,7 @@ from model import (
     flops_per_sequence,
     grid_sinusoids,
     parameters,
+    prefix_blocks,
     take,
 )
 from objectives import draw_batch, from_options, loss_sum, target_positions
@@ -100,6 +101,86 @@ def test_two_streams_against_a_dense_transcription(make_model, options):
     targets = (groups[0] > 1).nonzero()[:, 0]
     ours = model(tokens, groups, targets[None], "two-stream")[0]
     assert torch.allclose(ours, dense_two_stream(model, tokens[0], groups[0])[targets], atol=1e-12)
+
+
+def padded_draw(way, length, vocab=20):
+    """A two-stream Batch of three sequences, of which the second has padding at its end."""
+    objective, _ = way
+    draw = draw_batch(objective, "two-stream", torch.randint(vocab, (3, length), generator=torch.Generator().manual_seed(0)), vocab,
+                      torch.Generator().manual_seed(1))
+    groups = draw.groups.clone()
+    groups[1, -length // 4:] = 0
+    return draw.tokens, groups, draw.targets, groups.gather(1, draw.targets) > 1
+
+
+def test_in_the_order_of_f_every_row_sees_a_prefix(way):
+    _, groups, targets, scored = padded_draw(way, 24)
+    order, rows, seen = by_group(groups, targets)
+    for b in range(3):
+        sees = torch.arange(24) < seen[b, :, None]                          # (S + n, S), in the order of f
+        real = groups[b, order[b]] > 0
+        assert torch.equal(sees[:24][real], content_mask(groups[b])[order[b]][:, order[b]][real])
+        of = scored[b, rows[b]]
+        assert torch.equal(sees[24:][of], query_mask(groups[b])[targets[b, rows[b]]][:, order[b]][of])
+
+
+@pytest.mark.parametrize("length", [256, 300])
+def test_block_masks_against_all_pairs(length):
+    seen = torch.randint(1, length + 1, (2, 410), generator=torch.Generator().manual_seed(0))
+    seen[1] = seen[1].sort().values
+    mask = prefix_blocks(seen, length)
+    pairs = torch.nn.functional.pad(torch.arange(length) < seen[..., None], (0, -length % 128, 0, -410 % 128))
+    tiles = pairs.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).transpose(2, 3)   # (B, row blocks, key blocks, 128, 128)
+    assert torch.equal(mask.to_dense()[:, 0].bool(), tiles.any(-1).any(-1))
+    inside = slice(0, 410 // 128)                                                   # the last rows are not a whole block
+    assert torch.equal(mask.full_kv_num_blocks[:, 0, inside], tiles.all(-1).all(-1).sum(-1)[:, inside].int())
+
+
+def test_long_sequences_have_the_features_and_gradients_of_short_ones(way, make_model, monkeypatch):
+    """The order of f with FlexAttention, which has no gradient on a CPU, and with the same masks in full, which has."""
+    model, (tokens, groups, targets, scored) = make_model(vocab=20, length=40), padded_draw(way, 40)
+    results = []
+    for long in (False, True, True):
+        with torch.set_grad_enabled(not results or len(results) == 2):
+            features = model(tokens, groups, targets, "two-stream", long=long)[scored]
+            gradient = torch.autograd.grad(features.sin().sum(), list(model.parameters())) if features.requires_grad else ()
+        results.append((features, gradient))
+        if len(results) == 2:
+            monkeypatch.setattr("model.prefix_blocks", lambda seen, S: additive(
+                torch.arange(S) < seen[:, None, :, None], torch.float64))
+    (plain, wanted), (flex, _), (sorted_rows, gradient) = results
+    assert torch.allclose(flex, plain, atol=1e-9) and torch.allclose(sorted_rows, plain, atol=1e-9)
+    assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(gradient, wanted))
+
+
+def test_long_sequences_are_one_graph():
+    torch.manual_seed(0)
+    model, count = Transformer(Config(20, 40)), torch._dynamo.utils.counters["stats"]
+    forward = torch.compile(lambda *args: model(*args, "two-stream", long=True), dynamic=False, fullgraph=True, backend="aot_eager")
+    before = count["unique_graphs"]
+    for seed in range(3):
+        draw = draw_batch(from_options("permutation"), "two-stream", torch.randint(20, (2, 40)), 20,
+                          torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            wanted = model(draw.tokens, draw.groups, draw.targets, "two-stream", long=False)
+            assert torch.allclose(forward(draw.tokens, draw.groups, draw.targets), wanted, atol=1e-5)
+    assert count["unique_graphs"] == before + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_long_sequences_on_a_gpu(compiled):
+    torch.manual_seed(0)
+    model = Transformer(Config(50, 1100, layers=2, width=64, heads=2)).cuda()
+    draw = draw_batch(from_options("dar", t=3), "two-stream", torch.randint(50, (2, 1100)), 50).to("cuda")
+    loss = torch.compile(loss_sum, dynamic=False) if compiled else loss_sum
+    gradients = []
+    for length in (10 ** 9, 1024):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("model.LONG", length)
+            gradients.append(torch.autograd.grad(loss(model, draw, "two-stream"), list(model.parameters())))
+    for plain, long in zip(*gradients):
+        assert (plain - long).norm() <= 1e-2 * plain.norm()
 
 
 def test_mask_path_with_every_target_masked_sees_masks_but_not_tokens(make_model):
