@@ -3,6 +3,7 @@
     python bench.py                                     ar, dar, mlm and vl at 4 layers x 256
     python bench.py --peers --dtype fp32,bf16           against Hugging Face's models of the same size
     python bench.py --scaling                           sequence length, batch, layers and width doubled in turn
+    python bench.py --loop                              how close the loop of train.py comes to the bare step
     python bench.py --preset vit-tiny --objectives mlm --batch-size 64 --peers           images: MAE
 
 A step is that of train.py: a batch drawn ahead by a thread, loss, gradients, clipping, fused AdamW. All that is compared
@@ -27,6 +28,7 @@ a user gets from either at the same width, depth and vocabulary, and the ratio o
 import argparse
 import inspect
 import itertools
+import json
 import math
 import re
 import statistics
@@ -36,6 +38,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -48,8 +51,19 @@ from data import Sequences, import_optional
 from evaluate import write_json
 from masks import BadInput, Parser, command_line, output_file, positive, query_mask
 from model import SIZES, VIT_SIZES, Config, Transformer, flops_per_sequence
-from objectives import add_options, choose_path, describe, draw_batch, from_options, loss_sum, show
-from train import IMAGE_MASKS, PRESETS, Settings, choose_device, choose_dtype, clip_gradients, make_optimizer, take_step
+from objectives import OBJECTIVES, add_options, choose_path, describe, draw_batch, from_options, loss_sum, show
+from train import (
+    IMAGE_MASKS,
+    PRESETS,
+    LossModule,
+    Settings,
+    choose_device,
+    choose_dtype,
+    load_examples,
+    make_optimizer,
+    train,
+    update,
+)
 
 SECONDS = 0.5  # that one case runs in one round, at least
 SIDES = {True: (1024, 2048), False: (4096, 8192)}  # of the matrices of the reference product, on a CPU and elsewhere
@@ -119,14 +133,11 @@ def peer_inputs(batch, path, config):
 # ---------------------------------------------------------------------------- one step
 
 def make_loss(case):
-    """A function of (model, batch) that returns the sum of the losses over the targets, as loss_sum does."""
-    def ours(model, batch):
-        return loss_sum(model, batch, case.path)
+    """A function of (model, batch, path) that returns the sum of the losses over the targets: loss_sum, or the peer's."""
+    def peers(model, batch, path):
+        return model(**peer_inputs(batch, path, case.config)).loss * batch.total[0]  # their loss is the mean
 
-    def peers(model, batch):
-        return model(**peer_inputs(batch, case.path, case.config)).loss * batch.total[0]  # their loss is the mean
-
-    return peers if case.peer else ours
+    return peers if case.peer else loss_sum
 
 
 def make_draw(case):
@@ -162,6 +173,10 @@ def prepare(case, device, pool, clock=time.perf_counter):
         # Each case has a cache of its own, where this version of PyTorch has an option for that.
         apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
         loss_function = torch.compile(loss_function, dynamic=False, **apart)
+    loss_module = LossModule(model, loss_function)
+
+    def autocast():
+        return torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32)
 
     def ready():
         batch, count = draw()
@@ -176,12 +191,7 @@ def prepare(case, device, pool, clock=time.perf_counter):
         for _ in range(steps):
             batch, count = ahead.result()
             ahead = pool.submit(ready)  # while the device is busy with this one
-            with torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32):
-                loss = loss_function(model, batch.to(device)) / count
-            loss.backward()
-            norm = clip_gradients(model, settings.clip)
-            take_step(optimizer, (~norm.isfinite()).float())
-            optimizer.zero_grad(set_to_none=True)
+            update(loss_module, optimizer, [batch], count, case.path, autocast, settings.clip)
         synchronize(device)
         return (clock() - start) / steps
 
@@ -219,7 +229,7 @@ def counted_flops(case, model):
     are attention's, count half on the causal path: the counter knows no triangles."""
     batch, _ = make_draw(case)()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:  # it does not know the fused CPU kernel
-        make_loss(case)(model, batch).backward()
+        make_loss(case)(model, batch, case.path).backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     return sum(flops * (0.5 if case.path == "causal" and "bmm" in op else 1) for op, flops in counts.items())
 
@@ -340,6 +350,32 @@ def measure(cases, device, rounds, clock=time.perf_counter, quiet=True):
     return results, peaks
 
 
+def loop_share(case, args, device, rounds):
+    """The speed of train.py's loop - with its real data, schedule, log lines and resumable state, but not its validation and
+    checkpoints, which have times of their own - as a share of the speed of the bare step. One number for each round."""
+    images, objective = bool(case.config.patch), case.objective
+    flag = next(flag for flag, kind in OBJECTIVES.items() if isinstance(objective, kind))
+    size = {"size": args.size, "patch": args.patch, "data": "shapes"} if images else {"length": args.length, "data": "pydoc"}
+    settings = Settings(objective=flag, t=getattr(objective, "t", None), mask=getattr(objective, "mask", None), streams=args.streams,
+                        preset=args.preset, batch_size=args.batch_size, micro_batch=args.batch_size, steps=1, **size)
+    config, *_ = load_examples(settings, case.path, None)
+
+    def loop(steps):
+        with TemporaryDirectory() as out:
+            train(replace(settings, steps=10 + steps), out, device=device, dtype=NAMES[case.dtype], compiled=case.compiled,
+                  eval_every=10 ** 9, save_every=10 ** 9, quiet=True)
+            lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "seconds" in line]
+        return (lines[-1]["seconds"] - lines[0]["seconds"]) / (lines[-1]["step"] - lines[0]["step"])
+
+    with ThreadPoolExecutor(1) as pool:
+        run, _ = prepare(replace(case, config=config), device, pool)
+        warm = min(run(1) for _ in range(3))
+        steps = 10 * math.ceil(6 * SECONDS / warm / 10)
+        seconds = in_turn({"bare": lambda: run(steps), "loop": lambda: loop(steps)}, rounds)
+    return [bare / loop for bare, loop in zip(seconds["bare"], seconds["loop"])]
+
+
 def graphs_compiled():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
@@ -393,6 +429,13 @@ def print_growth(growth):
         memory = f"{g['memory']:7.2f}x" if g["memory"] else f"{'?':>8s}"
         what = f"{g['objective']} {g['dtype']}, {g['doubled']}"
         print(f"{what:40s}{g['time']:7.2f}x{g['flops']:7.2f}x{memory}{g['mfu']:8.1%}")
+
+
+def print_shares(shares):
+    if shares:
+        print(f"\n{'loop of train.py, of the speed of the bare step':50s}{'range':>16s}")
+    for s in shares:
+        print(f"{s['name'] + ' ' + s['dtype']:42s}{s['share']:8.1%}{min(s['rounds']):9.1%} -{max(s['rounds']):6.1%}")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -458,6 +501,7 @@ def main(argv=None):
     size.add_argument("--batch-size", type=positive, default=16, help="sequences or images per step")
     parser.add_argument("--peers", action="store_true", help="also transformers' models of the same size")
     parser.add_argument("--scaling", action="store_true", help="also length, batch, layers and width doubled, each alone")
+    parser.add_argument("--loop", action="store_true", help="also the loop of train.py, on pydoc or the drawn shapes")
     parser.add_argument("--rounds", type=positive, default=5, help="times that everything is timed in turn")
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: processor time of this process, for a CPU that is shared with other work")
@@ -470,6 +514,8 @@ def main(argv=None):
     device = choose_device(args.device)
     if args.clock == "cpu" and device.type != "cpu":
         raise BadInput(f"--clock cpu says nothing about the time on {device.type}; leave it out")
+    if args.loop and (other := [name for name in ("layers", "width", "heads") if getattr(args, name)]):
+        raise BadInput(f"--loop times train.py, whose sizes are the presets; leave out --{other[0]}")
     ours = make_cases(args, device)
     peers = {case: replace(case, peer=True) for case in ours if args.peers and has_peer(case)}
     larger = {case: doubled(case) for case in ours if args.scaling}
@@ -486,6 +532,8 @@ def main(argv=None):
         r = compare(of[larger_case], of[case])
         growth.append({"objective": of[case]["name"], "dtype": of[case]["dtype"], "doubled": what, "time": 1 / r["speed"],
                        "flops": r["flops"], "memory": r["memory"], "mfu": of[larger_case]["mfu"]})
+    shares = [{"name": case.name, "dtype": NAMES[case.dtype], "share": statistics.median(share), "rounds": share}
+              for case in ours if args.loop for share in [loop_share(case, args, device, args.rounds)]]
     c, name = ours[0].config, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if args.json != "-":
         data = f"{c.length} patches of {c.patch} x {c.patch}" if c.patch else f"sequence {c.length}, vocabulary {c.vocab:,}"
@@ -497,11 +545,12 @@ def main(argv=None):
         print_ratios(ratios, "times as fast as the peer")
         print_ratios(own, "times as fast as the causal path")
         print_growth(growth)
+        print_shares(shares)
     settings = {key: value for key, value in vars(args).items() if key != "json"}
     write_json(args.json, {
         "command": "bench.py", "settings": settings, "device": name, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "matrix_product_flops": peaks, "results": results, "ratios": ratios,
-        "against_causal": own, "scaling": growth})
+        "against_causal": own, "scaling": growth, "loop": shares})
     return 0
 
 

@@ -374,6 +374,27 @@ def make_optimizer(model, settings):
                              fused=matrices[0].device.type in ("cuda", "cpu") and not isinstance(matrices[0], DTensor))
 
 
+def update(loss_module, optimizer, batches, count, path, autocast, clip, synchronise=lambda on: None, world=1):
+    """One optimiser step on the mean loss over the `count` targets of all `batches`, whose gradients are accumulated.
+
+    Returns, on the device, this process's part of the loss, the norm of the gradient before clipping, and 1.0 where that
+    is not finite: the step is then left out, without asking the device whether it was.
+    """
+    device = next(loss_module.parameters()).device
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        synchronise(batch is batches[-1])
+        with autocast():
+            loss = loss_module(batch.to(device), path) / count
+        (loss * world).backward()  # the processes' gradients are averaged, their losses summed
+        total += loss.detach()
+    norm = clip_gradients(loss_module, clip)
+    wrong = (~norm.isfinite()).float()
+    take_step(optimizer, wrong)
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm, wrong
+
+
 @torch.no_grad()
 def validation_loss(loss_module, objective, path, sequences, device, autocast, count=256, batch=64):
     """Mean loss over the targets of the first `count` validation sequences, the same f at every call, [MASK] at every
@@ -502,21 +523,11 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
             rate = learning_rate(settings, step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            total = torch.zeros((), device=device)
-            for cut in (cuts := parts(len(batch.tokens), settings.micro_batch)):
-                synchronise(cut == cuts[-1])
-                with autocast():
-                    loss = loss_module(batch.part(*cut).to(device), path) / count
-                (loss * world).backward()  # the processes' gradients are averaged, their losses summed
-                total += loss.detach()
-            norm = clip_gradients(model, settings.clip)
-            # A step whose gradient is not finite is left out, without asking the device whether it was.
-            wrong = (~norm.isfinite()).float()
-            take_step(optimizer, wrong)
+            batches = [batch.part(*cut) for cut in parts(len(batch.tokens), settings.micro_batch)]
+            total, norm, wrong = update(loss_module, optimizer, batches, count, path, autocast, settings.clip, synchronise, world)
             running += total.nan_to_num(0, 0, 0) * (1 - wrong)
             bad += wrong
             streak.add_(wrong).mul_(wrong)
-            optimizer.zero_grad(set_to_none=True)
             seen += sizes[step]
             step += 1
 

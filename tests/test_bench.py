@@ -142,11 +142,40 @@ def test_command_line_compares_and_doubles(capsys, monkeypatch):
         assert g["time"] > 0 and g["memory"] == (2 if g["doubled"] == "batch" else 1)
 
 
+def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkeypatch):
+    """A bare step of 2 s against a log of 10 s for the first ten steps and 2.5 s for each later one; the same sizes."""
+    seen = {}
+
+    def train(settings, out, **machine):
+        seen["train"], lines = settings, range(10, settings.steps + 1, 10)
+        with open(f"{out}/metrics.jsonl", "w") as file:
+            file.writelines(json.dumps({"step": step, "seconds": 10 + 2.5 * (step - 10)}) + "\n" for step in lines)
+            file.write(json.dumps({"step": settings.steps, "val_loss": 1.0}) + "\n")
+
+    def prepare(case, device, pool):
+        seen["bare"] = case
+        return (lambda steps: 2.0), None
+
+    real = bench.prepare
+    monkeypatch.setattr(bench, "train", train)
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(bench, "SIDES", {True: (64,)})
+    monkeypatch.setattr(bench, "cpu_memory", lambda case: None)
+    monkeypatch.setattr(bench, "prepare", lambda case, *rest: (prepare if case.config.vocab == 257 else real)(case, *rest))
+    bench.main(["--objectives", "dar", "--t", "3", "--preset", "tiny", "--length", "16", "--batch-size", "2", "--vocab", "23",
+                "--rounds", "2", "--device", "cpu", "--loop", "--json", "-"])
+    loop, = json.loads(capsys.readouterr().out)["loop"]
+    assert loop == {"name": "dar t=3", "dtype": loop["dtype"], "share": 0.8, "rounds": [0.8, 0.8]}
+    settings, case = seen["train"], seen["bare"]
+    assert (settings.objective, settings.t, settings.preset, settings.length, settings.batch_size) == ("dar", 3, "tiny", 16, 2)
+    assert (case.config.length, case.config.layers, case.batch) == (16, 4, 2)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--objectives", "ar,gpt"], "gpt"), (["--dtype", "fp64"], "fp64"), (["--t", "3", "--objectives", "ar"], "--t 3"),
     (["--mask", "0.3", "--objectives", "vl"], "--mask 0.3"), (["--preset", "vit-tiny", "--size", "30"], "--size 30"),
     (["--json", "/nowhere/x.json"], "/nowhere"), (["--width", "30"], "30"), (["--length", "1"], "1"),
-    (["--rounds", "0"], "0")])
+    (["--rounds", "0"], "0"), (["--loop", "--width", "32"], "--width")])
 def test_bad_input_is_refused_in_one_line(argv, words):
     with pytest.raises(BadInput) as error:
         bench.main([*argv, "--device", "cpu"])
