@@ -43,7 +43,7 @@ from images import is_images
 from masks import BadInput, positive, seed
 from model import compute_dtype
 from objectives import DiversityEnhanced, describe
-from train import clip_gradients, make_optimizer, warm_cosine
+from train import clip_gradients, make_optimizer, parts, warm_cosine
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batches are padded to one of these
 PLAIN = contextlib.nullcontext()     # in place of an autocast context
@@ -211,6 +211,9 @@ class Batch(NamedTuple):
     padding: Tensor  # (B, L) bool, True where there is no token, or None where there is one everywhere
     segments: Tensor  # (B, L), or None
 
+    def part(self, start, stop):
+        return Batch(*(None if field is None else field[start:stop] for field in self))
+
 
 def tokenize(run, texts, quiet=True):
     """Texts, each a tuple of one or two str -> Inputs of at most the model's length."""
@@ -309,6 +312,7 @@ class Protocol:
     attention: str            # causal or full
     epochs: int = 5
     batch_size: int = 16
+    micro_batch: int = 256    # examples per forward pass at most; the rest is accumulated
     warmup: float = 0.06      # share of the steps over which the learning rate rises; cosine to 0 afterwards
     weight_decay: float = 0.01
     beta2: float = 0.98
@@ -380,7 +384,7 @@ def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAI
     """Train for protocol.epochs, under its schedule and clipping -> figures of the run.
 
     batches   a function from the epoch to an iterable of at least `per_epoch` pairs (input of the model, targets)
-    loss      a function of the model's scores and the targets
+    loss      a function of the model's scores and the targets: a mean over them
     validate  with protocol.best_epoch: a function of nothing to a number; the weights with the highest are kept
     A parameter group's learning rate is its own peak.
     """
@@ -396,14 +400,16 @@ def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAI
             preparing += time.perf_counter() - clock
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * warm_cosine((step + 0.5) / steps, protocol.warmup)
-            with autocast:
-                scores = model(batch)
-            error = loss(scores, wanted)
-            error.backward()
+            cuts = parts(len(wanted), protocol.micro_batch)
+            for a, b in cuts:
+                with autocast:
+                    scores = model(batch if len(cuts) == 1 else batch.part(a, b))
+                error = loss(scores, wanted[a:b]) * ((b - a) / len(wanted))
+                error.backward()
+                running += error.detach()
             clip_gradients(model, protocol.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            running += error.detach()
             step += 1
             if bar is not None:
                 bar.update(1)

@@ -251,6 +251,17 @@ def test_learning_rate_rises_and_falls():
     assert shares[100] == pytest.approx(0) and all(np.diff(shares[:11]) > 0) and all(np.diff(shares[10:]) < 0)
 
 
+def test_micro_batches_add_up_to_the_batch(run):
+    texts = some_texts(21, longest=7)
+    inputs, labels = finetune.tokenize(run, texts), np.arange(21) % 3
+    protocol = dataclasses.replace(QUICK, epochs=2, dropout=0.0)
+    whole, parted, coarser = (finetune.fine_tune(run, inputs, labels, 3, dataclasses.replace(protocol, **change), 0)
+                              for change in ({}, {"micro_batch": 3}, {"batch_size": 16}))
+    scores = [predict(inputs) for predict, _ in (whole, parted, coarser)]
+    assert whole[1]["train_loss"] == pytest.approx(parted[1]["train_loss"], rel=1e-4)
+    assert (scores[0] == scores[1]).all() and whole[1]["train_loss"] != pytest.approx(coarser[1]["train_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("attention, pool", [("full", "mean"), ("causal", "last")])
 def test_fine_tuning_learns_classes(run, attention, pool):
     texts = some_texts(200, longest=7)
