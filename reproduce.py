@@ -294,22 +294,27 @@ def interval_text(claim):
     return "{:+.{d}f} .. {:+.{d}f}".format(*claim["interval"], d=digits)
 
 
+def rows_beside_paper(x):
+    """A target's rows, the paper's numbers beside ours where it has some, as lines of Markdown."""
+    columns = list(x["rows"][0]["cells"])
+    printed = [c for c in columns if any(row["cells"][c]["paper"] is not None for row in x["rows"])]
+    table = [["", *(head for c in columns for head in ([f"{c}, paper", f"{c}, here"] if c in printed else [c])), "seen"]]
+    for row in x["rows"]:
+        texts = []
+        for c in columns:
+            cell = row["cells"][c]
+            texts += [cell["paper"] or "-", shown(cell)] if c in printed else [shown(cell)]
+        table.append([row["row"], *texts, next((f"{row[u]:,} {u}" for u in ("tokens", "images") if u in row), "-")])
+    return [*rows_of(table), ""]
+
+
 def markdown(x):
-    """The .md of a target, and its part of the README, from its JSON alone."""
+    """The .md of a target from its JSON alone."""
     lines = [f"### {x['title']}" + f" ({x['scale']} scale)" * bool(x["rows"]), ""]
     if x["scale"] == "smoke" and x["rows"]:
         lines += ["**Smoke scale proves that the pipeline runs. Its numbers mean nothing.**", ""]
     if x["rows"]:
-        columns = list(x["rows"][0]["cells"])
-        printed = [c for c in columns if any(row["cells"][c]["paper"] is not None for row in x["rows"])]
-        table = [["", *(head for c in columns for head in ([f"{c}, paper", f"{c}, here"] if c in printed else [c])), "seen"]]
-        for row in x["rows"]:
-            texts = []
-            for c in columns:
-                cell = row["cells"][c]
-                texts += [cell["paper"] or "-", shown(cell)] if c in printed else [shown(cell)]
-            table.append([row["row"], *texts, next((f"{row[u]:,} {u}" for u in ("tokens", "images") if u in row), "-")])
-        lines += rows_of(table) + [""]
+        lines += rows_beside_paper(x)
     if x["claims"]:
         lines += rows_of([["claim", "difference", "95% interval", "verdict"],
                           *([c["claim"], f"{c['difference']:+.3g}", interval_text(c), c["verdict"]] for c in x["claims"])])
@@ -362,7 +367,7 @@ def write_results(place, name, table, seeds, folder):
         dots(content, picture)
     else:
         print("note: no picture without matplotlib (pip install matplotlib)", file=sys.stderr)
-    content["picture"] = picture.name if picture.exists() else None
+    content["picture"], content["dots"] = picture.name if picture.exists() else None, not drawn and not table.picture
     write_json(f"{path}.json", content)
     path.with_name(path.name + ".md").write_text(markdown(content))
     return content
@@ -383,12 +388,19 @@ def report(readme, folder):
     told = [x for x in best if x["scale"] != "smoke" or not x["rows"]]
     relative = os.path.relpath(folder, Path(readme).parent)
     lines = [MARKERS[0], "<!-- made by: python reproduce.py report -->", ""]
-    claims = [[x["target"], c["claim"], interval_text(c), c["verdict"], x["scale"], x["seeds"]]
-              for x in told for c in x["claims"]]
+    claims = [[f"[{x['target']}]({relative}/{x['target']}-{x['scale']}.md)", c["claim"], interval_text(c), c["verdict"],
+               x["scale"], x["seeds"]] for x in told for c in x["claims"]]
     if claims:
-        lines += rows_of([["", "claim", "95% interval of the difference", "verdict", "scale", "seeds"], *claims]) + [""]
+        lines += rows_of([["", "claim", "95% interval of the difference", "verdict", "scale", "seeds"], *claims])
+        lines += ["", "Below, ± is the standard deviation over seeds and s.e., of one seed, the standard error of the evaluation.", ""]
     for x in told:
-        lines.append(markdown({**x, "picture": x.get("picture") and f"{relative}/{x['picture']}"}))
+        lines += [f"### {x['title']}", "", *(rows_beside_paper(x) if x["rows"] else [])]
+        if x.get("picture") and not x.get("dots"):  # those show no more than the table
+            lines += [f"![{x['title']}]({relative}/{x['picture']})", ""]
+        file = f"{x['target']}-{x['scale']}.md"
+        about = (f"{x['scale']} scale, {x['seeds']} {'seed' if x['seeds'] == 1 else 'seeds'}. What makes it fair, hardware, time: "
+                 if x["rows"] else "Every statement as it is printed and as it is computed: ")
+        lines += [f"{about}[{file}]({relative}/{file}).", ""]
     smoke = [x["target"] for x in best if x not in told]
     if smoke:
         lines += [f"Run at smoke scale only, so no numbers here: {', '.join(smoke)}.", ""]

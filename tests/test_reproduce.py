@@ -275,12 +275,14 @@ def test_theory_in_processes_of_their_own_and_the_report(smoke, tmp_path, monkey
     reproduce.main(["report"])
     text = Path("README.md").read_text()
     assert text.startswith("before\n<!-- results -->") and text.endswith("<!-- /results -->\nafter\n") and "OLD" not in text
-    assert "r(s-1), or plus 1" in text and "no numbers here: table9" in text and "| smoke |" not in text
+    assert "(results/theory-smoke.md)" in text and "no numbers here: table9" in text and "| smoke |" not in text
+    assert "r(s-1), or plus 1" in (results / "theory-smoke.md").read_text()
     for row in seven["rows"]:
         assert f"| {row['row']} | {row['cells']['padded']['paper']} | {row['cells']['padded']['mean']:.1f} " in text
-    assert text.count(seven["claims"][0]["claim"]) == 2  # in the list of verdicts and below the table
+    assert text.count(seven["claims"][0]["claim"]) == 1 and "table7-cpu.png" not in text  # which shows no more than the table
     for name in re.findall(r"\]\((results/[^)]+)\)", text):
         assert not tables.matplotlib() or Path(name).exists() or "table7" in name
+    assert not tables.matplotlib() or "(results/theory-smoke.png)" in text
     reproduce.main(["report"])
     assert Path("README.md").read_text() == text
 
