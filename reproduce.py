@@ -75,12 +75,12 @@ def finished(stage):
     elif stage.argv[0] == "data.py" and (stage.out / "manifest.json").exists():
         seconds = 0.0
     if seconds is not None:
-        write_record(stage, seconds, "not recorded")
+        write_record(stage, seconds, "not recorded", None)
     return seconds is not None
 
 
-def write_record(stage, seconds, machine):
-    write_json(stage.record(), {"command": readable(stage.line()), "seconds": seconds, "hardware": machine})
+def write_record(stage, seconds, machine, code):
+    write_json(stage.record(), {"command": readable(stage.line()), "seconds": seconds, "hardware": machine, "code": code})
 
 
 def adopt(stage, parent):
@@ -122,7 +122,7 @@ def run(stage):
         raise BadInput(f"a stage ended with exit status {status}, see above: {readable(command(stage))}. Once that is "
                        "mended, the same command goes on from here")
     seconds = train.load_checkpoint(stage.out)["seconds"] if stage.argv[0] == "train.py" else time.perf_counter() - start
-    write_record(stage, seconds, hardware())
+    write_record(stage, seconds, hardware(), code_version())
 
 
 def command(stage):
@@ -236,7 +236,7 @@ def summarise(place, name, table, seeds):
         "seeds": seeds, "rows": [], "claims": [], "wall_seconds": sum(record["seconds"] for record in records),
         "hardware": sorted({record["hardware"] for record in records}),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "code": code_version()},
+                     "code": ", ".join(sorted({record.get("code") or "not recorded" for record in records}))},
         "run": f"python reproduce.py {name} --scale {place.name}" + " --data-dir DATA" * (place.name != "smoke")
                + f" --seeds {seeds}" * bool(table.rows),
         "commands": [record["command"].replace(str(place.data), "DATA").replace(str(place.work), f"runs/reproduce/{place.name}")
@@ -260,10 +260,13 @@ def summarise(place, name, table, seeds):
 
 
 def code_version():
-    """The commit, where the code is in a git repository."""
+    """The commit, where the code is in a git repository, and whether it was changed since."""
+    def git(*line):
+        return subprocess.run(["git", "-C", HERE, *line], capture_output=True, text=True, check=False)
+
     with contextlib.suppress(OSError):
-        return subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True,
-                              check=False).stdout.strip() or None
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        return commit and commit + "-changed" * bool(git("diff", "--quiet", "HEAD", "--", "*.py").returncode)
 
 
 # ---------------------------------------------------------------------------- what is shown
@@ -325,7 +328,7 @@ def markdown(x):
     spread = "± is the standard deviation over seeds. " if x["seeds"] > 1 and x["rows"] else ""
     lines += ["", f"{x['fair']} {spread}" + f"Scale: {x['about']}." if x["rows"] else x["fair"], "",
               f"`{x['run']}`: {duration(x['wall_seconds'])} on {', '.join(x['hardware'])}; torch {x['versions']['torch']}"
-              + (f", code {x['versions']['code']}" if x["versions"]["code"] else "") + "."]
+              + f", code {x['versions']['code']}."]
     if x.get("picture"):
         lines += ["", f"![{x['title']}]({x['picture']})"]
     return "\n".join(lines) + "\n"

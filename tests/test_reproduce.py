@@ -42,7 +42,7 @@ def in_process(stage):
     """What reproduce.run does in a process of its own."""
     program, *rest = reproduce.command(stage)
     assert not importlib.import_module(program.removesuffix(".py")).main(rest)
-    reproduce.write_record(stage, 1.5, "test machine")
+    reproduce.write_record(stage, 1.5, "test machine", "abc123")
 
 
 # ---------------------------------------------------------------------------- stages
@@ -246,7 +246,7 @@ def test_table7_at_smoke_scale(smoke, monkeypatch, capsys):
         assert row["tokens"] == 40 * 8 * 32
     assert x["rows"][2]["cells"]["padded"]["paper"] == 45.1 and "| 45.1 |" in text
     assert len(x["claims"]) == 6 and all(claim["interval"] and claim["verdict"] in text for claim in x["claims"])
-    assert x["hardware"] == ["test machine"] and x["versions"]["torch"] == torch.__version__
+    assert x["hardware"] == ["test machine"] and x["versions"]["torch"] == torch.__version__ and x["versions"]["code"] == "abc123"
     assert len(x["commands"]) == 6 and all(str(folder) not in command for command in x["commands"])
     assert (folder / "results" / "table7-smoke.png").exists() == (x["picture"] is not None) == tables.matplotlib()
 
