@@ -788,6 +788,11 @@ def describe_run(run):
     return f"{describe(run.objective)} ({run.path})" + (f", step {run.step:,}" if run.step else "")
 
 
+def fewer(part, args):
+    """The training examples that --label-fraction and --max-train leave."""
+    return part.only(label_subset(part.labels, args.label_fraction, seed=0)).at_most(args.max_train)
+
+
 def finetune_command(args):
     run, autocast = open_any(args)
     if run.tokenizer is None:
@@ -796,8 +801,7 @@ def finetune_command(args):
     refuse(args, run, IMAGE_ONLY)
     protocol = protocol_from(args, run)
     dataset = load_dataset(args.data, args.glue_dir, args.dev, args.regression or None)
-    rows = label_subset(dataset.train.labels, args.label_fraction, seed=0)
-    dataset = replace(dataset, train=dataset.train.only(rows).at_most(args.max_train))
+    dataset = replace(dataset, train=fewer(dataset.train, args))
     inputs = tokenize_dataset(run, dataset, quiet=False)
     found = [fine_tune_once(run, dataset, inputs, protocol, seed, autocast, quiet=False)[:2] for seed in range(args.seeds)]
     results = {"data": dataset.name, "classes": dataset.classes, "train": len(dataset.train.labels),
@@ -822,7 +826,7 @@ def probe_command(args):
     dataset = load_dataset(args.data or "pydoc", args.glue_dir, args.dev)
     if dataset.classes is None:
         raise BadInput(f"{args.data} has scores for labels and a probe predicts classes; evaluate.py finetune does both")
-    train, (suffix, dev) = dataset.train.at_most(args.max_train), next(iter(dataset.dev.items()))
+    train, (suffix, dev) = fewer(dataset.train, args), next(iter(dataset.dev.items()))
     x, test_x = (frozen_features(run, tokenize(run, part.texts, quiet=False), pool, attention == "causal", args.layer, autocast,
                                  quiet=False) for part in (train, dev))
     layers = {str(layer): probe(x[layer], train.labels, test_x[layer], dev.labels, args.seed)
@@ -868,7 +872,8 @@ def add_commands(command):
               "erase": {"type": float, "help": "images: probability of random erasing (default: 0.25)"},
               "weight-decay": {"type": float, "help": "images: of AdamW, on matrices (default: 0.05)"}}
     data = {"glue-dir": {"metavar": "DIR", "help": f"folder of the official GLUE files, from {glue.ADDRESS}"},
-            "dev": {"metavar": "TSV", "help": "dev texts of a TSV (default: a fifth of it, held out)"}}
+            "dev": {"metavar": "TSV", "help": "dev texts of a TSV (default: a fifth of it, held out)"},
+            "label-fraction": {"type": float, "default": 1.0, "help": "share of the training examples, of each class alike"}}
 
     def add(sub, *groups):
         for name, keywords in [item for group in groups for item in group.items()]:
@@ -893,7 +898,6 @@ def add_commands(command):
     sub = command("finetune", finetune_command, "fine-tune on labelled text, classes or scores, or on labelled images")
     add(sub, {"data": {"required": True, "help": "text: a TSV with columns text, label and maybe text_b; a GLUE task; pydoc; "
                                                  "images: as for train.py"},
-              "label-fraction": {"type": float, "default": 1.0, "help": "share of the training examples, of each class alike"},
               "regression": {"action": "store_true", "help": "labels are scores (default: if they are numbers, not all whole)"},
               "seeds": {"type": positive, "default": 1, "metavar": "N", "help": "runs, of seeds 0 .. N - 1"}},
         data, tuning, images, shared)

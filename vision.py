@@ -272,7 +272,7 @@ def probe_images(args, run, autocast):
     """evaluate.py probe, for a checkpoint of images."""
     finetune.refuse(args, run, finetune.TEXT_ONLY)
     attention, pool = finetune.attention_and_pool(run, args.attention, args.pool or "mean")
-    images = load_labelled(args.data or run.settings.data, run.model.config.size, max_train=args.max_train)
+    images = load_labelled(args.data or run.settings.data, run.model.config.size, args.label_fraction, args.max_train)
     classify = sgd_probe if args.classifier == "sgd" else probe
     (x, y), (test_x, test_y) = both_features(run, images, pool, attention, args.layer, autocast)
     layers = {str(layer): classify(x[layer], y, test_x[layer], test_y, args.seed)

@@ -219,6 +219,7 @@ WRONG = {
         ("probe text --data pictures", "text trained on text pictures holds images"),
         ("probe picture --data text.txt", "text.txt not a folder give"),
         ("probe picture --glue-dir glue", "--glue-dir does not apply images leave it out"),
+        ("probe text --data good.tsv --label-fraction 2", "--label-fraction 2 0 excluded"),
         ("finetune text", "required --data"),
         ("finetune text --data good.tsv --label-fraction 0", "--label-fraction 0 0 excluded"),
         ("finetune text --data good.tsv --label-fraction nan", "--label-fraction nan 0 excluded"),

@@ -458,6 +458,8 @@ def test_probe_command(trained, capsys, tmp_path):
     last = json.loads(call(capsys, "probe", trained["ar"], "--data", path, "--json", "-", "--max-train", 20))["results"]
     assert list(last["layers"]) == ["last"] and last["attention"] == "causal" and last["pool"] == "last"
     assert last["layers"]["last"]["train"] == 20
+    tenth = json.loads(call(capsys, "probe", trained["ar"], "--data", path, "--json", "-", "--label-fraction", 0.25))["results"]
+    assert tenth["layers"]["last"]["train"] == 12
 
 
 def test_finetune_command(trained, capsys, tmp_path):

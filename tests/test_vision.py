@@ -294,8 +294,8 @@ def test_probe_command(trained, small_shapes, capsys, tmp_path):
     assert list(results["layers"]) == ["0", "1", "2", "3", "4", "pixels"]
     assert all(r["train"] == 120 and r["test"] == 300 and r["epochs"] == 90 for r in results["layers"].values())
     assert "120 training and 300 validation images" in text and "pixels" in text and "majority class: 8.3" in text
-    last = json.loads(call(capsys, "probe", trained["dar"], "--data", small_shapes, "--max-train", 60, "--json", "-"))["results"]
-    assert last["attention"] == "causal" and last["classifier"] == "lbfgs" and last["layers"]["last"]["l2"] in finetune.L2
+    last = json.loads(call(capsys, "probe", trained["dar"], "--data", small_shapes, "--label-fraction", 0.1, "--json", "-"))["results"]
+    assert last["layers"]["last"]["train"] == 60 and last["attention"] == "causal" and last["classifier"] == "lbfgs" and last["layers"]["last"]["l2"] in finetune.L2
 
 
 def test_finetune_command(trained, small_shapes, capsys):
