@@ -297,7 +297,7 @@ class Transformer(nn.Module):
         element. Matrices are normal(0, sqrt(0.4 / D)), those at the end of a feed-forward divided by sqrt(2 layers).
         Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter 2023): queries and
         keys are one map, twice as large, and the output map is the transpose of the values' over sqrt(layers). Otherwise
-        small masked models can stay at the unigram loss for millions of tokens (README, results).
+        small masked models can stay at the unigram loss for millions of tokens (README).
         """
         if self.config.patch:
             self.pixels.weight.normal_(std=0.02)
