@@ -3,7 +3,7 @@
     python evaluate.py perplexity CKPT [--data ...] [--by-length]     P(x_{k+1} | x_1 .. x_k), Eq. 2
     python evaluate.py generate CKPT --prompt TEXT                    samples
     python evaluate.py connectivity CKPT [CKPT ...]                   similarity of features (Figure 2)
-    python evaluate.py glue | probe | finetune CKPT ...               classification (finetune.py, glue.py; images: vision.py)
+    python evaluate.py glue | probe | finetune CKPT ...               classification (finetune.py, probe.py; images: vision.py)
     python evaluate.py transfer CKPT --data A B C                     probes on several image sets (vision.py)
     python evaluate.py reconstruct CKPT [CKPT ...]                    images completed patch by patch (reconstruct.py)
 
@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import finetune
+import probe
 import reconstruct
 import vision
 from data import Sequences, import_optional, load_evaluation
@@ -498,6 +499,7 @@ def main(argv=None):
                      help="mlm and vl: left to right, or the surest mask first")
 
     finetune.add_commands(command)
+    probe.add_commands(command)
     reconstruct.add_commands(command)
     vision.add_commands(command)
     args = parser.parse_args(argv)

@@ -1,13 +1,7 @@
-"""What a pretrained encoder is good for: GLUE, fine-tuning on any labelled text, and a linear probe on frozen features.
+"""Fine-tuning: the GLUE benchmark, and any labelled text.
 
-    python evaluate.py probe CKPT                                    pydoc passages by package: nothing to download
-    python evaluate.py probe CKPT --data sst2 --glue-dir DIR --layer all
     python evaluate.py finetune CKPT --data my.tsv --label-fraction 0.1
     python evaluate.py glue CKPT --glue-dir DIR --tasks cola,rte --seeds 3
-
-A text is encoded as `text [SEP]`, a pair as `a [SEP] b [SEP]`: no segment embedding, the separator tells the two apart.
-A tokenizer with a layout of its own (BERT's [CLS] a [SEP] b [SEP] with token types) has a method `pair` for it. What is too
-long is cut at the end of the longer part. Batches are of texts of about one length and are padded to a few fixed lengths.
 
 Fine-tuning follows the Cramming protocol as the paper does: all weights, a new linear layer on the pooled features, dropout
 0.1, AdamW, cosine decay, 5 epochs of batches of 16. The paper's learning rate of 4e-5 is for its 768-wide model; one of
@@ -15,290 +9,47 @@ width 128 hardly moves with it and gets 5e-4. The last epoch counts: dev labels 
 Pooling and attention: the mean over all tokens under full attention for masked models, the last token under causal
 attention for left-to-right ones (--pool, --attention).
 
-Checkpoints of images go from `probe` and `finetune` to vision.py, which builds on the functions here.
+Checkpoints of images go from `finetune` to vision.py, which builds on the functions here.
 """
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import glue
-from data import pydoc_texts
 from images import is_images
-from masks import BadInput, positive, seed
+from labelled import (
+    POOLS,
+    batch_rows,
+    collate,
+    encode,
+    glue_dataset,
+    in_order,
+    label_subset,
+    load_dataset,
+    pool_features,
+    tokenize,
+)
+from masks import BadInput, positive
 from model import compute_dtype
 from objectives import DiversityEnhanced, describe
 from train import clip_gradients, make_optimizer, parts, warm_cosine
 
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batches are padded to one of these
-PLAIN = contextlib.nullcontext()     # in place of an autocast context
-POOLS = ("mean", "last", "first")
-TUNING = ("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "erase", "weight_decay")
-IMAGE_ONLY, TEXT_ONLY = ("classifier", "pixels", *TUNING), ("glue_dir", "dev", "regression")  # options
-L2 = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # the probe's choices, from strong to weak
-
-
-# ---------------------------------------------------------------------------- labelled texts
-
-class Part(NamedTuple):
-    """Labelled texts: each a tuple of one or two str, and their class numbers int64 (N,) or scores float64 (N,)."""
-
-    texts: list
-    labels: np.ndarray
-
-    def only(self, rows):
-        return Part([self.texts[i] for i in rows], self.labels[rows])
-
-    def at_most(self, count):
-        """A random choice, the same for everyone, where there are more; None: all."""
-        if count is None or count >= len(self.labels):
-            return self
-        return self.only(np.sort(np.random.default_rng(0).permutation(len(self.labels))[:count]))
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A training part and dev parts, {suffix: Part}: one with suffix "", or MNLI's two. `classes` None: scores."""
-
-    name: str
-    classes: tuple
-    metrics: tuple
-    train: Part
-    dev: dict
-    skipped: int = 0  # malformed rows that were left out
-
-
-def glue_dataset(glue_dir, name):
-    """The training and dev part of a GLUE task."""
-    if not glue_dir:
-        raise BadInput(f"{name} is a GLUE task: say with --glue-dir where its files are ({glue.ADDRESS})")
-    task = glue.TASKS[name]
-    if task.parts[0][1] is None:
-        raise BadInput(f"{name} has neither a training nor a labelled part; evaluate.py glue --tasks mnli,ax --submit DIR "
-                       "predicts it with the mnli model")
-    files = {"train": "train.tsv", **{suffix: dev for suffix, dev, _ in task.parts}}
-    read = {key: glue.read(glue_dir, name, file) for key, file in files.items()}
-    parts = {key: Part(examples.texts, glue.targets(name, examples)) for key, examples in read.items()}
-    return Dataset(name, task.labels, task.metrics, parts.pop("train"), parts, sum(e.skipped for e in read.values()))
-
-
-def tsv_dataset(path, dev=None, regression=None, held_out=0.2, seed=0):
-    """A tab-separated file with a header line and columns text, label and possibly text_b. Without a `dev` file, a seeded
-    share is held out. `regression` None: where all labels are numbers and not all of them whole."""
-    paths = [Path(path)] + ([Path(dev)] if dev else [])
-    tables = []
-    for file in paths:
-        if not file.is_file():
-            raise BadInput(f"{file} does not exist; give a tab-separated file with columns text and label, pydoc, or a GLUE "
-                           f"task: {', '.join(glue.TASKS)}")
-        with open(file, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
-            columns = lines.readline().rstrip("\r\n").split("\t")
-        tables.append(glue.read_table(file, ("text", "text_b") if "text_b" in columns else ("text",), "label"))
-    if len({len(table.texts[0]) for table in tables}) > 1:
-        raise BadInput(f"{path} and {dev} do not both have a column text_b")
-    if regression is None:
-        regression = is_score(tables[0].labels)
-    if regression:
-        classes, metrics = None, ("pearson", "spearman")
-        parts = [Part(table.texts, table.scores()) for table in tables]
-    else:
-        classes = tuple(sorted(set(tables[0].labels)))
-        if len(classes) < 2:
-            raise BadInput(f"{path} has only one label, {classes[0]!r}")
-        metrics = ("accuracy", "matthews")
-        parts = [Part(table.texts, table.classes(classes)) for table in tables]
-    if not dev:
-        order = np.random.default_rng(seed).permutation(len(parts[0].texts))
-        count = max(1, round(held_out * len(order)))
-        if len(order) < 2:
-            raise BadInput(f"{path} has one row, which leaves nothing to hold out; give more, or --dev")
-        parts = [parts[0].only(np.sort(order[count:])), parts[0].only(np.sort(order[:count]))]
-    return Dataset(str(path), classes, metrics, parts[0], {"": parts[1]})
-
-
-def is_score(labels):
-    """Whether these label strings are numbers, not all of them whole."""
-    with contextlib.suppress(ValueError):
-        values = [float(label) for label in labels]
-        return all(map(math.isfinite, values)) and not all(value.is_integer() for value in values)
-    return False
-
-
-def pydoc_dataset(packages=12, size=300):
-    """Passages of the standard library's documentation (paragraphs of up to `size` characters), labelled with their package:
-    those with the most text among the packages of at least four documented modules. Dev passages are from other modules
-    than the training passages: for each package, about a fifth of its passages."""
-    documents = {}
-    for name, text in pydoc_texts():
-        package = name.partition(".")[0]
-        if package != "topics":
-            documents.setdefault(package, {})[name] = passages(text, size)
-    documents = {package: {name: found for name, found in modules.items() if found} for package, modules in documents.items()}
-    amount = {package: sum(map(len, modules.values())) for package, modules in documents.items() if len(modules) >= 4}
-    classes = tuple(sorted(sorted(amount, key=amount.get)[-packages:]))
-    texts, labels = ([], []), ([], [])
-    for k, package in enumerate(classes):
-        # the same modules on every machine; the one with the most text is for training
-        modules = sorted(documents[package], key=lambda name: zlib.crc32(name.encode()))
-        largest, held = max(modules, key=lambda name: len(documents[package][name])), 0
-        for name in modules:
-            dev = name != largest and held < 0.2 * amount[package]
-            held += dev * len(documents[package][name])
-            texts[dev].extend((passage,) for passage in documents[package][name])
-            labels[dev].extend([k] * len(documents[package][name]))
-    train, dev = (Part(texts[side], np.array(labels[side])) for side in (0, 1))
-    return Dataset("pydoc", classes, ("accuracy", "matthews"), train, {"": dev})
-
-
-def passages(text, size):
-    """Whole paragraphs, joined up to about `size` characters; shorter than 40 is no passage."""
-    found = [""]
-    for paragraph in re.split(r"\n\s*\n", text):
-        paragraph = " ".join(paragraph.split())
-        if found[-1] and len(found[-1]) + len(paragraph) > size:
-            found.append("")
-        found[-1] += " " * bool(found[-1]) + paragraph
-    return [passage for passage in found if len(passage) >= 40]
-
-
-def load_dataset(data, glue_dir=None, dev=None, regression=None, seed=0):
-    """What --data names: a GLUE task, pydoc, or a tab-separated file."""
-    if data not in (*glue.TASKS, "pydoc"):
-        return tsv_dataset(data, dev, regression, seed=seed)
-    if dev or regression:
-        raise BadInput(f"{data} has dev texts and a kind of label of its own; leave out --{'dev' if dev else 'regression'}")
-    return pydoc_dataset() if data == "pydoc" else glue_dataset(glue_dir, data)
-
-
-def label_subset(labels, fraction, seed):
-    """A seeded share of the rows, stratified: of each class that share, but at least one. Scores: of all rows. Returns row
-    numbers in order."""
-    if not 0 < fraction <= 1:
-        raise BadInput(f"--label-fraction {fraction:g} is not in 0..1, 0 excluded")
-    rng = np.random.default_rng(seed)
-    groups = [np.flatnonzero(labels == k) for k in np.unique(labels)] if labels.dtype.kind == "i" else [np.arange(len(labels))]
-    return np.sort(np.concatenate([rng.permutation(rows)[:max(1, round(fraction * len(rows)))] for rows in groups]))
-
-
-# ---------------------------------------------------------------------------- texts to batches
-
-class Inputs(NamedTuple):
-    """Tokenized texts, kept in memory."""
-
-    ids: list       # arrays of token ids
-    segments: list  # arrays of token types, or None where the model has none
-    lengths: np.ndarray
-
-
-class Batch(NamedTuple):
-    tokens: Tensor   # (B, L)
-    lengths: Tensor  # (B,)
-    padding: Tensor  # (B, L) bool, True where there is no token, or None where there is one everywhere
-    segments: Tensor  # (B, L), or None
-
-    def part(self, start, stop):
-        return Batch(*(None if field is None else field[start:stop] for field in self))
-
-
-def tokenize(run, texts, quiet=True):
-    """Texts, each a tuple of one or two str -> Inputs of at most the model's length."""
-    encode, limit = run.tokenizer.encode, run.settings.length
-    layout = getattr(run.tokenizer, "pair", None) or (lambda a, b: (with_separators(run.tokenizer.separator, a, b), None))
-    second = [] if len(texts[0]) == 2 else None
-    room = limit - len(layout([], second)[0])
-    rows = []
-    for text in tqdm(texts, desc="tokenizing", leave=False, disable=quiet or not sys.stderr.isatty()):
-        a, b = truncate(encode(text[0]), second if second is None else encode(text[1]), room)
-        rows.append(layout(a, b))
-    ids = [np.asarray(row, np.int32) for row, _ in rows]
-    segments = None if rows[0][1] is None else [np.asarray(row, np.int32) for _, row in rows]
-    return Inputs(ids, segments, np.array([len(row) for row in ids]))
-
-
-def with_separators(separator, a, b=None):
-    """`a [SEP]` or `a [SEP] b [SEP]`."""
-    return [*a, separator] if b is None else [*a, separator, *b, separator]
-
-
-def truncate(a, b, room):
-    """Cut two lists of ids (b may be None) to `room` in all, always from the end of the one that is longer."""
-    if b is None:
-        return a[:room], None
-    return a[:max(room - len(b), (room + 1) // 2)], b[:max(room - len(a), room // 2)]
-
-
-def padded_length(longest, limit):
-    """The fixed length to which a batch is padded."""
-    return min([length for length in LENGTHS if length >= longest] + [limit], default=limit)
-
-
-def batch_rows(lengths, size, seed=None, epoch=0):
-    """Which rows make up each batch of an epoch -> list of arrays. Texts of like length share a batch: the seeded order is
-    sorted within pools of 50 batches, and the batches are shuffled. seed None: by length, for scoring."""
-    if seed is None:
-        return np.split(order := np.argsort(lengths, kind="stable"), range(size, len(order), size))
-    rng, batches = np.random.default_rng([seed, epoch]), []
-    order = rng.permutation(len(lengths))
-    for pool in np.split(order, range(50 * size, len(order), 50 * size)):
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += np.split(pool, range(size, len(pool), size))
-    return [batches[k] for k in rng.permutation(len(batches))]
-
-
-def collate(inputs, rows, limit, device):
-    """The Batch of these rows, on the device."""
-    lengths = inputs.lengths[rows]
-    L = padded_length(lengths.max(), limit)
-    padding = np.arange(L) >= lengths[:, None]
-
-    def table(arrays):
-        cells = np.zeros((len(rows), L), np.int64)
-        cells[~padding] = np.concatenate([arrays[i] for i in rows])
-        return cells
-
-    arrays = [table(inputs.ids), lengths, padding if padding.any() else None, inputs.segments and table(inputs.segments)]
-    tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
-    if device.type == "cuda":
-        tensors = [None if x is None else x.pin_memory().to(device, non_blocking=True) for x in tensors]
-    return Batch(*(None if x is None else x.to(device) for x in tensors))
-
-
-def in_order(inputs, limit, device, size=64):
-    """Every text once -> pairs (row numbers, Batch)."""
-    return ((rows, collate(inputs, rows, limit, device)) for rows in batch_rows(inputs.lengths, size))
-
-
-def pool_features(features, batch, pool):
-    """features (B, L, D) -> float32 (B, D): their mean over the tokens, or that of the last or the first token."""
-    features = features.float()
-    if pool == "first":
-        return features[:, 0]
-    if pool == "last":
-        return features[torch.arange(len(features), device=features.device), batch.lengths - 1]
-    if batch.padding is not None:
-        features = features.masked_fill(batch.padding[..., None], 0)
-    return features.sum(1) / batch.lengths[:, None]
-
-
-def encode(model, batch, causal, every_layer=False):
-    """The model's features (B, L, D), or a list of them."""
-    segments = {} if batch.segments is None else {"segments": batch.segments}
-    return model.encode(batch.tokens, batch.padding, causal, every_layer, **segments)
+PLAIN = contextlib.nullcontext()  # in place of an autocast context
 
 
 # ---------------------------------------------------------------------------- fine-tuning
@@ -589,111 +340,6 @@ def write_results(path, entries):
         os.replace(partial, path)
 
 
-# ---------------------------------------------------------------------------- linear probe
-
-def frozen_features(run, inputs, pool, causal, layer=None, autocast=PLAIN, quiet=True, size=64):
-    """encode_all of tokenized texts."""
-    batches = in_order(inputs, run.settings.length, next(run.model.parameters()).device, size)
-    return encode_all(run, batches, len(inputs.lengths), pool, causal, layer, autocast, quiet)
-
-
-@torch.no_grad()
-def encode_all(run, batches, count, pool, causal, layer=None, autocast=PLAIN, quiet=True):
-    """Pooled features of a frozen encoder -> {layer: float32 (count, D) on the CPU}, one pass for all layers.
-
-    batches  pairs (row numbers, Batch) that make up `count` rows
-    layer    None: the last, after the final norm; a number from 0 (the embedding); or "all"
-    """
-    features = {}
-    run.model.eval()
-    with tqdm(total=count, desc="features", leave=False, disable=quiet or not sys.stderr.isatty()) as bar:
-        for rows, batch in batches:
-            with autocast:
-                states = encode(run.model, batch, causal, every_layer=layer is not None)
-            if layer is None:
-                states = {"last": states}
-            elif layer == "all":
-                states = dict(enumerate(states))
-            elif layer < len(states):
-                states = {layer: states[layer]}
-            else:
-                raise BadInput(f"--layer {layer} is not in 0..{len(states) - 1}, 0 being the embedding")
-            for key, state in states.items():
-                pooled = pool_features(state, batch, pool).cpu()
-                features.setdefault(key, pooled.new_empty(count, pooled.shape[1]))[torch.from_numpy(rows)] = pooled
-            bar.update(len(rows))
-    if not all(x.isfinite().all() for x in features.values()):
-        raise BadInput("the features are not finite: the model's training diverged")
-    return features
-
-
-def logistic_regression(x, y, l2, classes, start=None, iterations=500):
-    """Multinomial logistic regression by L-BFGS: minimises mean cross-entropy + l2/2 ||W||^2, the intercept left free.
-
-    x (N, D) floating point, y (N,) class numbers -> weights (D + 1, classes), the intercept last. scikit-learn's C is
-    1 / (N l2). `start`: weights to start from.
-    """
-    w = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device) if start is None else start.clone()
-    w.requires_grad_()
-    optimizer = torch.optim.LBFGS([w], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-12,
-                                  line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(linear(x, w), y) + 0.5 * l2 * w[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return w.detach()
-
-
-def linear(x, w):
-    return torch.addmm(w[-1], x, w[:-1])
-
-
-def probe(train_x, train_y, test_x, test_y, seed=0):
-    """Linear probe: features (N, D) and class numbers (N,), standardised with the training part's mean and spread.
-
-    The L2 strength is chosen by cross-entropy on a fifth of the training data, from strong to weak until it gets worse; the
-    classifier is then fitted to all of them. Returns accuracy with its 95% interval, and `majority`, what the largest class
-    of the training data would score.
-    """
-    train_y, test_y = (torch.as_tensor(y, device=train_x.device) for y in (train_y, test_y))
-    classes = int(max(train_y.max(), test_y.max())) + 1
-    mean, std = train_x.double().mean(0), train_x.double().std(0)
-    train_x, test_x = ((x.double() - mean) / torch.where(std > 1e-8, std, 1.0) for x in (train_x, test_x))
-    order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
-    fit, held = order[len(order) // 5:], order[:len(order) // 5]
-    best, strength, w, kept = math.inf, L2[0], None, None
-    for l2 in L2 if len(held) else ():
-        w = logistic_regression(train_x[fit], train_y[fit], l2, classes, w)  # starting from the stronger one's
-        loss = F.cross_entropy(linear(train_x[held], w), train_y[held]).item()
-        if loss > best:
-            break
-        best, strength, kept = loss, l2, w
-    w = logistic_regression(train_x, train_y, strength, classes, kept)
-    return probe_figures(linear(train_x, w).argmax(1), train_y, linear(test_x, w).argmax(1), test_y, l2=strength)
-
-
-def probe_figures(train_predicted, train_y, test_predicted, test_y, **settings):
-    """What a probe reports of its predicted and the true class numbers, all (N,), and of its settings."""
-    correct = int((test_predicted == test_y).sum())
-    majority = float((test_y == train_y.bincount().argmax()).double().mean())
-    return {"accuracy": correct / len(test_y), "interval": wilson(correct, len(test_y)), "majority": majority,
-            "matthews": glue.matthews(test_predicted.cpu().numpy(), test_y.cpu().numpy()),
-            "train_accuracy": float((train_predicted == train_y).double().mean()), **settings,
-            "train": len(train_y), "test": len(test_y)}
-
-
-def wilson(correct, n, z=1.959964):
-    """95% confidence interval of a share (Wilson 1927) -> [low, high]."""
-    p, scale = correct / n, 1 + z * z / n
-    centre, half = (p + z * z / (2 * n)) / scale, z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
 # ---------------------------------------------------------------------------- command line
 
 def text_run(run):
@@ -816,88 +462,53 @@ def finetune_command(args):
     return {"protocol": asdict(protocol), "results": results}, run
 
 
-def probe_command(args):
-    run, autocast = open_any(args)
-    if run.tokenizer is None:
-        import vision  # it stands above this file
-        return vision.probe_images(args, run, autocast)
-    refuse(args, run, IMAGE_ONLY)
-    attention, pool = attention_and_pool(run, args.attention, args.pool)
-    dataset = load_dataset(args.data or "pydoc", args.glue_dir, args.dev)
-    if dataset.classes is None:
-        raise BadInput(f"{args.data} has scores for labels and a probe predicts classes; evaluate.py finetune does both")
-    train, (suffix, dev) = fewer(dataset.train, args), next(iter(dataset.dev.items()))
-    x, test_x = (frozen_features(run, tokenize(run, part.texts, quiet=False), pool, attention == "causal", args.layer, autocast,
-                                 quiet=False) for part in (train, dev))
-    layers = {str(layer): probe(x[layer], train.labels, test_x[layer], dev.labels, args.seed)
-              for layer in tqdm(x, desc="probe", leave=False, disable=not sys.stderr.isatty())}
-    if args.json != "-":
-        print(f"{run.name}: {describe_run(run)}, linear probe on {dataset.name}{suffix}, {len(dataset.classes)} classes, {pool} "
-              f"pooling, {attention} attention; {len(train.labels):,} training and {len(dev.labels):,} dev texts")
-        print_probes(layers)
-    return {"results": {"data": dataset.name + suffix, "classes": dataset.classes, "pool": pool, "attention": attention,
-                        "layers": layers}}, run
+# Options that commands share, {name: keywords of add_argument}.
+SHARED = {
+    "pool": {"choices": POOLS, "help": "of the tokens' features (default: last under causal attention, else mean; images: mean)"},
+    "attention": {"choices": ("causal", "full"), "help": "default: causal for left-to-right objectives, else full"},
+    "max-train": {"type": positive, "metavar": "N", "help": "use a random N of the training examples only"}}
+DATA = {
+    "glue-dir": {"metavar": "DIR", "help": f"folder of the official GLUE files, from {glue.ADDRESS}"},
+    "dev": {"metavar": "TSV", "help": "dev texts of a TSV (default: a fifth of it, held out)"},
+    "label-fraction": {"type": float, "default": 1.0, "help": "share of the training examples, of each class alike"}}
+TUNING = {
+    "epochs": {"type": positive, "help": "passes over the training examples (default: 5; images: 100, vit-tiny 10)"},
+    "batch-size": {"type": positive, "help": "examples per step (default: 16; images: 1024, vit-tiny 128)"},
+    "lr": {"type": float, "help": "peak learning rate (default: the paper's 4e-5, for models narrower than 512 5e-4; images: "
+                                  "5e-4 x batch/256, vit-tiny 2e-3 x it)"},
+    "best-epoch": {"action": "store_true", "help": "choose the best epoch on dev, which flatters the dev score"}}
+IMAGE_TUNING = {
+    "layer-decay": {"type": float, "help": "images: learning rate of a layer as a share of the next one's (default: 0.65)"},
+    "drop-path": {"type": float, "help": "images: share of samples for which the last block is skipped (default: 0.1)"},
+    "mixup": {"type": float, "help": "images: the Beta parameter of mixup, 0 for none (default: 0.8)"},
+    "cutmix": {"type": float, "help": "images: that of CutMix (default: 1)"},
+    "smoothing": {"type": float, "help": "images: of the labels (default: 0.1)"},
+    "erase": {"type": float, "help": "images: probability of random erasing (default: 0.25)"},
+    "weight-decay": {"type": float, "help": "images: of AdamW, on matrices (default: 0.05)"}}
+TEXT_ONLY = ("glue_dir", "dev", "regression")
+IMAGE_ONLY = ("classifier", "pixels", *(name.replace("-", "_") for name in IMAGE_TUNING))
 
 
-def print_probes(probes):
-    """A table of {layer: figures of a probe}."""
-    print(" layer   accuracy   95% interval     matthews   training        l2")
-    for name, r in probes.items():
-        low, high = (100 * end for end in r["interval"])
-        print(f"{name:>6s}     {100 * r['accuracy']:6.1f}   {low:5.1f} .. {high:5.1f}     {r['matthews']:8.3f}     "
-              f"{100 * r['train_accuracy']:6.1f}   {r.get('l2', '-'):>7}")
-    print(f"majority class: {100 * r['majority']:.1f}")
-
-
-def layer_number(text):
-    """An argparse type: a number from 0, or all."""
-    return text if text == "all" else seed(text)
+def add_options(sub, *groups):
+    """Give a command the options of these groups."""
+    for name, keywords in itertools.chain.from_iterable(group.items() for group in groups):
+        sub.add_argument("--" + name, **keywords)
 
 
 def add_commands(command):
-    """The commands of this file, for evaluate.py: `command(name, function, text)` gives a parser."""
-    shared = {"pool": {"choices": POOLS, "help": "of the tokens' features (default: last under causal attention, else mean; images: mean)"},
-              "attention": {"choices": ("causal", "full"), "help": "default: causal for left-to-right objectives, else full"},
-              "max-train": {"type": positive, "metavar": "N", "help": "use a random N of the training examples only"}}
-    tuning = {"epochs": {"type": positive, "help": "passes over the training examples (default: 5; images: 100, vit-tiny 10)"},
-              "batch-size": {"type": positive, "help": "examples per step (default: 16; images: 1024, vit-tiny 128)"},
-              "lr": {"type": float, "help": "peak learning rate (default: the paper's 4e-5, for models narrower than 512 5e-4; images: "
-                                      "5e-4 x batch/256, vit-tiny 2e-3 x it)"},
-              "best-epoch": {"action": "store_true", "help": "choose the best epoch on dev, which flatters the dev score"}}
-    images = {"layer-decay": {"type": float, "help": "images: learning rate of a layer as a share of the next one's (default: 0.65)"},
-              "drop-path": {"type": float, "help": "images: share of samples for which the last block is skipped (default: 0.1)"},
-              "mixup": {"type": float, "help": "images: the Beta parameter of mixup, 0 for none (default: 0.8)"},
-              "cutmix": {"type": float, "help": "images: that of CutMix (default: 1)"},
-              "smoothing": {"type": float, "help": "images: of the labels (default: 0.1)"},
-              "erase": {"type": float, "help": "images: probability of random erasing (default: 0.25)"},
-              "weight-decay": {"type": float, "help": "images: of AdamW, on matrices (default: 0.05)"}}
-    data = {"glue-dir": {"metavar": "DIR", "help": f"folder of the official GLUE files, from {glue.ADDRESS}"},
-            "dev": {"metavar": "TSV", "help": "dev texts of a TSV (default: a fifth of it, held out)"},
-            "label-fraction": {"type": float, "default": 1.0, "help": "share of the training examples, of each class alike"}}
-
-    def add(sub, *groups):
-        for name, keywords in [item for group in groups for item in group.items()]:
-            sub.add_argument("--" + name, **keywords)
-
+    """`glue` and `finetune`, for evaluate.py: `command(name, function, text)` gives a parser."""
     sub = command("glue", glue_command, "fine-tune on the GLUE tasks and score their dev parts (Table 2)")
-    add(sub, {"glue-dir": {**data["glue-dir"], "required": True},
-              "tasks": {"default": "all", "help": f"all = {','.join(glue.TABLE2)}; or some of these, wnli, ax, with commas"},
-              "seeds": {"type": positive, "default": 3, "metavar": "N", "help": "runs per task, of seeds 0 .. N - 1"},
-              "submit": {"metavar": "DIR", "help": "write test predictions for the GLUE server, one zip per seed"},
-              "results": {"metavar": "FILE", "help": "all results so far; what is in it is not computed again (default: "
-                                                     "glue.json in the run folder)"}}, tuning, shared)
-    sub = command("probe", probe_command, "logistic regression on frozen features")
-    add(sub, {"data": {"help": "text: pydoc, a GLUE task, or a TSV with columns text, label and maybe text_b (default: pydoc); "
-                               "images: as for train.py (default: the run's own)"},
-              "layer": {"type": layer_number, "help": "0 (the embedding) upwards, or all (default: the last)"},
-              "classifier": {"choices": ("lbfgs", "sgd"), "help": "images: logistic regression by L-BFGS or MAE's protocol "
-                                                                  "(default: lbfgs)"},
-              "pixels": {"action": "store_true", "help": "images: also the same classifier on raw pixels"},
-              "seed": {"type": seed, "default": 0, "help": "of the split that chooses the L2 strength, or of the SGD"}},
-        data, shared)
+    add_options(sub, {
+        "glue-dir": {**DATA["glue-dir"], "required": True},
+        "tasks": {"default": "all", "help": f"all = {','.join(glue.TABLE2)}; or some of these, wnli, ax, with commas"},
+        "seeds": {"type": positive, "default": 3, "metavar": "N", "help": "runs per task, of seeds 0 .. N - 1"},
+        "submit": {"metavar": "DIR", "help": "write test predictions for the GLUE server, one zip per seed"},
+        "results": {"metavar": "FILE", "help": "all results so far; what is in it is not computed again (default: glue.json in "
+                                               "the run folder)"}}, TUNING, SHARED)
     sub = command("finetune", finetune_command, "fine-tune on labelled text, classes or scores, or on labelled images")
-    add(sub, {"data": {"required": True, "help": "text: a TSV with columns text, label and maybe text_b; a GLUE task; pydoc; "
-                                                 "images: as for train.py"},
-              "regression": {"action": "store_true", "help": "labels are scores (default: if they are numbers, not all whole)"},
-              "seeds": {"type": positive, "default": 1, "metavar": "N", "help": "runs, of seeds 0 .. N - 1"}},
-        data, tuning, images, shared)
+    add_options(sub, {
+        "data": {"required": True, "help": "text: a TSV with columns text, label and maybe text_b; a GLUE task; pydoc; images: as "
+                                           "for train.py"},
+        "regression": {"action": "store_true", "help": "labels are scores (default: if they are numbers, not all whole)"},
+        "seeds": {"type": positive, "default": 1, "metavar": "N", "help": "runs, of seeds 0 .. N - 1"}},
+        DATA, TUNING, IMAGE_TUNING, SHARED)

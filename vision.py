@@ -26,9 +26,11 @@ from torch import nn
 from tqdm import tqdm
 
 import finetune
-from finetune import Batch, Classifier, Protocol, encode_all, label_subset, optimise, predictions, probe, probe_figures
+from finetune import Classifier, Protocol, optimise, predictions
 from images import FileSet, Patches, load_images, mix, patchify, random_erase, soft_targets, unpatchify
+from labelled import POOLS, Batch, label_subset
 from masks import BadInput, positive, seed
+from probe import encode_all, print_probes, probe, probe_figures
 from reconstruct import image_run
 
 # ---------------------------------------------------------------------------- labelled images
@@ -109,7 +111,7 @@ def pixels(run, images):
 def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90, batch_size=256, base=0.1):
     """MAE's linear probe (He et al. 2021, A.1) on features (N, D) and class numbers (N,): batch norm without affine map, then
     a linear layer; rate base * batch / 256, 10 of 90 epochs of warm-up, cosine to 0, no weight decay, momentum 0.9. With plain
-    SGD in place of LARS the batch is small. Returns figures as finetune.probe."""
+    SGD in place of LARS the batch is small. Returns figures as probe.probe."""
     train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     N, D = train_x.shape
     classes, size = int(max(train_y.max(), test_y.max())) + 1, min(batch_size, N)
@@ -282,7 +284,7 @@ def probe_images(args, run, autocast):
     if args.json != "-":
         print(f"{run.name}: {finetune.describe_run(run)}, linear probe ({args.classifier or 'lbfgs'}), {pool} pooling, {attention} "
               f"attention; {len(images.classes)} classes, {shown(images, run.model.config)}")
-        finetune.print_probes(layers)
+        print_probes(layers)
     return {"results": {"data": images.name, "classes": images.classes, "classifier": args.classifier or "lbfgs", "pool": pool,
                         "attention": attention, "layers": layers}}, run
 
@@ -340,5 +342,5 @@ def add_commands(command):
     sub.add_argument("--layer", type=seed, help="0 (the embedding) upwards (default: the last)")
     sub.add_argument("--seed", type=seed, default=0, help="of the split that chooses the L2 strength")
     sub.add_argument("--max-train", type=positive, metavar="N", help="use about N training images of each set only")
-    sub.add_argument("--pool", choices=finetune.POOLS, help="of the patches' features (default: mean)")
+    sub.add_argument("--pool", choices=POOLS, help="of the patches' features (default: mean)")
     sub.add_argument("--attention", choices=("causal", "full"), help="default: causal for ar and dar, else full")

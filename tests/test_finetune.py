@@ -13,6 +13,8 @@ from test_glue import LAYOUTS, write
 import evaluate
 import finetune
 import glue
+import labelled
+import probe
 import train as training
 from data import ByteTokenizer, pydoc_texts
 from finetune import Protocol
@@ -43,16 +45,16 @@ def test_truncation_takes_from_the_longer_part_first():
                 a, b = list(range(m)), list(range(n))
                 while len(a) + len(b) > room:
                     (a if len(a) > len(b) else b).pop()
-                assert finetune.truncate(list(range(m)), list(range(n)), room) == (a, b), (m, n, room)
-    assert finetune.truncate([1, 2, 3], None, 2) == ([1, 2], None)
+                assert labelled.truncate(list(range(m)), list(range(n)), room) == (a, b), (m, n, room)
+    assert labelled.truncate([1, 2, 3], None, 2) == ([1, 2], None)
 
 
 def test_layout_of_single_texts_and_pairs(run):
-    inputs = finetune.tokenize(run, [("ab", "c"), ("", "x" * 40)])
+    inputs = labelled.tokenize(run, [("ab", "c"), ("", "x" * 40)])
     assert inputs.ids[0].tolist() == [97, 98, 256, 99, 256] and inputs.segments is None
     assert inputs.ids[1].tolist() == [256] + [120] * 22 + [256] and inputs.lengths.tolist() == [5, 24]
-    assert [row.tolist() for row in finetune.tokenize(run, [("ab",), ("",)]).ids] == [[97, 98, 256], [256]]
-    assert finetune.tokenize(run, [("y" * 40,)]).lengths.tolist() == [24]
+    assert [row.tolist() for row in labelled.tokenize(run, [("ab",), ("",)]).ids] == [[97, 98, 256], [256]]
+    assert labelled.tokenize(run, [("y" * 40,)]).lengths.tolist() == [24]
 
 
 class Pairs(ByteTokenizer):
@@ -66,27 +68,27 @@ class Pairs(ByteTokenizer):
 
 def test_a_tokenizer_with_a_layout_of_its_own(run, monkeypatch):
     run = dataclasses.replace(run, tokenizer=Pairs())
-    inputs = finetune.tokenize(run, [("ab", "c"), ("x" * 30, "y" * 30)])
+    inputs = labelled.tokenize(run, [("ab", "c"), ("x" * 30, "y" * 30)])
     assert inputs.ids[0].tolist() == [1, 97, 98, 2, 99, 2] and inputs.segments[0].tolist() == [0, 0, 0, 0, 1, 1]
     assert inputs.ids[1].tolist() == [1] + [120] * 11 + [2] + [121] * 10 + [2]
-    assert finetune.tokenize(run, [("x" * 30,)]).ids[0].tolist() == [1] + [120] * 22 + [2]
-    batch = finetune.collate(inputs, np.array([0, 1]), 24, CPU)
+    assert labelled.tokenize(run, [("x" * 30,)]).ids[0].tolist() == [1] + [120] * 22 + [2]
+    batch = labelled.collate(inputs, np.array([0, 1]), 24, CPU)
     assert batch.segments[0].tolist() == [0, 0, 0, 0, 1, 1] + [0] * 18
     seen = []
     monkeypatch.setattr(run.model, "encode", lambda *args, **kwargs: seen.append(kwargs["segments"]))
-    finetune.encode(run.model, batch, causal=False)
+    labelled.encode(run.model, batch, causal=False)
     assert torch.equal(seen[0], batch.segments)
 
 
 def test_batches_hold_every_text_once_and_are_seeded():
     lengths = np.random.default_rng(0).integers(1, 100, 1003)
-    epochs = {(seed, epoch): finetune.batch_rows(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
-    for batches in [*epochs.values(), finetune.batch_rows(lengths, 8)]:
+    epochs = {(seed, epoch): labelled.batch_rows(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    for batches in [*epochs.values(), labelled.batch_rows(lengths, 8)]:
         assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
         assert sorted(map(len, batches)) == [3] + [8] * 125
     orders = {tuple(np.concatenate(batches).tolist()) for batches in epochs.values()}
     assert len(orders) == 4
-    again = finetune.batch_rows(lengths, 8, 0, 1)
+    again = labelled.batch_rows(lengths, 8, 0, 1)
     assert all(np.array_equal(a, b) for a, b in zip(again, epochs[0, 1]))
     # like lengths together, but short and long batches in turn
     spans = [np.ptp(lengths[rows]) for rows in epochs[0, 0]]
@@ -95,38 +97,38 @@ def test_batches_hold_every_text_once_and_are_seeded():
 
 
 def test_batches_are_padded_to_fixed_lengths():
-    assert [finetune.padded_length(n, 128) for n in (1, 8, 9, 33, 64, 65, 97, 128)] == [8, 8, 16, 48, 64, 96, 128, 128]
-    assert finetune.padded_length(50, 60) == 60 and finetune.padded_length(600, 1024) == 1024
+    assert [labelled.padded_length(n, 128) for n in (1, 8, 9, 33, 64, 65, 97, 128)] == [8, 8, 16, 48, 64, 96, 128, 128]
+    assert labelled.padded_length(50, 60) == 60 and labelled.padded_length(600, 1024) == 1024
 
 
 def test_collate(run):
-    inputs = finetune.tokenize(run, [("ab",), ("abcdefghi",), ("",)])
-    batch = finetune.collate(inputs, np.array([1, 2, 0]), 24, CPU)
+    inputs = labelled.tokenize(run, [("ab",), ("abcdefghi",), ("",)])
+    batch = labelled.collate(inputs, np.array([1, 2, 0]), 24, CPU)
     assert batch.tokens.shape == (3, 16) and batch.lengths.tolist() == [10, 1, 3] and batch.segments is None
     for row, i in enumerate((1, 2, 0)):
         n = inputs.lengths[i]
         assert batch.tokens[row, :n].tolist() == inputs.ids[i].tolist()
         assert batch.padding[row].tolist() == [False] * n + [True] * (16 - n)
-    assert finetune.collate(finetune.tokenize(run, [("a" * 7,)]), np.array([0]), 24, CPU).padding is None
+    assert labelled.collate(labelled.tokenize(run, [("a" * 7,)]), np.array([0]), 24, CPU).padding is None
 
 
-@pytest.mark.parametrize("pool", finetune.POOLS)
+@pytest.mark.parametrize("pool", labelled.POOLS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_does_not_change_the_features(make_run, pool, causal):
     """Features in a padded batch against each text alone, pooled by hand."""
     run = make_run(from_options("mlm"), "mask", vocab=257, length=24, dtype=torch.float32)
-    inputs = finetune.tokenize(run, some_texts(20))
-    features = finetune.frozen_features(run, inputs, pool, causal, "all", size=7)
-    last = finetune.frozen_features(run, inputs, pool, causal)
+    inputs = labelled.tokenize(run, some_texts(20))
+    features = probe.frozen_features(run, inputs, pool, causal, "all", size=7)
+    last = probe.frozen_features(run, inputs, pool, causal)
     assert list(features) == [0, 1, 2, 3] and torch.allclose(last["last"], features[3], atol=1e-4)
-    assert torch.allclose(finetune.frozen_features(run, inputs, pool, causal, 2)[2], features[2], atol=1e-4)
+    assert torch.allclose(probe.frozen_features(run, inputs, pool, causal, 2)[2], features[2], atol=1e-4)
     for i, ids in enumerate(inputs.ids):
         states = run.model.encode(torch.tensor(ids[None], dtype=torch.long), None, causal, every_layer=True)
         for layer, state in enumerate(states):
             x = {"mean": state[0].mean(0), "last": state[0, -1], "first": state[0, 0]}[pool]
             assert torch.allclose(features[layer][i], x, atol=1e-4)
     with pytest.raises(BadInput, match="--layer 4 is not in 0..3"):
-        finetune.frozen_features(run, inputs, pool, causal, 4)
+        probe.frozen_features(run, inputs, pool, causal, 4)
 
 
 def test_attention_and_pooling_by_objective(way, make_run):
@@ -144,20 +146,20 @@ def test_attention_and_pooling_by_objective(way, make_run):
 
 def test_label_subset_is_stratified_and_seeded():
     labels = np.array([0] * 100 + [1] * 50 + [2] * 3)
-    rows = finetune.label_subset(labels, 0.1, seed=0)
+    rows = labelled.label_subset(labels, 0.1, seed=0)
     assert np.bincount(labels[rows]).tolist() == [10, 5, 1] and len(set(rows.tolist())) == 16
-    assert np.array_equal(rows, finetune.label_subset(labels, 0.1, seed=0))
-    assert not np.array_equal(rows, finetune.label_subset(labels, 0.1, seed=1))
-    assert np.array_equal(finetune.label_subset(labels, 1.0, seed=0), np.arange(153))
-    assert len(finetune.label_subset(np.linspace(0, 1, 50), 0.1, seed=0)) == 5  # scores: no classes
+    assert np.array_equal(rows, labelled.label_subset(labels, 0.1, seed=0))
+    assert not np.array_equal(rows, labelled.label_subset(labels, 0.1, seed=1))
+    assert np.array_equal(labelled.label_subset(labels, 1.0, seed=0), np.arange(153))
+    assert len(labelled.label_subset(np.linspace(0, 1, 50), 0.1, seed=0)) == 5  # scores: no classes
     for fraction in (0, 1.5, float("nan")):
         with pytest.raises(BadInput, match="label-fraction"):
-            finetune.label_subset(labels, fraction, 0)
+            labelled.label_subset(labels, fraction, 0)
 
 
 def test_tsv_classes_and_scores(tmp_path):
     rows = [["label", "text"], *([label, f'"text {k}'] for k, label in enumerate(["no", "yes", "maybe"] * 5))]
-    data = finetune.tsv_dataset(write(tmp_path / "a.tsv", rows))
+    data = labelled.tsv_dataset(write(tmp_path / "a.tsv", rows))
     assert data.classes == ("maybe", "no", "yes") and len(data.train.texts) == 12 and len(data.dev[""].texts) == 3
     for part in (data.train, data.dev[""]):
         for (text,), label in zip(part.texts, part.labels):
@@ -166,17 +168,17 @@ def test_tsv_classes_and_scores(tmp_path):
 
     for labels, kind in ((["1", "2", "3"], "i"), (["1.0", "2.0"], "i"), (["1", "2.5"], "f"), (["-0.5", "1e-3"], "f"), (["1.5", "x"], "i")):
         path = write(tmp_path / "b.tsv", [["text", "text_b", "label"], *(["a", "b", label] for label in labels)])
-        data = finetune.tsv_dataset(path, dev=path)
+        data = labelled.tsv_dataset(path, dev=path)
         assert data.train.labels.dtype.kind == kind and data.train.texts[0] == ("a", "b")
         assert (data.classes is None) == (kind == "f") and len(data.dev[""].labels) == len(labels)
     path = write(tmp_path / "c.tsv", [["text", "label"], ["a", "1"], ["b", "2"]])
-    assert finetune.tsv_dataset(path, dev=path, regression=True).train.labels.tolist() == [1.0, 2.0]
+    assert labelled.tsv_dataset(path, dev=path, regression=True).train.labels.tolist() == [1.0, 2.0]
 
 
 def test_pydoc_passages_are_held_out_by_module(monkeypatch):
     documents = list(pydoc_texts())
-    monkeypatch.setattr(finetune, "pydoc_texts", lambda: documents)  # reading them takes seconds
-    data = finetune.pydoc_dataset()
+    monkeypatch.setattr(labelled, "pydoc_texts", lambda: documents)  # reading them takes seconds
+    data = labelled.pydoc_dataset()
     assert len(data.classes) >= 10 and len(data.train.texts) > 500 and len(data.dev[""].texts) > 100
     where = {}
     for name, text in documents:
@@ -198,7 +200,7 @@ def test_logistic_regression_is_at_its_optimum():
     torch.manual_seed(0)
     x, y = torch.randn(200, 5, dtype=torch.float64), torch.randint(3, (200,))
     for l2 in (1.0, 1e-3):
-        w = finetune.logistic_regression(x, y, l2, 3)
+        w = probe.logistic_regression(x, y, l2, 3)
         ones = torch.cat([x, torch.ones(200, 1, dtype=x.dtype)], dim=1)
         gradient = ones.T @ ((ones @ w).softmax(1) - F.one_hot(y, 3)) / 200
         gradient[:-1] += l2 * w[:-1]
@@ -212,7 +214,7 @@ def test_extras_logistic_regression_against_scikit_learn():
     x[:, 0] += y
     for l2 in (0.1, 1e-3):
         theirs = linear_model.LogisticRegression(C=1 / (300 * l2), tol=1e-8, max_iter=2000).fit(x, y).predict_proba(x)
-        ours = finetune.linear(torch.tensor(x), finetune.logistic_regression(torch.tensor(x), torch.tensor(y), l2, 4)).softmax(1)
+        ours = probe.linear(torch.tensor(x), probe.logistic_regression(torch.tensor(x), torch.tensor(y), l2, 4)).softmax(1)
         assert np.allclose(ours, theirs, atol=1e-4)
 
 
@@ -222,22 +224,22 @@ def test_probe_on_separable_and_on_random_labels():
     centres = 4 * torch.randn(3, 10)
     x, test_x = centres[y] + torch.randn(400, 10), centres[test_y] + torch.randn(300, 10)
     scale = torch.logspace(-3, 3, 10)                       # standardised away
-    found = finetune.probe(x * scale + 5, y, test_x * scale + 5, test_y.numpy())
+    found = probe.probe(x * scale + 5, y, test_x * scale + 5, test_y.numpy())
     assert found["accuracy"] > 0.97 and found["majority"] < 0.5 and found["train"] == 400 and found["test"] == 300
     low, high = found["interval"]
     assert low < found["accuracy"] <= high and high - low < 0.05 and found["matthews"] > 0.95
-    noise = finetune.probe(torch.randn(400, 10), y, torch.randn(300, 10), test_y)
+    noise = probe.probe(torch.randn(400, 10), y, torch.randn(300, 10), test_y)
     assert noise["l2"] >= 0.1 and noise["accuracy"] < 0.5 and abs(noise["matthews"]) < 0.2
-    constant = finetune.probe(torch.ones(400, 10), y, torch.ones(300, 10), test_y)
+    constant = probe.probe(torch.ones(400, 10), y, torch.ones(300, 10), test_y)
     assert constant["accuracy"] == constant["majority"] and constant["matthews"] == 0
 
 
 def test_wilson_interval_by_its_definition():
     """Both ends are shares p at which the observed share is 1.96 standard errors away."""
     for correct, n in ((0, 10), (3, 10), (10, 10), (800, 872)):
-        for p in finetune.wilson(correct, n):
+        for p in probe.wilson(correct, n):
             assert (correct / n - p) ** 2 == pytest.approx(1.959964 ** 2 * p * (1 - p) / n, abs=1e-9)
-    assert finetune.wilson(0, 10)[0] == 0 and finetune.wilson(10, 10)[1] == pytest.approx(1)
+    assert probe.wilson(0, 10)[0] == 0 and probe.wilson(10, 10)[1] == pytest.approx(1)
 
 
 # ---------------------------------------------------------------------------- fine-tuning
@@ -253,7 +255,7 @@ def test_learning_rate_rises_and_falls():
 
 def test_micro_batches_add_up_to_the_batch(run):
     texts = some_texts(21, longest=7)
-    inputs, labels = finetune.tokenize(run, texts), np.arange(21) % 3
+    inputs, labels = labelled.tokenize(run, texts), np.arange(21) % 3
     protocol = dataclasses.replace(QUICK, epochs=2, dropout=0.0)
     whole, parted, coarser = (finetune.fine_tune(run, inputs, labels, 3, dataclasses.replace(protocol, **change), 0)
                               for change in ({}, {"micro_batch": 3}, {"batch_size": 16}))
@@ -266,7 +268,7 @@ def test_micro_batches_add_up_to_the_batch(run):
 def test_fine_tuning_learns_classes(run, attention, pool):
     texts = some_texts(200, longest=7)
     labels = np.array([2 if "a" in text else "e" in text for (text,) in texts], np.int64)
-    inputs = finetune.tokenize(run, texts)
+    inputs = labelled.tokenize(run, texts)
     before = finetune.fingerprint(run.model)
     protocol = dataclasses.replace(QUICK, attention=attention, pool=pool, epochs=8)
     predict, figures = finetune.fine_tune(run, inputs, labels, 3, protocol, seed=0)
@@ -280,7 +282,7 @@ def test_fine_tuning_learns_classes(run, attention, pool):
 def test_fine_tuning_learns_scores(run):
     texts = some_texts(200, longest=7)
     scores = np.array([100 + 7.5 * text.count("a") / len(text) for (text,) in texts])
-    inputs = finetune.tokenize(run, texts)
+    inputs = labelled.tokenize(run, texts)
     predict, _ = finetune.fine_tune(run, inputs, scores, 1, dataclasses.replace(QUICK, epochs=8), 0)
     predicted = predict(inputs)
     assert glue.pearson(predicted, scores) > 0.85 and abs(predicted.mean() - scores.mean()) < 0.3 * scores.std()
@@ -289,7 +291,7 @@ def test_fine_tuning_learns_scores(run):
 def test_seeds_repeat_and_differ(run):
     texts = some_texts(24)
     labels = np.arange(24) % 2
-    inputs = finetune.tokenize(run, texts)
+    inputs = labelled.tokenize(run, texts)
 
     def loss(seed, **changes):
         protocol = dataclasses.replace(QUICK, epochs=1, **changes)
@@ -303,7 +305,7 @@ def test_seeds_repeat_and_differ(run):
 
 def test_best_epoch_is_kept_only_when_asked_for(run):
     texts = some_texts(16)
-    inputs, labels, script = finetune.tokenize(run, texts), np.arange(16) % 2, [0.1, 0.9, 0.5]
+    inputs, labels, script = labelled.tokenize(run, texts), np.arange(16) % 2, [0.1, 0.9, 0.5]
     seen = []
 
     def validate(predict):
@@ -318,7 +320,7 @@ def test_best_epoch_is_kept_only_when_asked_for(run):
 
 
 def test_divergence_is_reported(run):
-    inputs = finetune.tokenize(run, some_texts(16))
+    inputs = labelled.tokenize(run, some_texts(16))
     with pytest.raises(BadInput, match="smaller --lr"), np.errstate(all="ignore"):
         finetune.fine_tune(run, inputs, np.full(16, np.nan), 1, QUICK, 0)
 
@@ -518,10 +520,10 @@ def test_extras_models_of_the_transformers_package(make_run, tmp_path):
     run = hub.load_run(f"hf:{tmp_path / 'bert'}", length=16)
     rng = np.random.default_rng(0)
     texts = [(" ".join(rng.choice(list("abc"), rng.integers(1, 6))), " ".join(rng.choice(list("def"), 4))) for _ in range(100)]
-    inputs = finetune.tokenize(run, texts)
+    inputs = labelled.tokenize(run, texts)
     assert inputs.ids[0][0] == 2 and inputs.ids[0][-1] == 3 and inputs.segments[0].max() == 1
     assert finetune.attention_and_pool(run) == ("full", "mean")
-    features = finetune.frozen_features(run, inputs, "first", False)["last"]
+    features = probe.frozen_features(run, inputs, "first", False)["last"]
     expected = bert.bert(torch.tensor(inputs.ids[0][None]).long(), token_type_ids=torch.tensor(inputs.segments[0][None]).long())
     assert torch.allclose(features[0], expected.last_hidden_state[0, 0], atol=1e-5)
     labels = np.array(["a" in text[0] for text in texts], np.int64)

@@ -17,6 +17,7 @@ import data
 import finetune
 import glue
 import images
+import labelled
 import train
 from masks import BadInput
 
@@ -164,7 +165,7 @@ def test_a_blank_first_line_is_skipped(tmp_path):
 def test_labelled_text(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("text\tlabel\n" + "fine\t1\ndull\t0\n" * 10)
-    fuzz(path, lambda: finetune.tsv_dataset(path), 100)
+    fuzz(path, lambda: labelled.tsv_dataset(path), 100)
 
 
 def test_glue_results(tmp_path):

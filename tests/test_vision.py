@@ -9,13 +9,16 @@ import torch
 
 import evaluate
 import finetune
+import labelled
+import probe
 import train as training
 import vision
-from finetune import Batch
-from images import SHAPES, FileSet, Images, ImageSet, draw, load_images, shapes, write_png
+from images import FileSet, Images, ImageSet, load_images, write_png
+from labelled import Batch
 from masks import BadInput
 from model import Config
 from objectives import from_options
+from shapes import SHAPES, draw, shapes
 from train import Run, Settings
 from vision import DropPath, Recipe
 
@@ -52,7 +55,7 @@ def run(image_way, make_image_model):
 
 # ---------------------------------------------------------------------------- features
 
-@pytest.mark.parametrize("pool", finetune.POOLS)
+@pytest.mark.parametrize("pool", labelled.POOLS)
 @pytest.mark.parametrize("size", [12, 20])
 def test_features_are_those_of_each_image_alone(run, pool, size, monkeypatch):
     """Normalised, cut into patches and averaged by hand, image by image."""
@@ -111,7 +114,7 @@ def test_both_classifiers_agree_on_separable_features():
     centres = 3 * torch.randn(3, 10)
     scale = torch.logspace(-3, 3, 10)  # taken away by batch norm
     x, test_x = ((centres[k] + torch.randn(len(k), 10)) * scale + 5 for k in (y, test_y))
-    lbfgs, sgd = (classify(x, y, test_x, test_y.numpy()) for classify in (finetune.probe, vision.sgd_probe))
+    lbfgs, sgd = (classify(x, y, test_x, test_y.numpy()) for classify in (probe.probe, vision.sgd_probe))
     assert lbfgs["accuracy"] > 0.97 and abs(sgd["accuracy"] - lbfgs["accuracy"]) < 0.015
     assert sgd["lr"] == 0.1 and sgd["train"] == 600 and sgd["interval"][0] < sgd["accuracy"] and sgd["epochs"] == 90
     assert vision.sgd_probe(x, y, test_x, test_y, seed=0) == sgd
@@ -295,7 +298,7 @@ def test_probe_command(trained, small_shapes, capsys, tmp_path):
     assert all(r["train"] == 120 and r["test"] == 300 and r["epochs"] == 90 for r in results["layers"].values())
     assert "120 training and 300 validation images" in text and "pixels" in text and "majority class: 8.3" in text
     last = json.loads(call(capsys, "probe", trained["dar"], "--data", small_shapes, "--label-fraction", 0.1, "--json", "-"))["results"]
-    assert last["layers"]["last"]["train"] == 60 and last["attention"] == "causal" and last["classifier"] == "lbfgs" and last["layers"]["last"]["l2"] in finetune.L2
+    assert last["layers"]["last"]["train"] == 60 and last["attention"] == "causal" and last["classifier"] == "lbfgs" and last["layers"]["last"]["l2"] in probe.L2
 
 
 def test_finetune_command(trained, small_shapes, capsys):

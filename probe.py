@@ -1,0 +1,189 @@
+"""Linear probes: logistic regression on the features of a frozen encoder.
+
+    python evaluate.py probe CKPT                                    pydoc passages by package: nothing to download
+    python evaluate.py probe CKPT --data sst2 --glue-dir DIR --layer all
+
+The strength of the L2 penalty is chosen on a part of the training examples. Checkpoints of images go to vision.py.
+"""
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import glue
+from finetune import (
+    DATA,
+    IMAGE_ONLY,
+    PLAIN,
+    SHARED,
+    add_options,
+    attention_and_pool,
+    describe_run,
+    fewer,
+    open_any,
+    refuse,
+)
+from labelled import encode, in_order, load_dataset, pool_features, tokenize
+from masks import BadInput, seed
+
+L2 = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # the choices, from strong to weak
+
+
+# ---------------------------------------------------------------------------- features
+
+def frozen_features(run, inputs, pool, causal, layer=None, autocast=PLAIN, quiet=True, size=64):
+    """encode_all of tokenized texts."""
+    batches = in_order(inputs, run.settings.length, next(run.model.parameters()).device, size)
+    return encode_all(run, batches, len(inputs.lengths), pool, causal, layer, autocast, quiet)
+
+
+@torch.no_grad()
+def encode_all(run, batches, count, pool, causal, layer=None, autocast=PLAIN, quiet=True):
+    """Pooled features of a frozen encoder -> {layer: float32 (count, D) on the CPU}, one pass for all layers.
+
+    batches  pairs (row numbers, Batch) that make up `count` rows
+    layer    None: the last, after the final norm; a number from 0 (the embedding); or "all"
+    """
+    features = {}
+    run.model.eval()
+    with tqdm(total=count, desc="features", leave=False, disable=quiet or not sys.stderr.isatty()) as bar:
+        for rows, batch in batches:
+            with autocast:
+                states = encode(run.model, batch, causal, every_layer=layer is not None)
+            if layer is None:
+                states = {"last": states}
+            elif layer == "all":
+                states = dict(enumerate(states))
+            elif layer < len(states):
+                states = {layer: states[layer]}
+            else:
+                raise BadInput(f"--layer {layer} is not in 0..{len(states) - 1}, 0 being the embedding")
+            for key, state in states.items():
+                pooled = pool_features(state, batch, pool).cpu()
+                features.setdefault(key, pooled.new_empty(count, pooled.shape[1]))[torch.from_numpy(rows)] = pooled
+            bar.update(len(rows))
+    if not all(x.isfinite().all() for x in features.values()):
+        raise BadInput("the features are not finite: the model's training diverged")
+    return features
+
+
+def logistic_regression(x, y, l2, classes, start=None, iterations=500):
+    """Multinomial logistic regression by L-BFGS: minimises mean cross-entropy + l2/2 ||W||^2, the intercept left free.
+
+    x (N, D) floating point, y (N,) class numbers -> weights (D + 1, classes), the intercept last. scikit-learn's C is
+    1 / (N l2). `start`: weights to start from.
+    """
+    w = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device) if start is None else start.clone()
+    w.requires_grad_()
+    optimizer = torch.optim.LBFGS([w], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-12,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(x, w), y) + 0.5 * l2 * w[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return w.detach()
+
+
+def linear(x, w):
+    return torch.addmm(w[-1], x, w[:-1])
+
+
+def probe(train_x, train_y, test_x, test_y, seed=0):
+    """Linear probe: features (N, D) and class numbers (N,), standardised with the training part's mean and spread.
+
+    The L2 strength is chosen by cross-entropy on a fifth of the training data, from strong to weak until it gets worse; the
+    classifier is then fitted to all of them. Returns accuracy with its 95% interval, and `majority`, what the largest class
+    of the training data would score.
+    """
+    train_y, test_y = (torch.as_tensor(y, device=train_x.device) for y in (train_y, test_y))
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    mean, std = train_x.double().mean(0), train_x.double().std(0)
+    train_x, test_x = ((x.double() - mean) / torch.where(std > 1e-8, std, 1.0) for x in (train_x, test_x))
+    order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
+    fit, held = order[len(order) // 5:], order[:len(order) // 5]
+    best, strength, w, kept = math.inf, L2[0], None, None
+    for l2 in L2 if len(held) else ():
+        w = logistic_regression(train_x[fit], train_y[fit], l2, classes, w)  # starting from the stronger one's
+        loss = F.cross_entropy(linear(train_x[held], w), train_y[held]).item()
+        if loss > best:
+            break
+        best, strength, kept = loss, l2, w
+    w = logistic_regression(train_x, train_y, strength, classes, kept)
+    return probe_figures(linear(train_x, w).argmax(1), train_y, linear(test_x, w).argmax(1), test_y, l2=strength)
+
+
+def probe_figures(train_predicted, train_y, test_predicted, test_y, **settings):
+    """What a probe reports of its predicted and the true class numbers, all (N,), and of its settings."""
+    correct = int((test_predicted == test_y).sum())
+    majority = float((test_y == train_y.bincount().argmax()).double().mean())
+    return {"accuracy": correct / len(test_y), "interval": wilson(correct, len(test_y)), "majority": majority,
+            "matthews": glue.matthews(test_predicted.cpu().numpy(), test_y.cpu().numpy()),
+            "train_accuracy": float((train_predicted == train_y).double().mean()), **settings,
+            "train": len(train_y), "test": len(test_y)}
+
+
+def wilson(correct, n, z=1.959964):
+    """95% confidence interval of a share (Wilson 1927) -> [low, high]."""
+    p, scale = correct / n, 1 + z * z / n
+    centre, half = (p + z * z / (2 * n)) / scale, z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+# ---------------------------------------------------------------------------- command line
+
+def probe_command(args):
+    run, autocast = open_any(args)
+    if run.tokenizer is None:
+        import vision  # it stands above this file
+        return vision.probe_images(args, run, autocast)
+    refuse(args, run, IMAGE_ONLY)
+    attention, pool = attention_and_pool(run, args.attention, args.pool)
+    dataset = load_dataset(args.data or "pydoc", args.glue_dir, args.dev)
+    if dataset.classes is None:
+        raise BadInput(f"{args.data} has scores for labels and a probe predicts classes; evaluate.py finetune does both")
+    train, (suffix, dev) = fewer(dataset.train, args), next(iter(dataset.dev.items()))
+    x, test_x = (frozen_features(run, tokenize(run, part.texts, quiet=False), pool, attention == "causal", args.layer, autocast,
+                                 quiet=False) for part in (train, dev))
+    layers = {str(layer): probe(x[layer], train.labels, test_x[layer], dev.labels, args.seed)
+              for layer in tqdm(x, desc="probe", leave=False, disable=not sys.stderr.isatty())}
+    if args.json != "-":
+        print(f"{run.name}: {describe_run(run)}, linear probe on {dataset.name}{suffix}, {len(dataset.classes)} classes, {pool} "
+              f"pooling, {attention} attention; {len(train.labels):,} training and {len(dev.labels):,} dev texts")
+        print_probes(layers)
+    return {"results": {"data": dataset.name + suffix, "classes": dataset.classes, "pool": pool, "attention": attention,
+                        "layers": layers}}, run
+
+
+def print_probes(probes):
+    """A table of {layer: figures of a probe}."""
+    print(" layer   accuracy   95% interval     matthews   training        l2")
+    for name, r in probes.items():
+        low, high = (100 * end for end in r["interval"])
+        print(f"{name:>6s}     {100 * r['accuracy']:6.1f}   {low:5.1f} .. {high:5.1f}     {r['matthews']:8.3f}     "
+              f"{100 * r['train_accuracy']:6.1f}   {r.get('l2', '-'):>7}")
+    print(f"majority class: {100 * r['majority']:.1f}")
+
+
+def layer_number(text):
+    """An argparse type: a number from 0, or all."""
+    return text if text == "all" else seed(text)
+
+
+def add_commands(command):
+    """`probe`, for evaluate.py."""
+    sub = command("probe", probe_command, "logistic regression on frozen features")
+    add_options(sub, {
+        "data": {"help": "text: pydoc, a GLUE task, or a TSV with columns text, label and maybe text_b (default: pydoc); images: as "
+                         "for train.py (default: the run's own)"},
+        "layer": {"type": layer_number, "help": "0 (the embedding) upwards, or all (default: the last)"},
+        "classifier": {"choices": ("lbfgs", "sgd"), "help": "images: logistic regression by L-BFGS or MAE's protocol (default: "
+                                                            "lbfgs)"},
+        "pixels": {"action": "store_true", "help": "images: also the same classifier on raw pixels"},
+        "seed": {"type": seed, "default": 0, "help": "of the split that chooses the L2 strength, or of the SGD"}}, DATA, SHARED)
