@@ -259,10 +259,15 @@ def glue_columns(place):
     tasks = [name for name in glue.TABLE2 if (folder / glue.TASKS[name].folder / "train.tsv").exists()] or glue.TABLE2
 
     def measure(name, suffix):
+        metric, n_parts = glue.TASKS[name].metrics[0], len(glue.TASKS[name].parts)
+
         def read(x):
-            scores = x["results"]["tasks"][name][glue.TASKS[name].metrics[0] + suffix]
-            stderr = scores["std"] and 100 * scores["std"] / math.sqrt(len(scores["seeds"]))
-            return Cell(100 * scores["mean"], stderr)
+            task = x["results"]["tasks"][name]
+            scores, n = task[metric + suffix], task["dev"] / n_parts
+            r = scores["mean"]
+            # Another dev part would give another number, and so would other fine-tuning seeds.
+            variance = {"pearson": (1 - r * r) ** 2, "matthews": 1 - r * r}.get(metric, r * (1 - r)) / n
+            return Cell(100 * r, 100 * math.sqrt(variance + (scores["std"] or 0) ** 2 / len(scores["seeds"])))
 
         flags = f"--glue-dir {shlex.quote(str(folder))} --tasks {name}"
         return Measure(lambda place, model, seed: evaluation(place, model, seed, "glue", flags), read)

@@ -287,6 +287,25 @@ def test_theory_in_processes_of_their_own_and_the_report(smoke, tmp_path, monkey
     assert Path("README.md").read_text() == text
 
 
+def test_a_glue_score_varies_with_its_dev_part_and_with_its_seeds(tmp_path):
+    """Against the spread of scores of simulated dev parts of 400 texts."""
+    (tmp_path / "glue").mkdir()
+    columns = tables.glue_columns(tables.Place("cpu", tmp_path, tmp_path))
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((2, 2000, 400))
+    labels, other = rng.random((2, 2000, 400)) < 0.4
+    simulated = {
+        "SST-2": ("sst2", "accuracy", np.mean(rng.random((2000, 400)) < 0.8, axis=1)),
+        "STS-B": ("stsb", "pearson", np.array([tables.glue.pearson(a, b) for a, b in zip(x, 0.5 * x + noise)])),
+        "CoLA": ("cola", "matthews", np.array([tables.glue.matthews(a | b, a) for a, b in zip(labels, other & (x > 1))]))}
+    for column, (name, metric, scores) in simulated.items():
+        mean = float(scores.mean())
+        one, three = (columns[column].read({"results": {"tasks": {name: {"dev": 400, metric: {
+            "mean": mean, "std": std, "seeds": [mean] * count}}}}}) for std, count in ((None, 1), (0.03, 3)))
+        assert one.value == 100 * mean and one.stderr == pytest.approx(100 * scores.std(), rel=0.2)
+        assert three.stderr == pytest.approx(math.hypot(one.stderr, 3 / math.sqrt(3)))
+
+
 def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=r"text.*--data-dir"):
