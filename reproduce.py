@@ -15,11 +15,12 @@ an interrupted training goes on. DIR holds, as far as the targets need it:
     glue/    the official GLUE files                   transfer/    any number of image sets (optional; Table 6)
     other/   text of another kind (optional; Table 7)  paper scale: also images100/ (ImageNet-100), wikitext2/
 
-Verdicts. A claim is a difference that the paper says is positive. Its 95% interval is a bootstrap over seeds, the same seeds
-on both sides and their spread widened as Student's t is for so few, and over evaluation samples, the same on both sides, where
-the command tells of each. One seed: over samples, or from the standard errors of either side, which says nothing about seeds.
-Above 0: confirmed at this scale. With 0 inside: not seen at this scale. Below 0: contradicted at this scale. Intervals are
-not corrected for the number of claims.
+Verdicts. A claim is a difference that the paper says is positive; [ours] are comparisons that it does not make, under its
+ideas. The 95% interval is a bootstrap over seeds, the same seeds on both sides and their spread widened as Student's t is for so
+few, and over the evaluation: over its samples, the same on both sides, where the command tells of each, else by the standard
+errors of both sides as if they were independent, which is cautious. One seed says nothing about how seeds vary. Above 0:
+confirmed at this scale. With 0 inside: not seen at this scale. Below 0: contradicted at this scale. Intervals are not
+corrected for the number of claims, and where there is none, nothing is judged.
 """
 import contextlib
 import itertools
@@ -50,6 +51,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97
 HERE = Path(__file__).resolve().parent
 MARKERS = "<!-- results -->", "<!-- /results -->"
 CONFIRMED, NOT_SEEN, CONTRADICTED = (f"{word} at this scale" for word in ("confirmed", "not seen", "contradicted"))
+NOT_JUDGED = "no interval, not judged"
 
 
 # ---------------------------------------------------------------------------- stages
@@ -164,7 +166,7 @@ def read_cells(place, table, seeds):
             if measure.mean_of:
                 parts = list(zip(*(cells[row, name] for name in measure.mean_of)))
                 cells[row, column] = [Cell(fmean(c.value for c in part), math.hypot(*(c.stderr for c in part)) / len(part)
-                                           if all(c.stderr for c in part) else None) for part in parts]
+                                           if all(c.stderr is not None for c in part) else None) for part in parts]
             elif table.stage(place, row, column, 0):
                 found = [table.stage(place, row, column, seed).result() for seed in range(seeds)]
                 cells[row, column] = [measure.read(x) for x in found]
@@ -172,26 +174,24 @@ def read_cells(place, table, seeds):
 
 
 def redraw(cells, draws, rng):
-    """Bootstrap: {(row, column): (draws,) values}. Seeds are drawn with replacement, the same for all cells; so are the
-    samples of cells that have them, the same for all cells and seeds. A single seed without samples: its standard error."""
+    """Bootstrap: {(row, column): (draws,) values}. The evaluation is drawn anew: samples, where cells have them, with
+    replacement and the same for all cells and seeds, else a normal error of the cell's own. Then seeds are drawn with
+    replacement, the same for all cells."""
     seeds = len(next(iter(cells.values())))
     picked = rng.integers(seeds, size=(draws, seeds))
     # The mean of n drawn of n varies by the share sqrt((n - 1)/n) too little, and a normal interval is not yet Student's.
     wide = 1 if seeds == 1 else (STUDENT[seeds - 2] if seeds <= 10 else 1.96) / 1.96 * math.sqrt(seeds / (seeds - 1))
     shares, drawn = {}, {}
     for key, column in cells.items():
-        samples = column[0].samples
+        values, samples = np.array([cell.value for cell in column]), column[0].samples
         if samples:
             n = len(samples)
             if n not in shares:  # how often each sample is drawn, (draws, n)
                 shares[n] = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
-            values = np.vectorize(column[0].link)(shares[n] @ np.array([cell.samples for cell in column]).T)
-        else:
-            values = np.tile([cell.value for cell in column], (draws, 1))                # (draws, seeds)
-            if seeds == 1 and column[0].stderr:
-                values = values + column[0].stderr * rng.standard_normal((draws, 1))
-        centre = values.mean(1)
-        drawn[key] = centre + wide * (np.take_along_axis(values, picked, 1).mean(1) - centre)
+            centre = np.vectorize(column[0].link)(shares[n] @ np.array([cell.samples for cell in column]).T).mean(1)
+        else:  # one test set for all seeds
+            centre = values.mean() + np.mean([cell.stderr or 0 for cell in column]) * rng.standard_normal(draws)
+        drawn[key] = centre + wide * (values[picked].mean(1) - values.mean())
     return drawn
 
 
@@ -204,8 +204,10 @@ def judge(claim, cells, draws=2000):
         rows = [rng.choice(claim.rows, len(claim.rows))] if claim.rows else []
         gaps.append(claim.gap({key: x[k] for key, x in drawn.items()}, *rows))
     interval = np.percentile(gaps, [2.5, 97.5]).tolist() if np.ptp(gaps) > 1e-12 else None
-    verdict = NOT_SEEN if not interval or interval[0] <= 0 <= interval[1] else CONFIRMED if interval[0] > 0 else CONTRADICTED
-    return {"claim": claim.text, "difference": gap, "interval": interval, "verdict": verdict}
+    verdict = NOT_JUDGED
+    if interval:
+        verdict = CONFIRMED if interval[0] > 0 else CONTRADICTED if interval[1] < 0 else NOT_SEEN
+    return {"claim": claim.text + " [ours]" * claim.ours, "difference": gap, "interval": interval, "verdict": verdict}
 
 
 def intervals_are_over(cells, claims):
@@ -214,10 +216,10 @@ def intervals_are_over(cells, claims):
     seeds, samples = len(columns[0]), [bool(column[0].samples) for column in columns]
     words = [f"{seeds} seeds, the same on both sides, widened for so few"] if seeds > 1 else []
     words += ["evaluation samples, the same on both sides"] * any(samples)
-    if seeds == 1 and not all(samples):
-        words += ["standard errors of the evaluation, where it has any, taken as independent"]
+    if any(cell.stderr for column in columns for cell in column if not cell.samples):
+        words += ["standard errors of the evaluation, taken as independent"]
     words += ["objectives"] * any(claim.rows for claim in claims)
-    return "; ".join(words) + (". One seed: nothing is known about how seeds vary" if seeds == 1 else "")
+    return ("; ".join(words) or "nothing") + (". One seed: nothing is known about how seeds vary" if seeds == 1 else "")
 
 
 def seen(place, model, seed):
@@ -391,17 +393,20 @@ def report(readme, folder):
     told = [x for x in best if x["scale"] != "smoke" or not x["rows"]]
     relative = os.path.relpath(folder, Path(readme).parent)
     lines = [MARKERS[0], "<!-- made by: python reproduce.py report -->", ""]
-    claims = [[f"[{x['target']}]({relative}/{x['target']}-{x['scale']}.md)", c["claim"], interval_text(c), c["verdict"],
+    claims = [[f"[{x['target']}]({relative}/{x['target']}-{x['scale']}.md)", c["claim"], f"{c['difference']:+.3g}", interval_text(c), c["verdict"],
                x["scale"], x["seeds"]] for x in told for c in x["claims"]]
     if claims:
-        lines += rows_of([["", "claim", "95% interval of the difference", "verdict", "scale", "seeds"], *claims])
-        lines += ["", "Below, ± is the standard deviation over seeds and s.e., of one seed, the standard error of the evaluation.", ""]
+        lines += rows_of([["", "claim", "difference", "95% interval", "verdict", "scale", "seeds"], *claims])
+        legend = ("Differences are positive where the claim holds; [ours] marks what the paper does not claim. With one seed the interval is "
+                  "of the evaluation alone: another training may give another verdict. Intervals are not corrected for the number of "
+                  "claims. Below, ± is the standard deviation over seeds and s.e., of one seed, the standard error of the evaluation.")
+        lines += ["", legend, ""]
     for x in told:
         lines += [f"### {x['title']}", "", *(rows_beside_paper(x) if x["rows"] else [])]
         if x.get("picture") and not x.get("dots"):  # those show no more than the table
             lines += [f"![{x['title']}]({relative}/{x['picture']})", ""]
         file = f"{x['target']}-{x['scale']}.md"
-        about = (f"{x['scale']} scale, {x['seeds']} {'seed' if x['seeds'] == 1 else 'seeds'}. What makes it fair, hardware, time: "
+        about = (f"{x['fair']} Scale: {x['about']}; {x['seeds']} {'seed' if x['seeds'] == 1 else 'seeds'}. Commands, hardware, time: "
                  if x["rows"] else "Every statement as it is printed and as it is computed: ")
         lines += [f"{about}[{file}]({relative}/{file}).", ""]
     smoke = [x["target"] for x in best if x not in told]
@@ -458,7 +463,9 @@ def place_of(scale, args):
 
 
 def seeds_of(place, name, args):
-    return 1 if name == "theory" else args.seeds or (3 if name in place.scale.many else place.scale.seeds)
+    if name == "theory" or (name, place.name) == ("table1", "paper"):  # public models, of which there is one each
+        return 1
+    return args.seeds or (3 if name in place.scale.many else place.scale.seeds)
 
 
 def carry_out(place, names, args):

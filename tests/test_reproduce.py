@@ -154,9 +154,9 @@ def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path,
 
 # ---------------------------------------------------------------------------- verdicts
 
-def verdict(a, b):
+def verdict(a, b, draws=2000):
     cells = {("a", "x"): a, ("b", "x"): b}
-    return reproduce.judge(Claim("a more than b", lambda v: v["a", "x"] - v["b", "x"]), cells)
+    return reproduce.judge(Claim("a more than b", lambda v: v["a", "x"] - v["b", "x"]), cells, draws)
 
 
 def test_verdicts_are_paired_over_seeds():
@@ -181,6 +181,29 @@ def test_few_seeds_are_not_enough_to_confirm_noise(seeds):
     assert wrong <= 25  # 5% of 200 are 10; resampling seeds alone is wrong in 100, 50 and 25 of 200 or more
 
 
+def test_one_test_set_for_all_seeds_is_not_forgotten():
+    """Two equal models of three seeds, each scored on one test set that is one point off."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(200):
+        a, b = ([Cell(x, 1.0) for x in rng.normal() + 0.5 * rng.normal(size=3)] for _ in "ab")
+        wrong += verdict(a, b, 300)["verdict"] != reproduce.NOT_SEEN
+    assert wrong <= 20  # 5% of 200 are 10; the seeds alone are wrong in 50 or more
+
+
+def test_seeds_with_samples_have_about_students_interval():
+    """Three seeds on the same 200 texts, the noise of which is not counted twice."""
+    rng, ratios = np.random.default_rng(0), []
+    for _ in range(40):
+        texts = rng.normal(5, 1, 200)
+        a, b = ([Cell(x.mean(), None, tuple(x)) for x in texts + rng.normal(0, 0.002, (3, 1)) + rng.normal(0, 0.1, (3, 200))]
+                for _ in "ab")
+        gaps = [x.value - y.value for x, y in zip(a, b)]
+        low, high = verdict(a, b, 300)["interval"]
+        ratios.append((high - low) / 2 / (4.303 * np.std(gaps, ddof=1) / math.sqrt(3)))
+    assert 0.9 < np.median(ratios) < 1.25
+
+
 def test_one_seed_is_judged_by_its_samples():
     rng = np.random.default_rng(0)
     easy, gain = rng.normal(5, 1, 400), rng.normal(0.02, 0.05, 400)  # texts differ by much more than the models
@@ -196,7 +219,7 @@ def test_one_seed_without_samples_is_judged_by_standard_errors():
     assert found["interval"] == pytest.approx([1 - 1.96, 1 + 1.96], abs=0.15) and found["verdict"] == reproduce.NOT_SEEN
     assert verdict([Cell(53.0, 0.6)], [Cell(50.0, 0.8)])["verdict"] == reproduce.CONFIRMED
     nothing = verdict([Cell(51.0)], [Cell(50.0)])
-    assert nothing["interval"] is None and nothing["verdict"] == reproduce.NOT_SEEN
+    assert nothing["interval"] is None and nothing["verdict"] == reproduce.NOT_JUDGED
 
 
 def test_claims_follow_the_direction_of_the_measure_and_of_the_paper():
@@ -205,6 +228,7 @@ def test_claims_follow_the_direction_of_the_measure_and_of_the_paper():
     accuracy, loss = tables.compare(columns, [("a", "b")], paper)
     values = {("a", "accuracy"): 5.0, ("b", "accuracy"): 3.0, ("a", "loss"): 5.0, ("b", "loss"): 3.0}
     assert accuracy.gap(values) == 2 and loss.gap(values) == -2
+    assert not accuracy.ours and loss.ours
     assert [claim.text for claim in tables.compare(columns, [("b", "a")], paper)] == ["loss: b better than a"]
 
 
