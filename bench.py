@@ -460,7 +460,7 @@ def make_cases(args, device):
             raise BadInput(f"--size {side} is not a multiple of --patch {patch}")
         size.update(vocab=0, length=(side // patch) ** 2, patch=patch, mean=(0.5,) * 3, std=(0.25,) * 3)
     else:
-        size.update(vocab=args.vocab, length=args.length)
+        size.update(vocab=args.vocab or 4096, length=args.length)
     flags = list(dict.fromkeys(args.objectives.split(",")))
     given = {flag: {"mask": mask} for flag, mask in IMAGE_MASKS.items()} if images else {}
     for name, owner in (("t", "dar"), ("mask", "vl" if args.mask and len(args.mask) > 1 else "mlm")):
@@ -495,7 +495,7 @@ def main(argv=None):
     for name in ("layers", "width", "heads"):
         size.add_argument(f"--{name}", type=positive, help="instead of the preset's")
     size.add_argument("--length", type=positive, default=128, help="text: tokens in a sequence")
-    size.add_argument("--vocab", type=positive, default=4096, help="text: different ids")
+    size.add_argument("--vocab", type=positive, help="text: different ids (default: 4096)")
     size.add_argument("--size", type=positive, help="images: side in pixels (default: the preset's)")
     size.add_argument("--patch", type=positive, help="images: side of a patch in pixels (default: the preset's)")
     size.add_argument("--batch-size", type=positive, default=16, help="sequences or images per step")
@@ -514,8 +514,10 @@ def main(argv=None):
     device = choose_device(args.device)
     if args.clock == "cpu" and device.type != "cpu":
         raise BadInput(f"--clock cpu says nothing about the time on {device.type}; leave it out")
-    if args.loop and (other := [name for name in ("layers", "width", "heads") if getattr(args, name)]):
-        raise BadInput(f"--loop times train.py, whose sizes are the presets; leave out --{other[0]}")
+    if args.loop and (other := [name for name in ("layers", "width", "heads", "vocab") if getattr(args, name)]):
+        raise BadInput(f"--loop times train.py, whose sizes are the presets' and pydoc's; leave out --{other[0]}")
+    if args.loop and args.clock == "cpu":
+        raise BadInput("--clock cpu does not go with --loop: train.py reports the time of the wall")
     ours = make_cases(args, device)
     peers = {case: replace(case, peer=True) for case in ours if args.peers and has_peer(case)}
     larger = {case: doubled(case) for case in ours if args.scaling}

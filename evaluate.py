@@ -25,10 +25,10 @@ import probe
 import reconstruct
 import vision
 from data import Sequences, import_optional, load_evaluation
-from hub import load_run
+from hub import load_run, open_run
 from masks import BadInput, Parser, command_line, output_file, positive, seed
 from objectives import describe, draw_batch, scores_next, target_nll
-from train import choose_device, choose_dtype
+from train import choose_device
 
 # ---------------------------------------------------------------------------- perplexity
 
@@ -73,7 +73,7 @@ def training_order_nll(run, sequences, most=64):
     total = count = 0
     for f, probability in zip(listed[0], listed[1].tolist()):
         targets = (f > 1).nonzero()[:, 0]
-        for tokens in sequences.split(128):
+        for tokens in sequences.split(max(1, 2 ** 14 // sequences.shape[1])):
             tokens = tokens.to(run.model.query.device)
             f_, t = (x.to(tokens.device).expand(len(tokens), -1) for x in (f, targets))
             nll = target_nll(run.model, tokens, f_, t, run.path, padded=False)
@@ -364,15 +364,6 @@ def write_json(target, content):
         print(text)
     elif target:
         Path(target).write_text(text + "\n")
-
-
-def open_run(args, checkpoint=None):
-    """The checkpoint (one of several, where a command takes several), device and precision that the arguments name.
-    -> Run, autocast context."""
-    device = choose_device(args.device)
-    dtype = choose_dtype(device, args.dtype)
-    run = load_run(checkpoint or args.checkpoint, device, getattr(args, "length", None))
-    return run, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def about(run):

@@ -31,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import glue
+from hub import open_run
 from images import is_images
 from labelled import (
     POOLS,
@@ -160,7 +161,7 @@ def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAI
                 running += error.detach()
             clip_gradients(model, protocol.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             step += 1
             if bar is not None:
                 bar.update(1)
@@ -359,12 +360,6 @@ def attention_and_pool(run, attention=None, pool=None):
     return attention, pool
 
 
-def open_any(args):
-    """evaluate.open_run: -> Run, autocast context."""
-    from evaluate import open_run  # evaluate.py stands above this file and is there when a command runs
-    return open_run(args)
-
-
 def refuse(args, run, names):
     """Raise BadInput if one of these options was given, which do not apply to this kind of checkpoint, or --data is of the
     other kind."""
@@ -397,7 +392,7 @@ def print_scores(name, result):
 
 
 def glue_command(args):
-    run, autocast = open_any(args)
+    run, autocast = open_run(args)
     text_run(run)
     protocol, tasks = protocol_from(args, run), glue.choose_tasks(args.tasks)
     results_file = args.results or default_results(args.checkpoint)
@@ -440,7 +435,7 @@ def fewer(part, args):
 
 
 def finetune_command(args):
-    run, autocast = open_any(args)
+    run, autocast = open_run(args)
     if run.tokenizer is None:
         import vision  # it stands above this file
         return vision.finetune_images(args, run, autocast)

@@ -26,7 +26,7 @@ from torch import nn
 from data import cut_at_lines, import_optional, token_type
 from masks import BadInput
 from model import take
-from train import Run, Settings
+from train import Run, Settings, choose_device, choose_dtype
 from train import load_run as load_own
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -236,3 +236,12 @@ def check(model, length, token):
     if not torch.allclose(own, ours, atol=1e-3 * own.abs().max().item()):
         raise BadInput(f"{model.name}, a {model.network.config.model_type}, changes its scores after the output layer; "
                        "such models are not supported")
+
+
+def open_run(args, checkpoint=None):
+    """The checkpoint (one of several, where a command takes several), device and precision that the arguments name.
+    -> Run, autocast context."""
+    device = choose_device(args.device)
+    dtype = choose_dtype(device, args.dtype)
+    run = load_run(checkpoint or args.checkpoint, device, getattr(args, "length", None))
+    return run, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -618,7 +618,7 @@ def resize_weights(centre, extent, length, size):
 
 def normalise(x, mean, std):
     """(B, 3, H, W) in 0..1 -> zero mean and unit deviation per channel, given the set's."""
-    mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (mean, std))
+    mean, std = (torch.as_tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (mean, std))
     return (x - mean) / std
 
 
@@ -660,6 +660,7 @@ class Patches:
     def __init__(self, images, config, seed=None, least=None, device="cpu"):
         self.images, self.config, self.seed, self.least, self.device = images, config, seed, least, device
         self.total = len(images)
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
 
     def __len__(self):
         return self.total
@@ -673,7 +674,7 @@ class Patches:
         if self.least is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + start + 500_000_009)  # not that of the masks
             views = self.moved(random_views(size, generator, (self.least, 1.0))[part])
-        x = normalise(crop(self.moved(images), views, config.size), config.mean, config.std)
+        x = normalise(crop(self.moved(images), views, config.size), self.mean, self.std)
         return patchify(x, config.patch), labels
 
     def moved(self, x):

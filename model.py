@@ -27,7 +27,7 @@ from torch import nn
 from masks import BadInput, by_group, content_mask, query_mask
 
 PATHS = ("causal", "mask", "mae", "two-stream")
-LONG = 1024  # tokens from which two streams on a GPU do without an S x S mask
+LONG = 1024  # tokens from which two streams on CUDA do without an S x S mask
 
 SIZES = {
     "tiny": {"layers": 4, "width": 128, "heads": 4},      # 0.7M parameters without the embedding: minutes on a CPU
@@ -158,8 +158,8 @@ def attend(q, k, v, bias=None, causal=False):
     block mask."""
     if not isinstance(bias, torch.Tensor | None):
         from torch.nn.attention.flex_attention import flex_attention
-        if q.device.type != "cpu" and not torch.compiler.is_compiling():  # as plain Python it would make all the scores
-            flex_attention = torch.compile(flex_attention, dynamic=False)
+        if q.device.type != "cpu" and not torch.compiler.is_compiling():  # inside a compiled step it is compiled with that
+            flex_attention = compiled_flex_attention()
         return flex_attention(q, k, v, block_mask=bias)
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
@@ -168,6 +168,13 @@ def attend(q, k, v, bias=None, causal=False):
         bias = additive(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), q.dtype)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                             # (B, H, N, S)
     return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+
+
+@functools.cache
+def compiled_flex_attention():
+    """As plain Python it would make all the scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention)
 
 
 def additive(mask, dtype):
@@ -332,8 +339,8 @@ class Transformer(nn.Module):
         blank   (B, S) bool, mask path: where the input is [MASK]; by default wherever f > 1
         padded  False promises that no f is 0, which saves the mask and mae paths an attention mask
         given   (B, v) mae path: the positions with f = 1, then any others up to the v of static shape
-        long    two-stream path: whether to sort by f and use block masks in place of an S x S mask; by default on a GPU
-                from LONG tokens
+        long    two-stream path: whether to sort by f and use block masks in place of an S x S mask; by default on CUDA from
+                LONG tokens, where the heads are wide enough for its kernel
         Returns (B, n, D), of the decoder's width on the mae path.
         """
         S, dtype = tokens.shape[1], compute_dtype(self.query)
@@ -369,7 +376,9 @@ class Transformer(nn.Module):
             # serves both, since their keys and values are the same.
             h = self.embed(tokens)
             g = self.query + self.position_scale * self.positions[targets]
-            if long := S >= LONG and tokens.device.type == "cuda" if long is None else long:
+            if long is None:
+                long = S >= LONG and tokens.device.type == "cuda" and self.config.width >= 16 * self.config.heads
+            if long:
                 order, rows, seen = by_group(groups, targets)
                 h, g = take(h, order), take(g, rows)
                 bias, query_bias = prefix_blocks(seen, S), prefix_blocks(seen[:, S:], S)
@@ -445,7 +454,8 @@ def flops_per_sequence(config, path, length, targets, given=None):
     """Floating-point operations of the matrix products that one training step does for one sequence.
 
     `targets` rows go through the output layer, and on the mae path `given` rows (default: all others) through the encoder.
-    Forward once, backward twice. Attention counts what the kernel needs: half of S^2 for the causal path. Used for model FLOP utilisation.
+    Forward once, backward twice. Attention counts what the kernel needs: half of S^2 for the causal path and for two streams
+    from LONG tokens, where blocks that nobody sees are skipped. Used for model FLOP utilisation.
     """
     S, n = length, targets
 
@@ -461,6 +471,6 @@ def flops_per_sequence(config, path, length, targets, given=None):
         macs = stack(D, [v] * L, v) + v * D * width + stack(width, [S] * (layers - 1) + [n], S)
     else:
         rows = {"causal": [S] * L, "mask": [S] * (L - 1) + [n], "two-stream": [S + n] * (L - 1) + [n]}[path]
-        macs = stack(D, rows, S, 0.5 if path == "causal" else 1.0)
+        macs = stack(D, rows, S, 0.5 if path == "causal" or path == "two-stream" and S >= LONG else 1.0)
     macs += n * width * config.values + S * D * config.values if config.patch else n * D * config.vocab
     return 2 * 3 * macs

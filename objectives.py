@@ -320,7 +320,7 @@ class Batch(NamedTuple):
     blank: Tensor    # (B, S) bool: where the mask path shows [MASK]
     given: Tensor    # (B, v) mae path: the positions with f = 1 first, then others to fill up; other paths: v = 0
     targets: Tensor  # (B, n) positions to predict, those that are no target last
-    labels: Tensor   # (B, n) their true ids; images: (B, n, values) pixels
+    labels: Tensor   # (B, n) their true ids; images: nothing, their pixels are taken from the tokens
     weight: Tensor   # (B, n) 1 for a target, 0 for the rest
     total: Tensor    # (B,) the number of targets of the whole batch, of which this may be a part
 
@@ -368,7 +368,7 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
         given = (groups != 1).long().argsort(dim=1, stable=True)[:, :S - objective.min_targets(S)]
     else:
         given = targets[:, :0]
-    labels = take(tokens, targets.to(tokens.device)) if tokens.dim() == 3 else tokens.gather(1, targets)
+    labels = targets[:, :0] if tokens.dim() == 3 else tokens.gather(1, targets)  # patches are taken on the device
     return Batch(inputs, groups, blank, given, targets, labels, weight, total.repeat(len(groups)))
 
 
@@ -416,7 +416,8 @@ def loss_sum(model, batch, path):
     """
     features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded=False, given=batch.given)
     if model.config.patch:
-        labels = F.layer_norm(batch.labels, batch.labels.shape[-1:]) if model.config.norm_pix else batch.labels
+        labels = take(batch.tokens, batch.targets)                                       # (B, n, values)
+        labels = F.layer_norm(labels, labels.shape[-1:]) if model.config.norm_pix else labels
         error = (model.pixels(features).float() - labels).square().mean(-1)              # (B, n)
         return (error * batch.weight).sum()
     return LinearCrossEntropy.apply(features.flatten(0, 1), model.embedding.weight, batch.labels.flatten(),

@@ -22,9 +22,9 @@ from finetune import (
     attention_and_pool,
     describe_run,
     fewer,
-    open_any,
     refuse,
 )
+from hub import open_run
 from labelled import encode, in_order, load_dataset, pool_features, tokenize
 from masks import BadInput, seed
 
@@ -139,7 +139,7 @@ def wilson(correct, n, z=1.959964):
 # ---------------------------------------------------------------------------- command line
 
 def probe_command(args):
-    run, autocast = open_any(args)
+    run, autocast = open_run(args)
     if run.tokenizer is None:
         import vision  # it stands above this file
         return vision.probe_images(args, run, autocast)

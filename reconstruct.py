@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import import_optional
+from hub import open_run
 from images import contact_sheet, crop, denormalise, load_images, normalise, order, patchify, unpatchify, write_png
 from masks import BadInput, output_file, positive, seed
 from objectives import describe, scores_next
@@ -145,8 +146,7 @@ def in_grey(patches, hidden):
 # ---------------------------------------------------------------------------- command line
 
 def image_run(args, checkpoint):
-    """evaluate.open_run, for checkpoints of images: -> Run, autocast context."""
-    from evaluate import open_run  # evaluate.py stands above this file and is there when a command runs
+    """hub.open_run, for checkpoints of images: -> Run, autocast context."""
     run, autocast = open_run(args, checkpoint)
     if not getattr(run.settings, "images", False):
         raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import model as architecture
 from data import Sequences, load_corpus, tokenizer_from_json
 from images import Patches, is_images, load_images
 from masks import BadInput, Parser, command_line, group_size, positive, ratios, seed
@@ -97,7 +98,7 @@ class Settings:
     lr: float = option(None, "peak learning rate", type=float)
     schedule: str = option(None, "triangle: 25%% of the peak, peak at 75%% of the budget, 0; or cosine to 0",
                            choices=("triangle", "cosine"))
-    warmup: float = option(None, "share of the budget over which the learning rate also rises from 0", type=float)
+    warmup: float = option(None, "share of the budget over which the learning rate rises from 0", type=float)
     weight_decay: float = option(None, "decoupled, on matrices only", type=float)
     beta2: float = option(None, "of AdamW; its beta1 is 0.9", type=float)
     clip: float = option(None, "largest norm of the gradient; 0 for no clipping", type=float)
@@ -391,12 +392,12 @@ def update(loss_module, optimizer, batches, count, path, autocast, clip, synchro
     norm = clip_gradients(loss_module, clip)
     wrong = (~norm.isfinite()).float()
     take_step(optimizer, wrong)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return total, norm, wrong
 
 
 @torch.no_grad()
-def validation_loss(loss_module, objective, path, sequences, device, autocast, count=256, batch=64):
+def validation_loss(loss_module, objective, path, sequences, device, autocast, batch, count=256):
     """Mean loss over the targets of the first `count` validation sequences, the same f at every call, [MASK] at every
     target whatever the mask rule."""
     model = loss_module.model.eval()
@@ -563,7 +564,7 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
                 bad.zero_()
                 logged = step, seen
                 if evaluating and (rank == 0 or fsdp):  # a model in parts takes all processes
-                    val_loss = validation_loss(validation, objective, path, val_set, device, autocast)
+                    val_loss = validation_loss(validation, objective, path, val_set, device, autocast, min(64, settings.micro_batch))
                     write_line(metrics, {"step": step, "val_loss": round(val_loss, 4)})
                     say(f"step {step:6,}  training loss {mean_loss:.3f}  validation loss {val_loss:.3f}  "
                         f"{per_second * each:,.0f} {unit}/s")
@@ -688,6 +689,7 @@ def maybe_compiled(compiled, say):
         return loss_sum
     try:
         functions = [torch.compile(loss_sum, dynamic=False)]
+        torch._dynamo.config.recompile_limit = 64  # every size of a ramped batch is a graph of its own
     except RuntimeError as error:  # this Python or system has no torch.compile
         say(f"note: no torch.compile here ({error}); going on without it")
         return loss_sum
@@ -700,6 +702,7 @@ def maybe_compiled(compiled, say):
                 raise
             say(f"note: torch.compile does not work here ({type(error).__name__}); going on without it")
             functions.append(loss_sum)
+            architecture.LONG = math.inf  # nor FlexAttention, which has to be compiled
             return loss_sum(*args)
     return call
 

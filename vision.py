@@ -119,7 +119,7 @@ def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90, batch_size=25
     model = nn.Sequential(nn.BatchNorm1d(D, eps=1e-6, affine=False), nn.Linear(D, classes))
     nn.init.normal_(model[1].weight, std=0.01, generator=generator)
     nn.init.zeros_(model[1].bias)
-    protocol = Protocol(base * size / 256, "mean", "full", epochs, size, warmup=10 / 90, clip=0)
+    protocol = Protocol(base * size / 256, "mean", "full", epochs, size, size, warmup=10 / 90, clip=0)
 
     def batches(epoch):
         return ((train_x[rows], train_y[rows]) for rows in torch.randperm(N, generator=generator).split(size))
@@ -214,7 +214,7 @@ def fine_tune_images(run, images, recipe, seed, autocast=finetune.PLAIN, bar=Non
         patches, labels = source.labelled(step * size, size)
         generator = torch.Generator().manual_seed(mix_seed * 1_000_003 + step)
         x = random_erase(unpatchify(patches, config.patch), generator, recipe.erase)
-        x, targets = mix(x, soft_targets(labels.to(device), classes, recipe.smoothing), generator, recipe.mixup, recipe.cutmix)
+        x, targets = mix(x, soft_targets(source.moved(labels), classes, recipe.smoothing), generator, recipe.mixup, recipe.cutmix)
         return as_batch(patchify(x, config.patch)), targets
 
     def accuracy():
@@ -336,7 +336,7 @@ def transfer_command(args):
 
 
 def add_commands(command):
-    """Register `transfer` with evaluate.py; finetune.py registers what it shares with text."""
+    """Register `transfer` with evaluate.py; finetune.py and probe.py register what it shares with text."""
     sub = command("transfer", transfer_command, "logistic regression on frozen features of several image sets (Table 6)")
     sub.add_argument("--data", nargs="+", required=True, metavar="SET", help="images, as for train.py")
     sub.add_argument("--layer", type=seed, help="0 (the embedding) upwards (default: the last)")

@@ -162,8 +162,8 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
     monkeypatch.setattr(bench, "SIDES", {True: (64,)})
     monkeypatch.setattr(bench, "cpu_memory", lambda case: None)
     monkeypatch.setattr(bench, "prepare", lambda case, *rest: (prepare if case.config.vocab == 257 else real)(case, *rest))
-    bench.main(["--objectives", "dar", "--t", "3", "--preset", "tiny", "--length", "16", "--batch-size", "2", "--vocab", "23",
-                "--rounds", "2", "--device", "cpu", "--loop", "--json", "-"])
+    bench.main(["--objectives", "dar", "--t", "3", "--preset", "tiny", "--length", "16", "--batch-size", "2", "--rounds", "2",
+                "--device", "cpu", "--loop", "--json", "-"])
     loop, = json.loads(capsys.readouterr().out)["loop"]
     assert loop == {"name": "dar t=3", "dtype": loop["dtype"], "share": 0.8, "rounds": [0.8, 0.8]}
     settings, case = seen["train"], seen["bare"]
@@ -175,7 +175,7 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
     (["--objectives", "ar,gpt"], "gpt"), (["--dtype", "fp64"], "fp64"), (["--t", "3", "--objectives", "ar"], "--t 3"),
     (["--mask", "0.3", "--objectives", "vl"], "--mask 0.3"), (["--preset", "vit-tiny", "--size", "30"], "--size 30"),
     (["--json", "/nowhere/x.json"], "/nowhere"), (["--width", "30"], "30"), (["--length", "1"], "1"),
-    (["--rounds", "0"], "0"), (["--loop", "--width", "32"], "--width")])
+    (["--rounds", "0"], "0"), (["--loop", "--width", "32"], "--width"), (["--loop", "--clock", "cpu"], "--clock cpu")])
 def test_bad_input_is_refused_in_one_line(argv, words):
     with pytest.raises(BadInput) as error:
         bench.main([*argv, "--device", "cpu"])
