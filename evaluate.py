@@ -122,7 +122,9 @@ def perplexity(run, data=None, max_sequences=200, regime=None, by_length=False, 
         if by_length:
             results["regimes"][name]["by_length"] = {
                 "prefix": list(range(1, nll.shape[1] + 1)), "nll": nll.mean(0).tolist(),
-                "stderr": (nll.std(0) / math.sqrt(len(nll))).tolist()}
+                "stderr": (nll.std(0) / math.sqrt(len(nll))).tolist(),
+                "bins": [{"first": low, "last": high, "sequence_nll": nll[:, low - 1:high].mean(1).tolist()}
+                         for low, high in length_bins(nll.shape[1])]}
     scored = sum(r["tokens"] for r in results["regimes"].values())
     results["tokens_per_second"] = scored / (time.perf_counter() - start)
     order = training_order_nll(run, sequences)
@@ -140,11 +142,15 @@ def print_perplexity(results):
               f"{'':8s}  nll {results['training_order_nll']:.4f}, each token given the groups before its own")
 
 
+def length_bins(longest):
+    """Single lengths are noisy: [(1, 1), (2, 3), (4, 7), ..] up to the longest."""
+    edges = [2 ** k for k in range(longest.bit_length())] + [longest + 1]
+    return [(low, high - 1) for low, high in itertools.pairwise(edges)]
+
+
 def in_bins(curve):
-    """Perplexity over prefix lengths 1, 2-3, 4-7, ... of a `by_length` dict -> [(first, last, perplexity)]."""
-    last = curve["prefix"][-1]
-    edges = [2 ** k for k in range(last.bit_length())] + [last + 1]
-    return [(low, high - 1, math.exp(np.mean(curve["nll"][low - 1:high - 1]))) for low, high in itertools.pairwise(edges)]
+    """Perplexity over bins of prefix lengths of a `by_length` dict -> [(first, last, perplexity)]."""
+    return [(low, high, math.exp(np.mean(curve["nll"][low - 1:high]))) for low, high in length_bins(curve["prefix"][-1])]
 
 
 def print_by_length(results):
@@ -157,17 +163,19 @@ def print_by_length(results):
 
 
 def plot_by_length(path, curves):
-    """Figure 3: curves is {label: by_length dict}. Single positions are noisy, so lengths are drawn in doubling bins."""
-    figure, axes = import_optional("matplotlib.pyplot").subplots(figsize=(6, 4), layout="constrained")
+    """Figure 3, in bins of lengths: curves is {label: by_length dict}. Regimes of one model, "model, regime", share a colour."""
+    figure, axes = import_optional("matplotlib.pyplot").subplots(figsize=(7.5, 4), layout="constrained")
+    models = list(dict.fromkeys(label.rpartition(", ")[0] or label for label in curves))
     for label, curve in curves.items():
         low, high, cells = zip(*in_bins(curve))
-        axes.plot(np.sqrt(np.multiply(low, high)), cells, "o-", label=label)
+        colour = f"C{models.index(label.rpartition(', ')[0] or label)}"
+        axes.plot(np.sqrt(np.multiply(low, high)), cells, "o--" if label.endswith("truncated") else "o-", color=colour, label=label)
     axes.set(xlabel="tokens in the prefix", ylabel="perplexity of the next token", xscale="log", yscale="log")
     axes.set_xticks(low, low)
     axes.minorticks_off()
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if min(axes.get_ylim()) <= t <= max(axes.get_ylim())]
     axes.set_yticks(ticks, ticks)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.savefig(path, dpi=150)
 
 

@@ -215,14 +215,14 @@ class Cell:
 
 
 def perplexity(regime, data="", prefixes=None):
-    """Left-to-right perplexity in a regime, or (prefixes: a slice of 1 .. S - 1) nats per token after such prefixes."""
+    """Left-to-right perplexity in a regime; or nats per token after prefixes whose lengths k, in bins, prefixes(k, S) picks."""
     def read(x):
         regimes = x["results"]["regimes"]
         r = regimes.get(regime) or next(iter(regimes.values()))             # left-to-right objectives know one regime
         if prefixes:
-            curve = r["by_length"]
-            cut = prefixes(len(curve["nll"]))
-            return Cell(np.mean(curve["nll"][cut]), np.mean(curve["stderr"][cut]))  # positions of a text as if they were one
+            bins = [b for b in r["by_length"]["bins"] if prefixes(b["first"], x["results"]["length"])]
+            samples = np.average([b["sequence_nll"] for b in bins], axis=0, weights=[b["last"] - b["first"] + 1 for b in bins])
+            return Cell(samples.mean(), None, tuple(samples))
         return Cell(r["perplexity"], r["perplexity_stderr"], r.get("sequence_nll"), math.exp)
 
     flags = f"--by-length {data}".strip()
@@ -551,7 +551,7 @@ def figure2(place):
 
 def figure3(place):
     rows = of("text", {AR: "ar", **MASKED})
-    spans = {"up to S/8": lambda n: slice(0, (n + 1) // 8), "over S/2": lambda n: slice((n + 1) // 2, n)}
+    spans = {"below S/8": lambda k, S: k < S / 8, "from S/2": lambda k, S: k >= S / 2}
     columns = {f"{regime}, {span}": perplexity(regime, prefixes=cut)
                for regime in REGIMES for span, cut in spans.items()}
 

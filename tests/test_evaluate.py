@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,6 +168,12 @@ def test_perplexity_command(trained, capsys, tmp_path, name, regimes):
         result = content["results"]["regimes"][regime]
         curve = result["by_length"]
         assert curve["prefix"] == list(range(1, 16)) and sum(curve["nll"]) / 15 == pytest.approx(result["nll"])
+        bins = [(b["first"], b["last"]) for b in curve["bins"]]
+        assert bins == [(1, 1), (2, 3), (4, 7), (8, 15)]
+        for (low, high), b in zip(bins, curve["bins"]):
+            assert np.mean(b["sequence_nll"]) == pytest.approx(np.mean(curve["nll"][low - 1:high]))
+        of_all = np.average([b["sequence_nll"] for b in curve["bins"]], axis=0, weights=[1, 2, 4, 8])
+        assert of_all == pytest.approx(result["sequence_nll"])
         assert result["perplexity"] == pytest.approx(math.exp(result["nll"]))
         # bytes are tokens here, and one separator stands behind the text
         assert result["bits_per_byte"] == pytest.approx(result["nll"] / math.log(2), rel=0.01)
