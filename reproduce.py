@@ -372,14 +372,14 @@ def write_results(place, name, table, seeds, folder):
         dots(content, picture)
     else:
         print("note: no picture without matplotlib (pip install matplotlib)", file=sys.stderr)
-    content["picture"], content["dots"] = picture.name if picture.exists() else None, not drawn and not table.picture
+    content["picture"] = picture.name if picture.exists() else None
     write_json(f"{path}.json", content)
     path.with_name(path.name + ".md").write_text(markdown(content))
     return content
 
 
 def report(readme, folder):
-    """Write the part of `readme` between the two markers anew from the JSON files in `folder`."""
+    """Write the part of `readme` between the two markers anew from the JSON files in `folder`: verdicts and tables."""
     text = Path(readme).read_text()
     if any(text.count(marker) != 1 for marker in MARKERS) or text.index(MARKERS[0]) > text.index(MARKERS[1]):
         raise BadInput(f"{readme} should have the lines {' and '.join(MARKERS)} once, in this order: results go between")
@@ -403,8 +403,6 @@ def report(readme, folder):
         lines += ["", legend, ""]
     for x in told:
         lines += [f"### {x['title']}", "", *(rows_beside_paper(x) if x["rows"] else [])]
-        if x.get("picture") and not x.get("dots"):  # those show no more than the table
-            lines += [f"![{x['title']}]({relative}/{x['picture']})", ""]
         file = f"{x['target']}-{x['scale']}.md"
         about = (f"{x['fair']} Scale: {x['about']}; {x['seeds']} {'seed' if x['seeds'] == 1 else 'seeds'}. Commands, hardware, time: "
                  if x["rows"] else "Every statement as it is printed and as it is computed: ")
