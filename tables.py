@@ -502,6 +502,7 @@ def table8(place):
     columns = {"L2": reconstruction("l2", 4), "PSNR": reconstruction("psnr", 2)}
     if "--lpips" in place.scale.evaluate["reconstruct"]:
         columns["Perceptual"] = reconstruction("lpips", 3)
+    columns["LP Acc."] = probe()  # what the better reconstruction costs
     large, small, vl = flags
     numbers = ((0.127, 0.201), (0.115, 0.192), (0.072, 0.136))
     paper = {row: dict(zip(("L2", "Perceptual"), pair)) for row, pair in zip(flags, numbers)}
@@ -510,7 +511,7 @@ def table8(place):
     return Table("Table 8: reconstruction of hidden patches, one at a time", "MAE with the same images seen; the same hidden patches "
                  "for all, never the first. L2 is over hidden patches only and in units of the data's variance (the paper says neither "
                  "the unit nor the part). Its numbers are of ViT-B on ImageNet-1K. "
-                 "Picture: original, hidden in grey, then the rows of the table in order.", rows, columns,
+                 "The linear probe is ours, as in Table 3. Picture: original, hidden in grey, then the rows of the table in order.", rows, columns,
                  paper, compare(columns, [(small, large), (vl, small), (vl, large)]), (picture,))
 
 
