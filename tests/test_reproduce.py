@@ -12,6 +12,7 @@ import torch
 
 import data
 import evaluate
+import hub
 import images
 import reconstruct
 import reproduce
@@ -56,11 +57,11 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
     def reached(*args, **kwargs):
         raise Reached
 
-    for module, name in ((evaluate, "load_run"), (data, "prepare"), (images, "prepare")):
+    for module, name in ((hub, "load_run"), (evaluate, "load_run"), (data, "prepare"), (images, "prepare")):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(evaluate, "import_optional", lambda name: None)
     monkeypatch.setattr(reconstruct, "perceptual_distance", lambda net: None)
-    monkeypatch.setattr(evaluate, "choose_dtype", lambda device, name: torch.float32)
+    monkeypatch.setattr(hub, "choose_dtype", lambda device, name: torch.float32)
     stages = reproduce.with_needs([stage for target in TARGETS.values()
                                    for stage in reproduce.stages_of(place_at(scale, tmp_path), target(place_at(scale, tmp_path)), 1)])
     for program, *rest in {stage.line() for stage in stages}:
