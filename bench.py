@@ -34,7 +34,7 @@ import re
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,6 +57,7 @@ from train import (
     PRESETS,
     LossModule,
     Settings,
+    ahead,
     choose_device,
     choose_dtype,
     load_examples,
@@ -163,7 +164,7 @@ def make_draw(case):
     return draw
 
 
-def prepare(case, device, pool, clock=time.perf_counter):
+def prepare(case, device, clock=time.perf_counter):
     """Build the model and the optimiser of a case -> (run, model); run(steps) returns the seconds of one step."""
     torch.manual_seed(0)
     model = (make_peer(case) if case.peer else Transformer(case.config)).to(device).train()
@@ -178,19 +179,16 @@ def prepare(case, device, pool, clock=time.perf_counter):
     def autocast():
         return torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32)
 
-    def ready():
+    def ready(_):
         batch, count = draw()
         return (batch.pinned() if device.type == "cuda" else batch), count
 
-    ahead = pool.submit(ready)
+    batches = ahead(ready, itertools.count())
 
     def run(steps):
-        nonlocal ahead
         synchronize(device)
         start = clock()
-        for _ in range(steps):
-            batch, count = ahead.result()
-            ahead = pool.submit(ready)  # while the device is busy with this one
+        for batch, count in itertools.islice(batches, steps):
             update(loss_module, optimizer, [batch], count, case.path, autocast, settings.clip)
         synchronize(device)
         return (clock() - start) / steps
@@ -269,11 +267,10 @@ def growth_over_steps(case):
     """What cpu_memory returns, for the process that calls this."""
     device, c = choose_device("cpu"), case.config
     small = replace(c, layers=1, width=32, heads=2, vocab=c.vocab and 16, decoder=c.decoder and (1, 32, 2))
-    with ThreadPoolExecutor(1) as pool:
-        prepare(replace(case, batch=1, config=small), device, pool)[0](1)  # so that loading libraries does not count
-        before = resident_peak()
-        run, _ = prepare(case, device, pool)
-        run(3)
+    prepare(replace(case, batch=1, config=small), device)[0](1)  # so that loading libraries does not count
+    before = resident_peak()
+    run, _ = prepare(case, device)
+    run(3)
     return before and resident_peak() - before
 
 
@@ -308,37 +305,36 @@ def measure(cases, device, rounds, clock=time.perf_counter, quiet=True):
         torch.compiler.config.force_disable_caches = True            # the time to the first step is that of a first run
         torch.compile(torch.neg)(torch.zeros(1, device=device))      # starting the compiler is nobody's time
     results, functions = [], {}
-    with ThreadPoolExecutor(1) as pool:
-        for number, case in enumerate(tqdm(cases, desc="warm-up", disable=quiet or not sys.stderr.isatty())):
-            memory = None
-            if device.type == "cpu":
-                memory = cpu_memory(case)
-            elif device.type == "cuda":
-                before = torch.cuda.memory_allocated()
-            flops = step_flops(case)
-            run, model = prepare(case, device, pool, clock)
-            start = time.perf_counter()
-            run(1)
-            first = time.perf_counter() - start
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            warm = min(run(1), run(1))  # seconds
-            if device.type == "cuda":
-                memory = torch.cuda.max_memory_allocated() - before
-            steps = min(max(1, math.ceil(SECONDS / warm)), 100)
-            functions[number] = lambda run=run, steps=steps: run(steps)
-            c = case.config
-            results.append({
-                "name": case.name, "objective": describe(case.objective), "path": case.path, "peer": case.peer,
-                "dtype": NAMES[case.dtype], "compiled": case.compiled, "batch": case.batch, "length": c.length,
-                "layers": c.layers, "width": c.width, "parameters": sum(p.numel() for p in model.parameters()),
-                "first_step_seconds": first, "flops_per_step": flops, "peak_memory": memory, "steps_per_round": steps})
-        kinds = dict.fromkeys(case.dtype for case in cases)
-        products = {NAMES[dtype]: matrix_product(device, dtype, clock) for dtype in kinds}
-        graphs = graphs_compiled()
-        values = in_turn({**functions, **products}, rounds, quiet)
-        if graphs_compiled() != graphs:
-            raise RuntimeError("a step was compiled again after the warm-up; these times mean nothing")
+    for number, case in enumerate(tqdm(cases, desc="warm-up", disable=quiet or not sys.stderr.isatty())):
+        memory = None
+        if device.type == "cpu":
+            memory = cpu_memory(case)
+        elif device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+        flops = step_flops(case)
+        run, model = prepare(case, device, clock)
+        start = time.perf_counter()
+        run(1)
+        first = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        warm = min(run(1), run(1))  # seconds
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() - before
+        steps = min(max(1, math.ceil(SECONDS / warm)), 100)
+        functions[number] = lambda run=run, steps=steps: run(steps)
+        c = case.config
+        results.append({
+            "name": case.name, "objective": describe(case.objective), "path": case.path, "peer": case.peer,
+            "dtype": NAMES[case.dtype], "compiled": case.compiled, "batch": case.batch, "length": c.length,
+            "layers": c.layers, "width": c.width, "parameters": sum(p.numel() for p in model.parameters()),
+            "first_step_seconds": first, "flops_per_step": flops, "peak_memory": memory, "steps_per_round": steps})
+    kinds = dict.fromkeys(case.dtype for case in cases)
+    products = {NAMES[dtype]: matrix_product(device, dtype, clock) for dtype in kinds}
+    graphs = graphs_compiled()
+    values = in_turn({**functions, **products}, rounds, quiet)
+    if graphs_compiled() != graphs:
+        raise RuntimeError("a step was compiled again after the warm-up; these times mean nothing")
     peaks = {name: statistics.median(values[name]) for name in products}
     for number, (case, result) in enumerate(zip(cases, results)):
         seconds = values[number]
@@ -368,11 +364,10 @@ def loop_share(case, args, device, rounds):
         lines = [line for line in lines if "seconds" in line]
         return (lines[-1]["seconds"] - lines[0]["seconds"]) / (lines[-1]["step"] - lines[0]["step"])
 
-    with ThreadPoolExecutor(1) as pool:
-        run, _ = prepare(replace(case, config=config), device, pool)
-        warm = min(run(1) for _ in range(3))
-        steps = 10 * math.ceil(6 * SECONDS / warm / 10)
-        seconds = in_turn({"bare": lambda: run(steps), "loop": lambda: loop(steps)}, rounds)
+    run, _ = prepare(replace(case, config=config), device)
+    warm = min(run(1) for _ in range(3))
+    steps = 10 * math.ceil(6 * SECONDS / warm / 10)
+    seconds = in_turn({"bare": lambda: run(steps), "loop": lambda: loop(steps)}, rounds)
     return [bare / loop for bare, loop in zip(seconds["bare"], seconds["loop"])]
 
 

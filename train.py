@@ -205,6 +205,17 @@ def parts(size, micro):
     return list(itertools.pairwise([*range(0, size, micro), size]))
 
 
+def ahead(draw, steps):
+    """draw(k) for each of the steps, the next one being drawn by a thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for k in steps:
+            ready, waiting = waiting, pool.submit(draw, k)
+            if ready is not None:
+                yield ready.result()
+        yield waiting.result()
+
+
 # ---------------------------------------------------------------------------- the machine
 
 def choose_device(name=None):
@@ -489,8 +500,10 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def draw(step, seen):
-        """This process's part of the batch of a step, and the number of targets of the whole batch."""
+    def draw(place):
+        """This process's part of the batch of a step, and the number of targets of the whole batch. The step comes with the
+        number of sequences that were seen before it."""
+        step, seen = place
         size = sizes[step]
         part = slice(size * rank // world, size * (rank + 1) // world)
         tokens = train_set.batch(seen, size, part)
@@ -515,12 +528,8 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
     running, bad, streak = torch.tensor(pending, device=device)
     running *= rank == 0  # the processes' sums will be added up
     logged, clock, agreed = (last, seen), time.perf_counter(), False
-    with ThreadPoolExecutor(1) as pool, metrics, bar, stop_signals() as stop:
-        ahead = pool.submit(draw, step, seen)
-        while step < steps and not (agreed or stop and world == 1):
-            batch, count = ahead.result()
-            if step + 1 < steps:
-                ahead = pool.submit(draw, step + 1, seen + sizes[step])  # while the device is busy with this one
+    with metrics, bar, stop_signals() as stop:
+        for batch, count in ahead(draw, zip(range(step, steps), itertools.accumulate(sizes[step:], initial=seen))):
             rate = learning_rate(settings, step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -571,6 +580,8 @@ def train(settings, out, resume=False, overwrite=False, device=None, dtype=None,
                 if saving:
                     checkpoint()
                 clock = time.perf_counter()  # neither validation nor saving counts as training time
+            if agreed or stop and world == 1:
+                break
         checkpoint()
     if (stop or agreed) and step < steps:
         say(f"stopped at step {step}; go on with: python train.py --resume --out {shlex.quote(str(out))}")

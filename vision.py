@@ -16,7 +16,6 @@ draws a new crop in every epoch and uses LARS for its batch of 16,384.
 import copy
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -32,6 +31,7 @@ from labelled import POOLS, Batch, label_subset
 from masks import BadInput, positive, seed
 from probe import encode_all, print_probes, probe, probe_figures
 from reconstruct import image_run
+from train import ahead
 
 # ---------------------------------------------------------------------------- labelled images
 
@@ -66,17 +66,6 @@ def subset(images, rows):
 def as_batch(patches):
     """Patches (B, S, values) as a Batch without padding."""
     return Batch(patches, torch.full((len(patches),), patches.shape[1], device=patches.device), None, None)
-
-
-def ahead(make, steps):
-    """make(k) for each of the steps, the next one being made by a thread while this one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for k in steps:
-            ready, waiting = waiting, pool.submit(make, k)
-            if ready is not None:
-                yield ready.result()
-        yield waiting.result()
 
 
 def in_order(images, config, device, labels, size=128):

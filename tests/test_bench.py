@@ -1,6 +1,5 @@
 """What bench.py times is a whole training step, in turn with the others; FLOPs, memory and peers are what it says."""
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -42,9 +41,8 @@ def test_functions_run_in_turn():
 def test_a_timed_step_is_a_whole_training_step(name):
     """The weights after three timed steps are those of a plain loop over the same batches."""
     case = CASES[name]
-    with ThreadPoolExecutor(1) as pool:
-        run, model = prepare(case, CPU, pool)
-        assert run(1) > 0 and run(2) > 0
+    run, model = prepare(case, CPU)
+    assert run(1) > 0 and run(2) > 0
     torch.manual_seed(0)
     plain = Transformer(case.config)
     start = [p.clone() for p in plain.parameters()]
@@ -62,14 +60,12 @@ def test_a_timed_step_is_a_whole_training_step(name):
         assert expected.grad is None or not torch.equal(timed, first)
 
 
-def test_the_clock_covers_every_step():
+def test_the_clock_covers_every_step(monkeypatch):
     """A loop of n steps reports the time of one, and counts the batches: one more than the steps, drawn ahead."""
-    ticks, drawn = iter([10.0, 16.0]), []
-    with ThreadPoolExecutor(1) as pool:
-        submit = pool.submit
-        pool.submit = lambda function: drawn.append(function) or submit(function)
-        run, _ = prepare(CASES["ar"], CPU, pool, clock=lambda: next(ticks))
-        assert run(4) == 1.5 and len(drawn) == 5
+    ticks, drawn, batch = iter([10.0, 16.0]), [], make_draw(CASES["ar"])()
+    monkeypatch.setattr(bench, "make_draw", lambda case: lambda: drawn.append(1) or batch)
+    run, _ = prepare(CASES["ar"], CPU, clock=lambda: next(ticks))
+    assert run(4) == 1.5 and len(drawn) == 5
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,7 +148,7 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
             file.writelines(json.dumps({"step": step, "seconds": 10 + 2.5 * (step - 10)}) + "\n" for step in lines)
             file.write(json.dumps({"step": settings.steps, "val_loss": 1.0}) + "\n")
 
-    def prepare(case, device, pool):
+    def prepare(case, device):
         seen["bare"] = case
         return (lambda steps: 2.0), None
 

@@ -201,6 +201,13 @@ def test_batch_ramp_and_parts():
         assert cut[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(cut))
 
 
+def test_what_comes_ahead_comes_in_order():
+    assert list(module.ahead(lambda k: k * k, range(3, 8))) == [9, 16, 25, 36, 49]
+    assert list(module.ahead(str, [1])) == ["1"]
+    with pytest.raises(ZeroDivisionError):
+        list(module.ahead(lambda k: 1 / k, [1, 0]))
+
+
 def test_paper_preset_is_the_paper_s():
     paper = Settings(preset="paper", objective="mlm")
     assert (paper.batch_size, paper.steps, paper.lr, paper.length, paper.batch_ramp) == (8192, 100_000, 1e-3, 128, 0.6)

@@ -235,13 +235,6 @@ def test_steps_of_an_epoch():
         assert vision.batch_and_steps(count, dataclasses.replace(RECIPE, batch_size=batch)) == expected
 
 
-def test_what_comes_ahead_comes_in_order():
-    assert list(vision.ahead(lambda k: k * k, range(3, 8))) == [9, 16, 25, 36, 49]
-    assert list(vision.ahead(str, [1])) == ["1"]
-    with pytest.raises(ZeroDivisionError):
-        list(vision.ahead(lambda k: 1 / k, [1, 0]))
-
-
 # ---------------------------------------------------------------------------- on shapes, end to end
 
 def test_a_short_pretraining_beats_pixels(tmp_path):
