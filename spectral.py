@@ -216,6 +216,8 @@ def closed_form(objective, s, weighting="targets"):
     elif name == "permutation":
         text = "1, then sqrt((H s/(s-1) - 1)/(s-1)), H = 1 + 1/2 + .. + 1/(s-1)"
         values = exchangeable(s, (1 / np.arange(1, s)).sum() / (s - 1))
+    elif isinstance(t, tuple):
+        pass
     elif name == "dar" and weighting == "targets" and t == 2:
         text, values = "cos(pi j/(2s-3)), j = 0..s-2", np.cos(np.pi * np.arange(s - 1) / (2 * s - 3))
     elif name == "dar" and weighting == "targets" and t == s - 1:
