@@ -401,12 +401,14 @@ def report(readme, folder):
                   "of the evaluation alone: another training may give another verdict. Intervals are not corrected for the number of "
                   "claims. Below, ± is the standard deviation over seeds and s.e., of one seed, the standard error of the evaluation.")
         lines += ["", legend, ""]
+    lines += ["<details><summary>The tables</summary>", ""]
     for x in told:
         lines += [f"### {x['title']}", "", *(rows_beside_paper(x) if x["rows"] else [])]
         file = f"{x['target']}-{x['scale']}.md"
         about = (f"{x['fair']} Scale: {x['about']}; {x['seeds']} {'seed' if x['seeds'] == 1 else 'seeds'}. Commands, hardware, time: "
                  if x["rows"] else "Every statement as it is printed and as it is computed: ")
         lines += [f"{about}[{file}]({relative}/{file}).", ""]
+    lines += ["</details>", ""]
     smoke = [x["target"] for x in best if x not in told]
     if smoke:
         lines += [f"Run at smoke scale only, so no numbers here: {', '.join(smoke)}.", ""]

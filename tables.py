@@ -493,7 +493,7 @@ def table7(place):
     return Table("Table 7: left-to-right perplexity of masked models", "One architecture, the same tokens read, the same settings. "
                  "The paper names neither regime: padded keeps the later positions as [MASK], truncated cuts them off; its numbers on the "
                  "Pile" + (", and on C4 for the other text," if len(columns) > 2 else "") + " stand beside both.", of("text", MASKED), columns, paper,
-                 compare(columns, [(thirty, fifteen), (vl, thirty), (vl, fifteen)]))
+                 compare(columns, [(thirty, fifteen), (vl, thirty), (vl, fifteen)], paper))
 
 
 def table8(place):
@@ -512,7 +512,7 @@ def table8(place):
                  "for all, never the first. L2 is over hidden patches only and in units of the data's variance (the paper says neither "
                  "the unit nor the part). Its numbers are of ViT-B on ImageNet-1K. "
                  "The linear probe is ours, as in Table 3. Picture: original, hidden in grey, then the rows of the table in order.", rows, columns,
-                 paper, compare(columns, [(small, large), (vl, small), (vl, large)]), (picture,))
+                 paper, compare(columns, [(small, large), (vl, small), (vl, large)], paper), (picture,))
 
 
 STEPS = {"t = 1": "ar --streams 2", "t = 2": "dar --t 2", "t = 3": "dar --t 3", "t = 4": "dar --t 4",
