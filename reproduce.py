@@ -296,6 +296,8 @@ def interval_text(claim):
     if not claim["interval"]:
         return "none"
     digits = max(0, min(4, 2 - math.floor(math.log10(max(1e-9, *map(abs, claim["interval"]))))))
+    while digits < 6 and any(x and not round(x, digits) for x in claim["interval"]):
+        digits += 1  # a bound that is not 0 should not look like it
     return "{:+.{d}f} .. {:+.{d}f}".format(*claim["interval"], d=digits)
 
 
@@ -401,17 +403,18 @@ def report(readme, folder):
                   "of the evaluation alone: another training may give another verdict. Intervals are not corrected for the number of "
                   "claims. Below, ± is the standard deviation over seeds and s.e., of one seed, the standard error of the evaluation.")
         lines += ["", legend, ""]
-    lines += ["<details><summary>The tables</summary>", ""]
+    lines += ["<details><summary>The tables</summary>", "",
+              *(f"{scale} scale: {about}.\n" for scale, about in sorted({x["scale"]: x["about"] for x in told if x["rows"]}.items()))]
     for x in told:
         lines += [f"### {x['title']}", "", *(rows_beside_paper(x) if x["rows"] else [])]
         file = f"{x['target']}-{x['scale']}.md"
-        about = (f"{x['fair']} Scale: {x['about']}; {x['seeds']} {'seed' if x['seeds'] == 1 else 'seeds'}. Commands, hardware, time: "
+        about = (f"{x['fair']} {x['scale']} scale, {x['seeds']} {'seed' if x['seeds'] == 1 else 'seeds'}. Hardware and time: "
                  if x["rows"] else "Every statement as it is printed and as it is computed: ")
         lines += [f"{about}[{file}]({relative}/{file}).", ""]
     lines += ["</details>", ""]
-    smoke = [x["target"] for x in best if x not in told]
+    smoke = [f"[{x['target']}]({relative}/{x['target']}-{x['scale']}.md) ({x['title']})" for x in best if x not in told]
     if smoke:
-        lines += [f"Run at smoke scale only, so no numbers here: {', '.join(smoke)}.", ""]
+        lines += [f"Run at smoke scale only, so no numbers here: {'; '.join(smoke)}.", ""]
     start, end = text.index(MARKERS[0]), text.index(MARKERS[1])
     Path(readme).write_text(text[:start] + "\n".join(lines) + text[end:])
 
