@@ -350,7 +350,7 @@ def loop_share(case, args, device, rounds):
     """The speed of train.py's loop - with its real data, schedule, log lines and resumable state, but not its validation and
     checkpoints, which have times of their own - as a share of the speed of the bare step. One number for each round."""
     images, objective = bool(case.config.patch), case.objective
-    flag = next(flag for flag, kind in OBJECTIVES.items() if isinstance(objective, kind))
+    flag = next(flag for flag, kind in OBJECTIVES.items() if type(objective) is kind)  # vl is a kind of mlm
     size = {"size": args.size, "patch": args.patch, "data": "shapes"} if images else {"length": args.length, "data": "pydoc"}
     settings = Settings(objective=flag, t=getattr(objective, "t", None), mask=getattr(objective, "mask", None), streams=args.streams,
                         preset=args.preset, batch_size=args.batch_size, micro_batch=args.batch_size, steps=1, **size)

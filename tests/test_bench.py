@@ -138,7 +138,8 @@ def test_command_line_compares_and_doubles(capsys, monkeypatch):
         assert g["time"] > 0 and g["memory"] == (2 if g["doubled"] == "batch" else 1)
 
 
-def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkeypatch):
+@pytest.mark.parametrize("flag, options, name", [("dar", ["--t", "3"], "dar t=3"), ("vl", [], "vl 0.15,0.3")])
+def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkeypatch, flag, options, name):
     """A bare step of 2 s against a log of 10 s for the first ten steps and 2.5 s for each later one; the same sizes."""
     seen = {}
 
@@ -158,12 +159,13 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
     monkeypatch.setattr(bench, "SIDES", {True: (64,)})
     monkeypatch.setattr(bench, "cpu_memory", lambda case: None)
     monkeypatch.setattr(bench, "prepare", lambda case, *rest: (prepare if case.config.vocab == 257 else real)(case, *rest))
-    bench.main(["--objectives", "dar", "--t", "3", "--preset", "tiny", "--length", "16", "--batch-size", "2", "--rounds", "2",
+    bench.main(["--objectives", flag, *options, "--preset", "tiny", "--length", "16", "--batch-size", "2", "--rounds", "2",
                 "--device", "cpu", "--loop", "--json", "-"])
     loop, = json.loads(capsys.readouterr().out)["loop"]
-    assert loop == {"name": "dar t=3", "dtype": loop["dtype"], "share": 0.8, "rounds": [0.8, 0.8]}
+    assert loop == {"name": name, "dtype": loop["dtype"], "share": 0.8, "rounds": [0.8, 0.8]}
     settings, case = seen["train"], seen["bare"]
-    assert (settings.objective, settings.t, settings.preset, settings.length, settings.batch_size) == ("dar", 3, "tiny", 16, 2)
+    assert (settings.objective, settings.preset, settings.length, settings.batch_size) == (flag, "tiny", 16, 2)
+    assert settings.task()[0] == case.objective
     assert (case.config.length, case.config.layers, case.batch) == (16, 4, 2)
 
 
