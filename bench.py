@@ -25,6 +25,7 @@ a user gets from either at the same width, depth and vocabulary, and the ratio o
     two-stream  XLNetLMHeadModel      perm_mask and target_mapping from the same f; relative positions
     mae         ViTMAEForPreTraining  draws its own masks, of the same ratio; 4 x width in the decoder too
 """
+
 import argparse
 import inspect
 import itertools
@@ -47,31 +48,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Sequences, import_optional
-from evaluate import write_json
-from masks import BadInput, Parser, command_line, output_file, positive, query_mask
-from model import SIZES, VIT_SIZES, Config, Transformer, flops_per_sequence
-from objectives import OBJECTIVES, add_options, choose_path, describe, draw_batch, from_options, loss_sum, show
-from train import (
-    IMAGE_MASKS,
-    PRESETS,
-    LossModule,
-    Settings,
-    ahead,
-    choose_device,
-    choose_dtype,
-    load_examples,
-    make_optimizer,
-    train,
-    update,
-)
+from data import Sequences
+from engine.machine import LossModule, choose_device, choose_dtype, flops_per_sequence
+from engine.runs import load_examples
+from engine.settings import IMAGE_MASKS, PRESETS, Settings
+from engine.steps import ahead, make_optimizer
+from experiments.peers import PEERS, has_peer, make_peer, peer_inputs
+from model import SIZES, VIT_SIZES, Config, Transformer
+from objectives import OBJECTIVES, add_options, choose_path, describe, draw_batch, from_options, loss_sum
+from support.cli import BadInput, Parser, command_line, output_file, positive, write_json
+from support.objective import show
+from train import train, update
 
 SECONDS = 0.5  # that one case runs in one round, at least
+
+
 SIDES = {True: (1024, 2048), False: (4096, 8192)}  # of the matrices of the reference product, on a CPU and elsewhere
+
+
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-PEERS = {"causal": "GPT2LMHeadModel", "mask": "BertForMaskedLM", "two-stream": "XLNetLMHeadModel",
-         "mae": "ViTMAEForPreTraining"}
 
 
 @dataclass(frozen=True)
@@ -90,45 +88,6 @@ class Case:
     def name(self):
         two = " two-stream" if self.path == "two-stream" and self.objective.one_stream else ""
         return PEERS[self.path] if self.peer else describe(self.objective) + two
-
-
-# ---------------------------------------------------------------------------- peers
-
-def make_peer(case):
-    """transformers' model for the path of the case, of the same width, depth, heads and vocabulary, without dropout."""
-    T, c = import_optional("transformers"), case.config
-    bert = {"hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
-            "intermediate_size": 4 * c.width, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-            "attn_implementation": "sdpa"}
-    if case.path == "causal":
-        return T.GPT2LMHeadModel(T.GPT2Config(
-            vocab_size=c.vocab, n_positions=c.length, n_embd=c.width, n_layer=c.layers, n_head=c.heads, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
-            attn_implementation="sdpa"))
-    if case.path == "mask":
-        return T.BertForMaskedLM(T.BertConfig(vocab_size=c.vocab, max_position_embeddings=c.length, **bert))
-    if case.path == "two-stream":
-        return T.XLNetLMHeadModel(T.XLNetConfig(
-            vocab_size=c.vocab, d_model=c.width, n_layer=c.layers, n_head=c.heads, d_inner=4 * c.width, dropout=0.0))
-    layers, width, heads = c.decoder
-    return T.ViTMAEForPreTraining(T.ViTMAEConfig(
-        image_size=c.size, patch_size=c.patch, num_channels=len(c.mean), mask_ratio=case.objective.mask,
-        decoder_num_hidden_layers=layers, decoder_hidden_size=width, decoder_num_attention_heads=heads,
-        decoder_intermediate_size=4 * width, **bert))
-
-
-def peer_inputs(batch, path, config):
-    """What the peer of that path takes, from the Batch that this project's model takes. The last id stands for [MASK]."""
-    labels = torch.where(batch.weight > 0, batch.labels, -100) if path != "mae" else None  # -100 is not scored
-    if path == "causal":
-        return {"input_ids": batch.tokens, "labels": batch.tokens}
-    if path == "mask":
-        return {"input_ids": torch.where(batch.blank, config.vocab - 1, batch.tokens),
-                "labels": torch.full_like(batch.tokens, -100).scatter(1, batch.targets, labels)}
-    if path == "two-stream":
-        return {"input_ids": batch.tokens, "perm_mask": (~query_mask(batch.groups)).float(), "labels": labels,
-                "target_mapping": F.one_hot(batch.targets, batch.tokens.shape[1]).float()}
-    return {"pixel_values": batch.tokens.view(-1, len(config.mean), config.size, config.size)}  # any pixels will do
 
 
 # ---------------------------------------------------------------------------- one step
@@ -164,7 +123,7 @@ def make_draw(case):
     return draw
 
 
-def prepare(case, device, clock=time.perf_counter):
+def set_up(case, device, clock=time.perf_counter):
     """Build the model and the optimiser of a case -> (run, model); run(steps) returns the seconds of one step."""
     torch.manual_seed(0)
     model = (make_peer(case) if case.peer else Transformer(case.config)).to(device).train()
@@ -267,9 +226,9 @@ def growth_over_steps(case):
     """What cpu_memory returns, for the process that calls this."""
     device, c = choose_device("cpu"), case.config
     small = replace(c, layers=1, width=32, heads=2, vocab=c.vocab and 16, decoder=c.decoder and (1, 32, 2))
-    prepare(replace(case, batch=1, config=small), device)[0](1)  # so that loading libraries does not count
+    set_up(replace(case, batch=1, config=small), device)[0](1)  # so that loading libraries does not count
     before = resident_peak()
-    run, _ = prepare(case, device)
+    run, _ = set_up(case, device)
     run(3)
     return before and resident_peak() - before
 
@@ -312,7 +271,7 @@ def measure(cases, device, rounds, clock=time.perf_counter, quiet=True):
         elif device.type == "cuda":
             before = torch.cuda.memory_allocated()
         flops = step_flops(case)
-        run, model = prepare(case, device, clock)
+        run, model = set_up(case, device, clock)
         start = time.perf_counter()
         run(1)
         first = time.perf_counter() - start
@@ -364,7 +323,7 @@ def loop_share(case, args, device, rounds):
         lines = [line for line in lines if "seconds" in line]
         return (lines[-1]["seconds"] - lines[0]["seconds"]) / (lines[-1]["step"] - lines[0]["step"])
 
-    run, _ = prepare(replace(case, config=config), device)
+    run, _ = set_up(replace(case, config=config), device)
     warm = min(run(1) for _ in range(3))
     steps = 10 * math.ceil(6 * SECONDS / warm / 10)
     seconds = in_turn({"bare": lambda: run(steps), "loop": lambda: loop(steps)}, rounds)
@@ -473,11 +432,6 @@ def make_cases(args, device):
         objective.check(config.length)
         cases += [Case(objective, path, config, args.batch_size, dtype, compiled=compiled) for dtype in dtype_list]
     return cases
-
-
-def has_peer(case):
-    """Images: ViTMAE knows one fixed ratio, and there is no two-stream or causal peer."""
-    return not case.config.patch or case.path == "mae" and isinstance(case.objective.mask, float)
 
 
 def main(argv=None):

@@ -9,8 +9,8 @@
 
 CKPT is a run folder, a checkpoint file, or hf:PATH for a model of the transformers package (hub.py).
 """
+
 import itertools
-import json
 import math
 import sys
 import time
@@ -20,18 +20,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import finetune
-import probe
-import reconstruct
-import vision
-from data import Sequences, import_optional, load_evaluation
-from hub import load_run, open_run
-from masks import BadInput, Parser, command_line, output_file, positive, seed
-from objectives import describe, draw_batch, scores_next, target_nll
-from train import choose_device
+from downstream.commands import add_finetune_commands, add_probe_command, add_transfer_command
+from downstream.connectivity import connectivity_command, evaluation_sequences
+from downstream.generation import generate, generate_command
+from downstream.hub import load_run, open_run
+from downstream.reconstruct import add_reconstruct_command
+from engine.machine import choose_device
+from engine.runs import about
+from objectives import describe, scores_next, target_nll
+from support.cli import BadInput, Parser, command_line, import_optional, output_file, positive, seed, write_json
 
 # ---------------------------------------------------------------------------- perplexity
-
 
 @torch.no_grad()
 def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=True):
@@ -88,28 +87,6 @@ def summary(nll, tokens_per_byte):
     return {"nll": mean, "stderr": stderr, "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
             "bits_per_byte": mean / math.log(2) * tokens_per_byte, "tokens": nll.numel(), "sequences": len(nll),
             "sequence_nll": nll.mean(1).tolist()}
-
-
-def evaluation_sequences(run, data=None, count=200):
-    """(`count` sequences of held-out text (N, S), the same for every checkpoint of one tokenizer and length; its tokens
-    per byte; the name of the data). `data` None: the validation text of the run."""
-    if run.tokenizer is None:
-        raise BadInput(f"{run.name} was trained on images; this command reads text")
-    if data is None:
-        data = run.settings.data
-        if data is None:
-            raise BadInput(f"{run.name} does not come with a text to evaluate on; give one with --data")
-        folder = Path(run.name) if Path(run.name).is_dir() else Path(run.name).parent
-        if (folder / "data").exists():  # raw text that train.py tokenized
-            data = str(folder / "data")
-    corpus = load_evaluation(data, run.tokenizer)
-    S = run.settings.length
-    whole = corpus.val[:len(corpus.val) // S * S]
-    if len(whole) < 2 * S or count < 2:
-        raise BadInput(f"a standard error takes at least two sequences of {S} tokens; {data} has {len(corpus.val):,} tokens "
-                       f"to evaluate on, and {count} sequences are asked for")
-    sequences = Sequences(whole, S, run.tokenizer.separator, seed=0)
-    return sequences.batch(0, min(count, len(sequences))), len(corpus.val) / corpus.val_bytes, data
 
 
 def perplexity(run, data=None, max_sequences=200, regime=None, by_length=False, quiet=True):
@@ -179,206 +156,6 @@ def plot_by_length(path, curves):
     figure.savefig(path, dpi=150)
 
 
-# ---------------------------------------------------------------------------- connectivity
-
-@torch.no_grad()
-def features_of(run, data, count, seed=0, quiet=True):
-    """`count` features f(X) of contexts X in held-out text, from which the run's network predicts X+.
-
-    The same sequences for every checkpoint of one tokenizer and length: `count` of them, or all that there are. From
-    each the same number of contexts, drawn by the run's own objective; one, where there are enough sequences.
-    Returns features (n, D), float32; targets (n,), the ids of X+; texts (n,), the sequence that each came from; n is less than
-    `count` only where the text is too short. All on the CPU.
-    """
-    sequences = evaluation_sequences(run, data, count)[0]
-    each, generator, rows = math.ceil(count / len(sequences)), torch.Generator().manual_seed(seed), []
-    for first in tqdm(range(0, len(sequences), 64), desc="features", leave=False, disable=quiet or not sys.stderr.isatty()):
-        tokens = sequences[first:first + 64]
-        batch = draw_batch(run.objective, run.path, tokens, run.model.config.vocab, generator)
-        chosen = (torch.rand(batch.weight.shape, generator=generator) * batch.weight).topk(min(each, batch.weight.shape[1]))
-        targets, is_target = batch.targets.gather(1, chosen.indices), chosen.values > 0   # (B, each)
-        inputs = (x.to(run.model.query.device) for x in (tokens, batch.groups, targets))
-        features = run.model(*inputs, run.path, padded=False).float().cpu()              # (B, each, D)
-        texts = torch.arange(first, first + len(tokens))[:, None].expand_as(targets)
-        rows.append((features[is_target], tokens.gather(1, targets)[is_target], texts[is_target]))
-    features, targets, texts = map(torch.cat, zip(*rows))
-    if not features.isfinite().all():
-        raise BadInput(f"{run.name} gives features that are not finite: its training diverged")
-    pick = torch.randperm(len(texts), generator=generator)[:count].sort().values
-    return features[pick], targets[pick], texts[pick]
-
-
-def top_pairs(x, texts, count=100_000, block=2048, quiet=True):
-    """The `count` largest inner products x_i . x_j of pairs from different texts, descending; fewer if there are fewer.
-
-    x (N, D), texts (N,). Block by block: memory is that of a few blocks and of `count`, whatever N.
-    """
-    best = x.new_empty(0)
-    for i in tqdm(range(0, len(x), block), desc="pairs", leave=False, disable=quiet or not sys.stderr.isatty()):
-        for j in range(i, len(x), block):
-            product = x[i:i + block] @ x[j:j + block].T
-            row, column = (product > (best[-1] if len(best) == count else -math.inf)).nonzero(as_tuple=True)
-            pair = (i + row < j + column) & (texts[i + row] != texts[j + column])
-            best = torch.cat([best, product[row[pair], column[pair]]])
-            best = best.topk(min(count, len(best))).values
-    return best
-
-
-def mean_product(x, texts):
-    """Mean of x_i . x_j over all pairs from different texts: of the square of the sum, less that within each text."""
-    x, texts = x.cpu().double(), texts.cpu()                                   # MPS has no float64
-    _, text, size = texts.unique(return_inverse=True, return_counts=True)
-    within = x.new_zeros(len(size), x.shape[1]).index_add_(0, text, x)         # sum of x over each text
-    pairs = len(x) ** 2 - size.square().sum()
-    return ((x.sum(0).square().sum() - within.square().sum()) / pairs).item()
-
-
-def connectivity(features, texts, count=100_000, quiet=True):
-    """Figure 2's surrogate for how connected the samples are: similarity of features f(X) of contexts of different texts.
-
-    `inner_product`, the paper's, is in units of the network's own; `cosine` compares networks. For each: the mean over all
-    pairs, and of the `count` most similar pairs the mean, quantiles, least, and the curve over their rank.
-    """
-    if len(texts.unique()) < 2:
-        raise BadInput("similarities are of features from different texts; give more --data or more --features")
-    results = {}
-    for name, x in (("inner_product", features), ("cosine", torch.nn.functional.normalize(features))):
-        top = top_pairs(x, texts, count, quiet=quiet).cpu().double().numpy()
-        ranks = np.unique(np.geomspace(1, len(top), 200).round().astype(int))
-        results[name] = {"mean_of_all": mean_product(x, texts), "mean": top.mean().item(), "least": top[-1].item(),
-                         "quantiles": {f"{q:g}": float(np.quantile(top, q)) for q in (0.1, 0.5, 0.9)},
-                         "curve": {"rank": ranks.tolist(), "similarity": top[ranks - 1].tolist()}}
-    return {"features": len(texts), "texts": len(texts.unique()), "pairs": len(top), **results}
-
-
-def print_connectivity(rows):
-    """rows: results of `connectivity` with `label`."""
-    width = max(len(row["label"]) for row in rows)
-    for name in ("inner_product", "cosine"):
-        print(f"{name.replace('_', ' '):{width}s} {'all pairs':>10s} {'top pairs':>10s}"
-              f"{'90%':>10s} {'median':>10s} {'10%':>10s} {'least':>10s}")
-        for row in rows:
-            x = row[name]
-            cells = (x["mean_of_all"], x["mean"], *(x["quantiles"][q] for q in ("0.9", "0.5", "0.1")), x["least"])
-            print(f"{row['label']:{width}s}" + "".join(f" {cell:10.4g}" for cell in cells))
-        print()
-
-
-def plot_connectivity(path, rows):
-    """Figure 2: similarity over the rank of the pair, one curve for each checkpoint; inner products, then cosines."""
-    figure, both = import_optional("matplotlib.pyplot").subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axes, name in zip(both, ("inner_product", "cosine")):
-        for row in rows:
-            axes.plot(row[name]["curve"]["rank"], row[name]["curve"]["similarity"], label=row["label"])
-        axes.set(xlabel="rank of the pair", ylabel=name.replace("_", " "), xscale="log")
-    both[0].legend()
-    figure.savefig(path, dpi=150)
-
-
-# ---------------------------------------------------------------------------- generation
-
-@torch.no_grad()
-def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, at_once=False, confident=False):
-    """Continue `prompt`, a list of at least one id, by `count` ids -> list of the new ids.
-
-    temperature  0 takes the most likely token
-    at_once      dar: the tokens of a group in parallel, as they were trained
-    confident    mlm and vl: start from `count` masks; again and again fill the one that the model is surest of
-    A text that outgrows the model's sequence is continued from its last half.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits):
-        """One id for each row of logits (n, vocab)."""
-        logits = logits.float().cpu()
-        if not logits.isfinite().all():
-            raise BadInput(f"{run.name} gives scores that are not finite: its training diverged")
-        if top_k:
-            lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < lowest, -math.inf)
-        if temperature < 1e-6:
-            return logits.argmax(-1).tolist()
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0].tolist()
-
-    if at_once and (confident or run.path != "two-stream" or run.objective.one_stream == "mask"):
-        raise BadInput(f"--at-once samples the tokens of a group in parallel, from left to right; this checkpoint is "
-                       f"{describe(run.objective)} ({run.path}){' with --order confident' if confident else ''}; leave it out")
-    if confident:
-        return fill_confident(run, prompt, count, choose)
-    if run.path == "causal" and hasattr(run.model, "next_features"):
-        return continue_cached(run, prompt, count, choose)
-    return continue_in_groups(run, prompt, count, choose, at_once)
-
-
-def continue_cached(run, prompt, count, choose):
-    """`ar` in one stream: keys and values of earlier tokens are kept, so each token costs one row."""
-    model, S, ids = run.model, run.settings.length, list(prompt)
-    cache, first, new = [[] for _ in model.blocks], 0, ids[-(S // 2):] if len(ids) > S else ids
-    while len(ids) < len(prompt) + count:
-        if first + len(new) > S:
-            cache, first, new = [[] for _ in model.blocks], 0, ids[-(S // 2):]
-        feature = model.next_features(torch.tensor([new], device=model.query.device), cache, first)
-        first, new = first + len(new), choose(model.logits(feature))
-        ids += new
-    return ids[len(prompt):]
-
-
-def continue_in_groups(run, prompt, count, choose, at_once):
-    """Any objective from left to right: under the f that gives the next token its whole prefix as context. With
-    at_once, the other tokens of its group are taken from the same pass."""
-    model, S, ids, start = run.model, run.settings.length, list(prompt), 0
-    *_, passes = run.objective.left_to_right(S, run.path).values()
-    scored = torch.stack([scores_next(f) for f in passes])                    # (passes, S)
-    while len(ids) < len(prompt) + count:
-        if len(ids) - start >= S:
-            start = len(ids) - S // 2
-        p = len(ids) - start
-        f = passes[scored[:, p].nonzero()[0, 0]]
-        targets = (f == f[p]).nonzero()[:, 0] if at_once else torch.tensor([p])
-        f = f[:int(targets[-1]) + 1]
-        tokens = torch.zeros(1, len(f), dtype=torch.long)                     # what stands at the targets is not read
-        tokens[0, :p] = torch.tensor(ids[start:])
-        features = model(*(x.to(model.query.device) for x in (tokens, f[None], targets[None])), run.path)
-        ids += choose(model.logits(features[0]))
-    return ids[len(prompt):len(prompt) + count]
-
-
-def fill_confident(run, prompt, count, choose):
-    """`mlm` and `vl`: all new positions are masks; each pass fills the mask whose best token is the most probable."""
-    if run.objective.one_stream != "mask":
-        raise BadInput(f"--order confident fills masks, and this checkpoint is {describe(run.objective)}; "
-                       "leave it out or use an mlm or vl checkpoint")
-    if len(prompt) + count > run.settings.length:
-        raise BadInput(f"--tokens {count} after a prompt of {len(prompt)} tokens is more than the model's "
-                       f"{run.settings.length}; --order confident fills one sequence")
-    device = run.model.query.device
-    tokens = torch.tensor([list(prompt) + [0] * count])
-    groups = torch.tensor([[1] * len(prompt) + [2] * count])
-    while (left := (groups[0] == 2).nonzero()[:, 0]).numel():
-        features = run.model(*(x.to(device) for x in (tokens, groups, left[None])), run.path)
-        logits = run.model.logits(features[0])                                # (left, vocab)
-        best = int(logits.softmax(-1).max(-1).values.argmax())
-        tokens[0, left[best]] = choose(logits[best:best + 1])[0]
-        groups[0, left[best]] = 1
-    return tokens[0, len(prompt):].tolist()
-
-
-# ---------------------------------------------------------------------------- command line
-
-def write_json(target, content):
-    """The --json convention of all commands: one object, to a file or to standard output (-)."""
-    text = json.dumps(content, indent=1)
-    if target == "-":
-        print(text)
-    elif target:
-        Path(target).write_text(text + "\n")
-
-
-def about(run):
-    """What --json says of a checkpoint."""
-    return {"step": run.step, "objective": describe(run.objective), "path": run.path}
-
-
 def perplexity_command(args):
     run, autocast = open_run(args)
     with autocast:
@@ -392,49 +169,6 @@ def perplexity_command(args):
     if args.plot:
         plot_by_length(args.plot, {name: r["by_length"] for name, r in results["regimes"].items()})
     return {"results": results}, run
-
-
-def connectivity_command(args):
-    rows, data, tokenizers = [], args.data, set()
-    for checkpoint in args.checkpoints:
-        run, autocast = open_run(args, checkpoint)
-        if data is None:
-            data = evaluation_sequences(run, count=2)[2]                       # the first one's text, for all
-        with autocast:
-            features, _, texts = features_of(run, data, args.features, args.seed, quiet=False)
-        device = run.model.query.device
-        rows.append({"checkpoint": checkpoint, "label": describe(run.objective), **about(run),
-                     **connectivity(features.to(device), texts.to(device), args.top, quiet=False)})
-        tokenizers.add((run.tokenizer.to_json(), run.settings.length))
-    labels = [row["label"] for row in rows]
-    for row in rows:
-        if labels.count(row["label"]) > 1 or row["checkpoint"].startswith("hf:"):
-            row["label"] = f"{Path(row['checkpoint']).name} {row['label']}"
-    if args.json != "-":
-        print(f"{rows[0]['features']:,} features f(X) of {rows[0]['texts']:,} sequences of {data}; the {rows[0]['pairs']:,} most "
-              "similar pairs\n")
-        print_connectivity(rows)
-        if len(tokenizers) > 1:
-            print("Tokenizers or lengths differ: the sequences come from the same text, but are not the same cuts of it.")
-    if args.plot:
-        plot_connectivity(args.plot, rows)
-    return {"data": data, "same_sequences": len(tokenizers) == 1, "checkpoints": rows}, None
-
-
-def generate_command(args):
-    run, autocast = open_run(args)
-    if run.tokenizer is None:
-        raise BadInput(f"{run.name} was trained on images; this command writes text")
-    prompt = run.tokenizer.encode(args.prompt).tolist() or [run.tokenizer.separator]
-    texts = []
-    with autocast:
-        for k in range(args.samples):
-            ids = generate(run, prompt, args.tokens, args.temperature, args.top_k, args.seed + k, args.at_once,
-                           args.order == "confident")
-            texts.append(run.tokenizer.decode(prompt + ids))
-            if args.json != "-":
-                print(texts[-1] + "\n")
-    return {"texts": texts}, run
 
 
 def report(checkpoint, device=None):
@@ -497,10 +231,10 @@ def main(argv=None):
     sub.add_argument("--order", choices=("left", "confident"), default="left",
                      help="mlm and vl: left to right, or the surest mask first")
 
-    finetune.add_commands(command)
-    probe.add_commands(command)
-    reconstruct.add_commands(command)
-    vision.add_commands(command)
+    add_finetune_commands(command)
+    add_probe_command(command)
+    add_reconstruct_command(command)
+    add_transfer_command(command)
     args = parser.parse_args(argv)
     if args.command == "generate":
         for name, value in (("temperature", args.temperature), ("top-k", args.top_k)):

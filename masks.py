@@ -11,11 +11,6 @@ A pretraining objective is a rule that gives each token i = 1..S of a sequence a
 
 Draw it: python masks.py dar --t 2 --length 8
 """
-import argparse
-import os
-import re
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,7 +31,7 @@ def dar_groups(length, t, first):
     """
     first, t = torch.as_tensor(first)[..., None], torch.as_tensor(t)[..., None]
     if bool((t < 1).any() or (first < 1).any()):
-        raise BadInput(f"groups need t >= 1 and a first group of at least 1 token, got t = {t[..., 0].tolist()}, "
+        raise ValueError(f"groups need t >= 1 and a first group of at least 1 token, got t = {t[..., 0].tolist()}, "
                        f"first = {first[..., 0].tolist()}")
     i = torch.arange(1, length + 1)
     return 1 + ((i - first + t - 1) // t).clamp(min=0)
@@ -50,24 +45,13 @@ def masked_groups(batch, length, ratio, generator=None):
     """
     low, high = (ratio, ratio) if isinstance(ratio, (int, float)) else ratio
     if not 0 < low <= high <= 1:
-        raise BadInput(f"a mask ratio lies in (0, 1] and a range is low,high: got {low},{high}")
+        raise ValueError(f"a mask ratio lies in (0, 1] and a range is low,high: got {low},{high}")
     # The ratio is drawn even when the range is a point, so that a range with equal ends repeats the fixed ratio exactly.
     scores = torch.rand(batch, length, generator=generator)
     rho = low + (high - low) * torch.rand(batch, 1, generator=generator, dtype=torch.float64)
     hidden = hidden_count(rho, length)                                        # (B, 1)
     rank = scores.argsort(dim=1).argsort(dim=1)                               # (B, S) a random permutation of 0..S-1
     return 1 + (rank < hidden).long()
-
-
-def permutation_groups(batch, length, generator=None):
-    """XLNet's permuted order: f is a uniform permutation of 1..S, so its first token is given. (B, S)."""
-    return 1 + torch.rand(batch, length, generator=generator).argsort(dim=1)
-
-
-def prefix_groups(batch, length, generator=None):
-    """Prefix language model: a prefix of 1..S-1 tokens is given, the rest is autoregressive. (B, S)."""
-    prefix = torch.randint(1, length, (batch, 1), generator=generator)
-    return 1 + (ar_groups(length) - prefix).clamp(min=0)
 
 
 def hidden_count(rho, length):
@@ -106,90 +90,6 @@ def by_group(groups, targets):
     return order, rows, torch.cat([content, query], dim=1).clamp(min=1)
 
 
-# ---------------------------------------------------------------------------- command line, here and in every other file
-
-class BadInput(ValueError):
-    """Something the user gave is wrong; the message names the value and what is allowed."""
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with defaults, where there are any."""
-
-    def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default or action.default == 0 and action.type else action.help
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reports a wrong use as BadInput and shows defaults in --help."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise BadInput(message)
-
-
-def command_line(main):
-    """Run `main`; bad input ends with one line `error: ...` on standard error and exit status 2, no traceback."""
-    sys.stdout.reconfigure(errors="replace")  # where the locale has no sign for a character, a question mark
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # somebody piped the output into head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (BadInput, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:  # NumPy raises the former, PyTorch the latter
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        print(f"error: not enough memory ({str(error).splitlines()[0] if str(error) else 'no details'}); "
-              "use smaller batches, a smaller model or less data", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def positive(text):
-    """An argparse type: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
-def seed(text):
-    """An argparse type: a whole number in 0..2^31 - 1."""
-    if not text.isdecimal() or int(text) >= 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2 ** 31 - 1}")
-    return int(text)
-
-
-def group_size(text):
-    """An argparse type for --t: '2' -> 2, '1,2' -> (1, 2)."""
-    sizes = tuple(positive(part) for part in text.split(","))
-    return sizes if len(sizes) > 1 else sizes[0]
-
-
-def output_file(text):
-    """An argparse type: a file to write, in a folder that exists; or - for standard output."""
-    if text != "-" and not Path(text).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
-    return text
-
-
-def ratios(text):
-    """An argparse type for --mask: '0.15' -> (0.15,), '0.15,0.3' -> (0.15, 0.3)."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a ratio like 0.15 nor a range like 0.15,0.3") from None
-
-
 def draw(groups):
     """f and both masks of one sequence, groups (S,), as text: rows attend, columns are attended to."""
     S = len(groups)
@@ -203,27 +103,3 @@ def draw(groups):
         note = f"predicted in step {groups[i] - 1}" if groups[i] > 1 else "given"
         lines.append(f"{i + 1:3d} {''.join(cells[0][i])}{gap}{i + 1:3d} {''.join(cells[1][i])} {note}")
     return "\n".join(lines)
-
-
-def main(argv=None):
-    import objectives  # the registry stands above this file; a new objective can be drawn as soon as it is there
-    parser = Parser(description="Draw the group index of an objective and its two attention masks.")
-    parser.add_argument("objective", choices=objectives.OBJECTIVES)
-    objectives.add_options(parser)
-    parser.add_argument("--length", type=positive, default=8, help="sequence length S")
-    parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
-    parser.add_argument("--seed", type=seed, default=0, help="of every random choice")
-    args = parser.parse_args(argv)
-    objective = objectives.from_options(args.objective, t=args.t, mask=args.mask)
-    objective.check(args.length)
-    if args.length > 200:
-        raise BadInput(f"--length {args.length} is too wide to draw; use at most 200")
-    groups = objective.groups(256, args.length, torch.Generator().manual_seed(args.seed))
-    distinct = list(dict.fromkeys(map(tuple, groups.tolist())))[:args.samples]
-    print(f"{objectives.describe(objective)}: {objective.paper}\n")
-    print("\n\n".join(draw(torch.tensor(f)) for f in sorted(distinct, reverse=True)))
-
-
-if __name__ == "__main__":
-    import masks  # the module that objectives.py imports, so that there is one BadInput
-    masks.command_line(masks.main)

@@ -14,20 +14,21 @@ a patch of pixels, embedded and predicted by linear maps, at a two-dimensional p
 Architecture (the Cramming protocol, paper Sec. 5.1): pre-norm with a final norm, GEGLU feed-forward, no biases, scaled
 sinusoidal positions, a norm after the embedding, output layer tied to the embedding.
 """
-import contextlib
-import functools
+
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from masks import BadInput, by_group, content_mask, query_mask
+from masks import by_group
+from support import kernels
+from support.cli import BadInput
+from support.kernels import Linear, additive, attend, compute_dtype, prefix_blocks, take, two_stream_bias
 
 PATHS = ("causal", "mask", "mae", "two-stream")
-LONG = 1024  # tokens from which two streams on CUDA do without an S x S mask
+
 
 SIZES = {
     "tiny": {"layers": 4, "width": 128, "heads": 4},      # 0.7M parameters without the embedding: minutes on a CPU
@@ -36,6 +37,8 @@ SIZES = {
     "base": {"layers": 12, "width": 768, "heads": 12},    # 71M
     "paper": {"layers": 16, "width": 768, "heads": 12},   # 94M
 }
+
+
 VIT_SIZES = {  # and for the mae path the decoder's layers, width and heads
     "vit-tiny": {"layers": 4, "width": 128, "heads": 4, "decoder": (1, 64, 2)},       # 0.7M: CIFAR-10 on a CPU
     "vit-small": {"layers": 12, "width": 384, "heads": 6, "decoder": (8, 256, 8)},    # 18M
@@ -80,57 +83,6 @@ class Config:
         return math.isqrt(self.length) * self.patch
 
 
-def product(a, b):
-    """a b^T: (..., I) and (O, I) -> (..., O). No gradient through oneDNN: see Linear."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if takes_onednn(a) else F.linear(a, b)
-
-
-def takes_onednn(x):
-    """PyTorch multiplies float32 by MKL, which leaves half of an AMD processor's width unused; oneDNN does not."""
-    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == compute_dtype(x) == torch.float32
-            and on_amd())
-
-
-@functools.cache
-def on_amd():
-    """Whether this is an AMD processor with AVX-512 and PyTorch has oneDNN: a fixed rule, so that runs repeat."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return "AuthenticAMD" in cpu_info() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def cpu_info():
-    """What Linux says of the processor; elsewhere nothing."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text()
-    return ""
-
-
-class Product(torch.autograd.Function):
-    """`product` with its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return product(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return (product(grad, weight.T) if ctx.needs_input_grad[0] else None,
-                product(grad.flatten(0, -2).T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None)
-
-
-class Linear(nn.Linear):
-    """nn.Linear without a bias, through the faster kernel."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x):
-        return Product.apply(x, self.weight) if takes_onednn(x) else F.linear(x, self.weight)
-
-
 class Attention(nn.Module):
     """Multi-head attention whose queries come from `x` and whose keys and values come from `content` (Eq. 23)."""
 
@@ -151,66 +103,6 @@ class Attention(nn.Module):
             k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else (k, v)
         y = attend(q, k, v, bias, causal)                                                # (B, H, N, d)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
-
-
-def attend(q, k, v, bias=None, causal=False):
-    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, N, d), k and v (B, H, S, d), bias broadcast to (B, H, N, S), or a
-    block mask."""
-    if not isinstance(bias, torch.Tensor | None):
-        from torch.nn.attention.flex_attention import flex_attention
-        if q.device.type != "cpu" and not torch.compiler.is_compiling():  # inside a compiled step it is compiled with that
-            flex_attention = compiled_flex_attention()
-        return flex_attention(q, k, v, block_mask=bias)
-    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
-    # On a CPU the fused kernel's backward in bf16 takes four times as long as the plain formula.
-    if causal:
-        bias = additive(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), q.dtype)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                             # (B, H, N, S)
-    return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
-
-
-@functools.cache
-def compiled_flex_attention():
-    """As plain Python it would make all the scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)
-
-
-def additive(mask, dtype):
-    """A bool mask, True = may attend, as 0 and minus infinity: the M of Eq. 24."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
-
-
-def two_stream_bias(groups, targets, dtype):
-    """The masks of Eq. 24 for S content rows and then one query row for each target (B, n) -> (B, 1, S + n, S)."""
-    see_h, see_g = content_mask(groups), take(query_mask(groups), targets)               # (B, S, S), (B, n, S)
-    # Softmax over nothing is NaN, so a row that sees nothing sees itself instead. It is never scored.
-    own = torch.arange(groups.shape[1], device=groups.device)
-    see_h = see_h | (~see_h.any(-1, keepdim=True) & (own == own[:, None]))
-    see_g = see_g | (~see_g.any(-1, keepdim=True) & (own == targets[..., None]))
-    return additive(torch.cat([see_h, see_g], dim=1)[:, None], dtype)
-
-
-def prefix_blocks(seen, length, size=128):
-    """FlexAttention's block mask for rows of which each sees the first `seen` (B, N) of `length` keys. Which blocks it sees
-    whole or in part follows from the least and the most in `size` rows, so that nothing of N x S is ever made."""
-    from torch.nn.attention.flex_attention import BlockMask
-    B, N = seen.shape
-    missing = -N % size
-    tiles = torch.cat([seen, seen[:, -1:].expand(B, missing)], dim=1).view(B, 1, -1, size)
-    whole = tiles.amin(-1) // size                                                        # (B, 1, blocks of rows)
-    part = (tiles.amax(-1) + size - 1) // size - whole
-    keys = torch.arange((length + size - 1) // size, device=seen.device)
-    return BlockMask.from_kv_blocks(
-        part.int(), (whole[..., None] + keys).clamp(max=len(keys) - 1).int(), whole.int(),
-        keys.int().expand(*whole.shape, -1).contiguous(), BLOCK_SIZE=size, seq_lengths=(N, length),
-        mask_mod=lambda b, h, i, j: j < seen[b, i])
-
-
-def compute_dtype(x):
-    """The precision in which matrix products with x run: autocast's where it is on, else x's own."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class FeedForward(nn.Module):
@@ -377,7 +269,7 @@ class Transformer(nn.Module):
             h = self.embed(tokens)
             g = self.query + self.position_scale * self.positions[targets]
             if long is None:
-                long = S >= LONG and tokens.device.type == "cuda" and self.config.width >= 16 * self.config.heads
+                long = S >= kernels.LONG and tokens.device.type == "cuda" and self.config.width >= 16 * self.config.heads
             if long:
                 order, rows, seen = by_group(groups, targets)
                 h, g = take(h, order), take(g, rows)
@@ -424,11 +316,6 @@ class Transformer(nn.Module):
         return F.linear(features, self.embedding.weight)
 
 
-def take(x, index):
-    """Rows of x (B, N, D) at index (B, n) -> (B, n, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def sinusoids(length, width):
     """Sine and cosine positions (length, width), Vaswani et al. 2017."""
     frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
@@ -442,35 +329,3 @@ def grid_sinusoids(length, width):
     side = math.isqrt(length)
     line = sinusoids(side, width // 2)
     return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
-
-
-def parameters(model):
-    """Number of parameters (with the embedding, without it)."""
-    total = sum(p.numel() for p in model.parameters())
-    return total, total - model.embedding.weight.numel()
-
-
-def flops_per_sequence(config, path, length, targets, given=None):
-    """Floating-point operations of the matrix products that one training step does for one sequence.
-
-    `targets` rows go through the output layer, and on the mae path `given` rows (default: all others) through the encoder.
-    Forward once, backward twice. Attention counts what the kernel needs: half of S^2 for the causal path and for two streams
-    from LONG tokens, where blocks that nobody sees are skipped. Used for model FLOP utilisation.
-    """
-    S, n = length, targets
-
-    def stack(D, rows, content, share=1.0):
-        """Multiply-adds of layers that send `rows[l]` rows through attention to `content` rows and the feed-forward."""
-        row = D * D + D * D + 3 * D * 2 * D                                   # q, attention's output, feed-forward
-        return sum(r * row + content * 2 * D * D + 2 * r * content * share * D for r in rows)
-
-    D, L, width = config.width, config.layers, config.width
-    if path == "mae":
-        layers, width, _ = config.decoder
-        v = S - n if given is None else given
-        macs = stack(D, [v] * L, v) + v * D * width + stack(width, [S] * (layers - 1) + [n], S)
-    else:
-        rows = {"causal": [S] * L, "mask": [S] * (L - 1) + [n], "two-stream": [S + n] * (L - 1) + [n]}[path]
-        macs = stack(D, rows, S, 0.5 if path == "causal" or path == "two-stream" and S >= LONG else 1.0)
-    macs += n * width * config.values + S * D * config.values if config.patch else n * D * config.vocab
-    return 2 * 3 * macs

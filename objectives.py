@@ -16,6 +16,7 @@ The first token is given: L_ar's sum over k starts at P(x_2 | x_1).
 
 A new objective is a frozen dataclass with a `groups` method, and a line in OBJECTIVES: see Permutation and PrefixLM.
 """
+
 import itertools
 import math
 from dataclasses import dataclass, fields
@@ -25,61 +26,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masks import (
-    BadInput,
-    ar_groups,
-    dar_groups,
-    group_size,
-    hidden_count,
-    masked_groups,
-    permutation_groups,
-    prefix_groups,
-    query_mask,
-    ratios,
-)
-from model import compute_dtype, product, take
+from beyond import Permutation, PrefixLM
+from masks import ar_groups, dar_groups, draw, hidden_count, masked_groups, query_mask
+from support.cli import BadInput, Parser, command_line, group_size, positive, ratios, seed
+from support.kernels import LinearCrossEntropy, rows_at_once, take
+from support.objective import Objective, equally_likely, one_query_per_prefix, show
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What every objective offers. Its dataclass fields are its options; the flag --NAME sets the field NAME."""
-
-    paper = ""         # name and place in the paper
-    one_stream = None  # "causal", "mask", or None where only two streams can compute it
-
-    def groups(self, batch, length, generator=None):
-        """Draw f for `batch` sequences -> LongTensor (batch, length)."""
-        raise TypeError("an objective defines its group index")
-
-    def max_targets(self, length):
-        """An upper bound on the number of targets of one sequence. It fixes the shape of the output layer's input."""
-        return length - 1
-
-    def min_targets(self, length):
-        """A lower bound on it. On the mae path it fixes the shape of the encoder's input: all tokens but these."""
-        return 1
-
-    def outcomes(self, length, limit=200_000):
-        """The distribution of f where it can be listed: (f LongTensor (K, S), probability double (K,)), or None when
-        there are more than `limit` outcomes or nobody wrote them down (spectral.py then samples `groups`)."""
-
-    def left_to_right(self, length, path):
-        """How to evaluate P(x_p | x_1 .. x_{p-1}) for p = 2..S (Eq. 2) the way the model was trained.
-
-        Returns {regime: LongTensor (passes, length)}: group indices such that every p = 2..S has the whole prefix and
-        nothing else as its context (`scores_next`) in exactly one pass of each regime. With masks in one stream there
-        are two regimes: `truncated`, where the sequence ends at the [MASK], and `padded`, where all later positions are
-        [MASK] too, so that it is as long as in training.
-        """
-        if path == "mask":
-            truncated = one_query_per_prefix(length)
-            return {"padded": torch.where(truncated == 0, 2, truncated), "truncated": truncated}
-        return {"next": ar_groups(length)[None]}
-
-    def check(self, length):
-        """Raise BadInput where the options do not fit sequences of this length."""
-        if length < 2:
-            raise BadInput(f"a sequence of length {length} leaves nothing to predict; give a length of 2 or more")
+def main(argv=None):
+    parser = Parser(description="Draw the group index of an objective and its two attention masks.")
+    parser.add_argument("objective", choices=OBJECTIVES)
+    add_options(parser)
+    parser.add_argument("--length", type=positive, default=8, help="sequence length S")
+    parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
+    parser.add_argument("--seed", type=seed, default=0, help="of every random choice")
+    args = parser.parse_args(argv)
+    objective = from_options(args.objective, t=args.t, mask=args.mask)
+    objective.check(args.length)
+    if args.length > 200:
+        raise BadInput(f"--length {args.length} is too wide to draw; use at most 200")
+    groups = objective.groups(256, args.length, torch.Generator().manual_seed(args.seed))
+    distinct = list(dict.fromkeys(map(tuple, groups.tolist())))[:args.samples]
+    print(f"{describe(objective)}: {objective.paper}\n")
+    print("\n\n".join(draw(torch.tensor(f)) for f in sorted(distinct, reverse=True)))
 
 
 @dataclass(frozen=True)
@@ -217,44 +186,6 @@ class VariableLength(Masked):
         return shares
 
 
-@dataclass(frozen=True)
-class Permutation(Objective):
-    """Beyond the paper: predict the tokens in a random order (XLNet; Yang et al. 2019)."""
-
-    paper = "permutation order (XLNet), not in the paper"
-
-    def groups(self, batch, length, generator=None):
-        return permutation_groups(batch, length, generator)
-
-    def outcomes(self, length, limit=200_000):
-        if math.factorial(length) <= limit:
-            return equally_likely(1 + torch.tensor(list(itertools.permutations(range(length)))))
-
-
-@dataclass(frozen=True)
-class PrefixLM(Objective):
-    """Beyond the paper: a prefix of random length is given, the rest is predicted from left to right."""
-
-    paper = "prefix language model, not in the paper"
-
-    def groups(self, batch, length, generator=None):
-        return prefix_groups(batch, length, generator)
-
-    def outcomes(self, length, limit=200_000):
-        return equally_likely(1 + (ar_groups(length) - torch.arange(1, length)[:, None]).clamp(min=0))
-
-
-def one_query_per_prefix(length):
-    """(S - 1, S): pass k gives x_1 .. x_k, asks for x_{k+1}, and leaves out the rest."""
-    i = torch.arange(length)
-    return (i < i[1:, None]).long() + 2 * (i == i[1:, None])
-
-
-def equally_likely(groups):
-    """Outcomes (K, S) with probability 1/K each."""
-    return groups, torch.full((len(groups),), 1 / len(groups), dtype=torch.float64)
-
-
 OBJECTIVES = {"ar": Autoregressive, "dar": DiversityEnhanced, "mlm": Masked, "vl": VariableLength,
               "permutation": Permutation, "prefix": PrefixLM}
 
@@ -304,10 +235,6 @@ def describe(objective):
     """The flag and the options: 'vl 0.15,0.3'."""
     return " ".join([flag(objective)] + [("t=" if field.name == "t" else "") + show(getattr(objective, field.name))
                                          for field in fields(objective)])
-
-
-def show(value):
-    return ",".join(f"{part:g}" for part in value) if isinstance(value, (tuple, list)) else f"{value:g}"
 
 
 # ---------------------------------------------------------------------------- batches
@@ -372,42 +299,6 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
     return Batch(inputs, groups, blank, given, targets, labels, weight, total.repeat(len(groups)))
 
 
-# ---------------------------------------------------------------------------- losses
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i weight_i * -log softmax(x_i E^T)[y_i], one chunk of rows at a time.
-
-    The scores of all rows never exist at once, and each chunk's gradient is computed while its scores are in cache.
-    tests/test_objectives.py compares it with the plain formula.
-    """
-
-    @staticmethod
-    def forward(ctx, x, embedding, labels, weight, chunk, differentiate=True):
-        dtype = compute_dtype(x)
-        x_low, E = x.to(dtype), embedding.to(dtype)
-        loss, dx, dE = x.new_zeros((), dtype=torch.float32), torch.empty_like(x_low), torch.zeros_like(embedding)
-        for start in range(0, len(x), chunk):
-            rows = slice(start, start + chunk)
-            y, w = labels[rows, None], weight[rows, None]
-            scores = product(x_low[rows], E).float()                                     # (chunk, V)
-            p = torch.softmax(scores, dim=-1)
-            # log-sum-exp from the largest probability, which cannot underflow
-            total = scores.amax(dim=1, keepdim=True) - p.amax(dim=1, keepdim=True).log()
-            loss += ((total - scores.gather(1, y)) * w).sum()
-            if differentiate:
-                p = p.scatter_add_(1, y, torch.full_like(w, -1.0)).mul_(w).to(dtype)     # d loss / d scores
-                dx[rows] = product(p, E.T)
-                dE += product(p.T, x_low[rows].T)
-        ctx.save_for_backward(dx, dE)
-        ctx.dtype = x.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dE = ctx.saved_tensors
-        return dx.to(ctx.dtype) * grad, dE * grad, None, None, None, None
-
-
 def loss_sum(model, batch, path):
     """The sum over the batch's targets of -log P(x_p | context of p); divide by the number of targets for the loss.
 
@@ -422,11 +313,6 @@ def loss_sum(model, batch, path):
         return (error * batch.weight).sum()
     return LinearCrossEntropy.apply(features.flatten(0, 1), model.embedding.weight, batch.labels.flatten(),
                                     batch.weight.flatten(), rows_at_once(model), torch.is_grad_enabled())
-
-
-def rows_at_once(model):
-    """How many rows to send through the output layer at a time: on a CPU as many as keep their scores in cache (4 MB)."""
-    return max(1, (2 ** 20 if model.query.device.type == "cpu" else 2 ** 28) // model.config.vocab)
 
 
 def spectral_loss(scores, targets, target_marginal):
@@ -458,3 +344,7 @@ def target_nll(model, tokens, groups, targets, path, padded=True):
     nll = [F.cross_entropy(model.logits(x).float(), y, reduction="none")
            for x, y in zip(features.split(rows_at_once(model)), labels.split(rows_at_once(model)))]
     return torch.cat(nll).view(targets.shape)
+
+
+if __name__ == "__main__":
+    command_line(main)

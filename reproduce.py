@@ -22,6 +22,7 @@ errors of both sides as if they were independent, which is cautious. One seed sa
 confirmed at this scale. With 0 inside: not seen at this scale. Below 0: contradicted at this scale. Intervals are not
 corrected for the number of claims, and where there is none, nothing is judged.
 """
+
 import contextlib
 import itertools
 import json
@@ -41,16 +42,24 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 
-import train
-from data import import_optional
-from evaluate import write_json
-from masks import BadInput, Parser, command_line, positive
-from tables import SCALES, TARGETS, Cell, Place, matplotlib, pretrain
+from engine.runs import load_checkpoint
+from engine.settings import Settings
+from experiments.tables import SCALES, TARGETS, Cell, Place, matplotlib, pretrain
+from support.cli import BadInput, Parser, command_line, import_optional, positive, write_json
+from train import parse
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5% quantiles, from 1 degree of freedom
+
+
 HERE = Path(__file__).resolve().parent
+
+
 MARKERS = "<!-- results -->", "<!-- /results -->"
+
+
 CONFIRMED, NOT_SEEN, CONTRADICTED = (f"{word} at this scale" for word in ("confirmed", "not seen", "contradicted"))
+
+
 NOT_JUDGED = "no interval, not judged"
 
 
@@ -71,7 +80,7 @@ def finished(stage):
         return True
     seconds = None
     if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and (stage.out / "config.json").exists():
-        content = train.load_checkpoint(stage.out)
+        content = load_checkpoint(stage.out)
         if content["step"] >= json.loads((stage.out / "config.json").read_text())["steps"]:
             seconds = content["seconds"]
     elif stage.argv[0] == "data.py" and (stage.out / "manifest.json").exists():
@@ -89,7 +98,7 @@ def adopt(stage, parent):
     """If a run folder inside `parent` has the settings of this training stage and all its steps, link to it."""
     if stage.argv[0] != "train.py" or stage.out.exists():
         return
-    wanted = settings_of(asdict(train.parse(stage.argv[1:])[0]))
+    wanted = settings_of(asdict(parse(stage.argv[1:])[0]))
     for config in sorted(Path(parent).glob("*/config.json")):
         with contextlib.suppress(BadInput, TypeError, ValueError):  # a run of another version or kind
             if settings_of(json.loads(config.read_text())) == wanted:
@@ -102,11 +111,11 @@ def adopt(stage, parent):
 
 def settings_of(saved):
     """A run's settings so that equal ones compare equal, whoever wrote them."""
-    known = {f.name for f in fields(train.Settings)} - ({"steps"} if saved["epochs"] else set())
+    known = {f.name for f in fields(Settings)} - ({"steps"} if saved["epochs"] else set())
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in saved.items() if name in known}
     if given["objective"] == "dar" and given["t"] == 1:
         given.update(objective="ar", t=None, streams=2)  # the same f in the same architecture
-    return train.Settings(**{**given, "data": str(Path(given["data"]).resolve())})
+    return Settings(**{**given, "data": str(Path(given["data"]).resolve())})
 
 
 def run(stage):
@@ -123,7 +132,7 @@ def run(stage):
     if status or not stage.out.exists():
         raise BadInput(f"a stage ended with exit status {status}, see above: {readable(command(stage))}. Once that is "
                        "mended, the same command goes on from here")
-    seconds = train.load_checkpoint(stage.out)["seconds"] if stage.argv[0] == "train.py" else time.perf_counter() - start
+    seconds = load_checkpoint(stage.out)["seconds"] if stage.argv[0] == "train.py" else time.perf_counter() - start
     write_record(stage, seconds, hardware(), code_version())
 
 

@@ -9,22 +9,29 @@ Set-up (Sec. 3.2). An objective pairs a context X with a target X+; P_M is their
 marginals, Abar = P_M / sqrt(P_C P_G), sigma_j the j-th singular value of Abar. The toy model D_sim (Sec. 4.1.2) has
 r classes, s positions and T values for each class and position; given the class, tokens are independent and uniform.
 """
+
 import itertools
 import math
 
 import numpy as np
 import torch
 
-from data import import_optional
-from masks import BadInput, Parser, command_line, output_file, positive, seed
+from downstream.connectivity import features_of
+from downstream.hub import load_run
+from engine.machine import choose_device
 from objectives import OBJECTIVES, add_options, describe, flag, from_options, spectral_loss
+from support.cli import BadInput, Parser, command_line, import_optional, output_file, positive, seed, write_json
 
 TABLE_9 = {1: (56.2, 82.5), 2: (59.4, 82.9), 3: (59.6, 82.7), 4: (58.8, 82.5)}  # dar's t: linear probe, fine-tuning
+
+
 WEIGHTINGS = ("targets", "sequences", "contexts")
+
+
 LIMIT = 20_000   # contexts of the enumerated toy model: some seconds
 
-# ---------------------------------------------------------------------------- an objective as pairs (context, target)
 
+# ---------------------------------------------------------------------------- an objective as pairs (context, target)
 
 def pairs(groups, probability, weighting="targets"):
     """Every pair (context positions S, target position p) that draws of f produce: f(p) > 1, S = {j : 0 < f(j) < f(p)}.
@@ -593,8 +600,6 @@ def empirical_spectrum(features, targets):
 @torch.no_grad()
 def trained(checkpoints, data=None, count=8000, device=None, seed=0):
     """The empirical spectrum of each checkpoint, from features f(X) of contexts of held-out text and the embeddings of X+."""
-    from evaluate import features_of, load_run
-    from train import choose_device
     rows = []
     for path in checkpoints:
         run = load_run(path, choose_device(device))
@@ -866,7 +871,6 @@ def main(argv=None):
     if plot:
         args.draw(plot, results)
     if args.json:
-        from evaluate import write_json
         settings = {name: value for name, value in vars(args).items()
                     if name not in ("command", "json", "compute", "show", "draw")}
         write_json(args.json, plain({"command": f"spectral.py {args.command}", "settings": settings, **results}))

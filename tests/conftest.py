@@ -7,10 +7,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import ByteTokenizer
+from engine.runs import Run
+from engine.settings import Settings
 from model import Config, Transformer
 from objectives import choose_path, from_options
-from train import Run, Settings
+from text.tokenizers import ByteTokenizer
 
 # objective options, streams
 WAYS = [

@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 
 import bench
-from bench import Case, compare, counted_flops, doubled, in_turn, make_draw, make_peer, peer_inputs, prepare, step_flops
-from masks import BadInput
+from bench import Case, compare, counted_flops, doubled, in_turn, make_draw, step_flops
+from bench import set_up as prepare
+from engine.settings import Settings
+from engine.steps import make_optimizer
+from experiments.peers import make_peer, peer_inputs
 from model import Config, Transformer
 from objectives import choose_path, from_options, loss_sum
-from train import Settings, make_optimizer
+from support.cli import BadInput
 
 CPU = torch.device("cpu")
 
@@ -153,8 +156,8 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
         seen["bare"] = case
         return (lambda steps: 2.0), None
 
-    real = bench.prepare
-    monkeypatch.setattr(bench, "train", train)
+    real = bench.set_up
+    monkeypatch.setattr(train, "train", train)
     monkeypatch.setattr(bench, "SECONDS", 0.01)
     monkeypatch.setattr(bench, "SIDES", {True: (64,)})
     monkeypatch.setattr(bench, "cpu_memory", lambda case: None)

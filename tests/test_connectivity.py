@@ -7,8 +7,9 @@ import torch
 
 import evaluate
 import train as training
-from masks import BadInput
-from train import Settings
+from downstream import connectivity
+from engine.settings import Settings
+from support.cli import BadInput
 
 
 def all_pairs(x, texts):
@@ -24,7 +25,7 @@ def test_top_pairs_are_those_of_all_pairs(block, count):
     x = torch.randint(-2, 3, (30, 4), generator=generator).float()
     for texts in (torch.arange(30), torch.arange(30) // 4, torch.randint(5, (30,), generator=generator)):
         expected = all_pairs(x, texts)[:count]
-        assert evaluate.top_pairs(x, texts, count, block).tolist() == expected
+        assert connectivity.top_pairs(x, texts, count, block).tolist() == expected
         assert count != 50 or expected.count(expected[-1]) > 1
 
 
@@ -32,12 +33,12 @@ def test_mean_of_all_pairs():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(30, 4, generator=generator)
     for texts in (torch.arange(30), torch.randint(5, (30,), generator=generator)):
-        assert evaluate.mean_product(x, texts) == pytest.approx(np.mean(all_pairs(x, texts)), abs=1e-6)
+        assert connectivity.mean_product(x, texts) == pytest.approx(np.mean(all_pairs(x, texts)), abs=1e-6)
 
 
 def test_connectivity_summarises_both_kinds_of_similarity():
     x, texts = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40) // 2
-    result = evaluate.connectivity(x, texts, 300)
+    result = connectivity.connectivity(x, texts, 300)
     assert (result["features"], result["texts"], result["pairs"]) == (40, 20, 300)
     unit = x / x.norm(dim=1, keepdim=True)
     for name, rows in (("inner_product", x), ("cosine", unit)):
@@ -50,9 +51,9 @@ def test_connectivity_summarises_both_kinds_of_similarity():
         ranks = found["curve"]["rank"]
         assert ranks[0] == 1 and ranks[-1] == 300 and sorted(set(ranks)) == ranks
         np.testing.assert_allclose(found["curve"]["similarity"], top[np.array(ranks) - 1], rtol=1e-5)
-    assert evaluate.connectivity(x, texts, 10 ** 6)["pairs"] == 40 * 39 // 2 - 20
+    assert connectivity.connectivity(x, texts, 10 ** 6)["pairs"] == 40 * 39 // 2 - 20
     with pytest.raises(BadInput, match="different texts"):
-        evaluate.connectivity(x, torch.zeros(40))
+        connectivity.connectivity(x, torch.zeros(40))
 
 
 @pytest.mark.parametrize("count, each", ((6, 1), (24, 4)))
@@ -60,8 +61,8 @@ def test_features_are_of_contexts_of_every_text(way, make_run, monkeypatch, coun
     objective, path = way
     run = make_run(objective, path, length=16)
     sequences = torch.randint(11, (6, 16), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(evaluate, "evaluation_sequences", lambda run, data, count: (sequences[:count], 1, "x"))
-    features, targets, texts = evaluate.features_of(run, None, count)
+    monkeypatch.setattr(connectivity, "evaluation_sequences", lambda run, data, count: (sequences[:count], 1, "x"))
+    features, targets, texts = connectivity.features_of(run, None, count)
     assert features.shape == (len(texts), run.model.config.width)
     fewest = int((objective.groups(500, 16, torch.Generator().manual_seed(0)) > 1).sum(1).min())
     assert all(min(each, fewest) <= n <= each for n in texts.bincount(minlength=6))
@@ -72,9 +73,9 @@ def test_features_are_of_contexts_of_every_text(way, make_run, monkeypatch, coun
         for feature, target, text in zip(features, targets, texts):
             at = (every[text] - feature).abs().amax(1).argmin()
             assert torch.allclose(every[text, at], feature, atol=1e-5) and sequences[text, 1 + at] == target
-    again = evaluate.features_of(run, None, count)
+    again = connectivity.features_of(run, None, count)
     assert all(torch.equal(a, b) for a, b in zip((features, targets, texts), again))
-    assert not torch.equal(targets, evaluate.features_of(run, None, count, seed=1)[1])
+    assert not torch.equal(targets, connectivity.features_of(run, None, count, seed=1)[1])
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import data
-from data import ByteTokenizer, Sequences
-from masks import BadInput
+from data import Sequences
+from support import cli
+from support.cli import BadInput
+from text import folders, sources, tokenizers
+from text.tokenizers import ByteTokenizer
 
 
 def read(path):
-    return "".join(data.read_text(path))
+    return "".join(sources.read_text(path))
 
 
 @pytest.mark.parametrize("raw, text", [
@@ -37,13 +40,13 @@ def test_truncated_archives_are_named(tmp_path):
 def test_a_long_line_comes_in_blocks(tmp_path):
     path = tmp_path / "line.txt"
     path.write_text("word " * 1_000_000)
-    blocks = list(data.read_text(path))
-    assert max(map(len, blocks)) <= 3 * data.BLOCK and "".join(blocks) == "word " * 1_000_000
+    blocks = list(sources.read_text(path))
+    assert max(map(len, blocks)) <= 3 * sources.BLOCK and "".join(blocks) == "word " * 1_000_000
 
 
 def test_cutting_at_lines_loses_nothing():
     text = "".join(f"line {i}\n" for i in range(300)) + "end"
-    pieces = list(data.cut_at_lines(text, 100))
+    pieces = list(tokenizers.cut_at_lines(text, 100))
     assert "".join(pieces) == text and all(piece.endswith("\n") for piece in pieces[:-1]) and len(pieces) > 10
 
 
@@ -53,7 +56,7 @@ def test_bytes_round_trip():
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and ids.max() < 256
     assert tokenizer.decode([*tokenizer.encode("a"), 256, *tokenizer.encode("b")]) == "a\n\nb"
-    assert data.tokenizer_from_json(tokenizer.to_json()).vocab == 257
+    assert tokenizers.tokenizer_from_json(tokenizer.to_json()).vocab == 257
 
 
 @pytest.fixture
@@ -68,9 +71,9 @@ def folder(tmp_path):
 
 def test_a_folder_becomes_tokens(folder, tmp_path):
     out = tmp_path / "tokens"
-    manifest = data.prepare([str(folder)], out, val_fraction=0.3, quiet=True)
-    corpus = data.open_tokens(out)
-    val = [d.name for d in data.documents(str(folder)) if data.held_out(d, 0.3)]
+    manifest = folders.prepare_text([str(folder)], out, val_fraction=0.3, quiet=True)
+    corpus = folders.open_tokens(out)
+    val = [d.name for d in sources.documents(str(folder)) if folders.held_out(d, 0.3)]
     assert 4 < len(val) < 20 and manifest["val"]["documents"] == len(val)
     expected = "".join(read(folder / name) + "\n\n" for name in val)
     assert corpus.tokenizer.decode(corpus.val) == expected
@@ -81,48 +84,48 @@ def test_a_folder_becomes_tokens(folder, tmp_path):
 def test_one_long_file_holds_out_its_tail(folder, tmp_path):
     text = "".join(f"sentence {i}. " for i in range(2000))
     (tmp_path / "one.txt").write_text(text)
-    data.prepare([str(tmp_path / "one.txt")], tmp_path / "tokens", val_fraction=0.1, quiet=True)
-    corpus = data.open_tokens(tmp_path / "tokens")
+    folders.prepare_text([str(tmp_path / "one.txt")], tmp_path / "tokens", val_fraction=0.1, quiet=True)
+    corpus = folders.open_tokens(tmp_path / "tokens")
     assert corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.val])) == text + "\n\n"
     assert len(corpus.val) == round(0.1 * (len(text) + 1)) and abs(corpus.val_bytes - len(corpus.val)) <= 1
 
 
 def test_separate_validation_text(folder, tmp_path):
     (tmp_path / "held.txt").write_text("held out")
-    data.prepare([str(folder)], tmp_path / "tokens", val=[str(tmp_path / "held.txt")], quiet=True)
-    corpus = data.open_tokens(tmp_path / "tokens")
+    folders.prepare_text([str(folder)], tmp_path / "tokens", val=[str(tmp_path / "held.txt")], quiet=True)
+    corpus = folders.open_tokens(tmp_path / "tokens")
     assert corpus.tokenizer.decode(corpus.val) == "held out\n\n"
     assert len(corpus.train) == sum(p.stat().st_size + 1 for p in folder.glob("*.txt"))
 
 
 def test_wrong_folders_are_refused(folder, tmp_path):
     out = tmp_path / "tokens"
-    data.prepare([str(folder)], out, quiet=True)
+    folders.prepare_text([str(folder)], out, quiet=True)
     with pytest.raises(BadInput, match="not an empty folder"):
-        data.prepare([str(folder)], out, quiet=True)
+        folders.prepare_text([str(folder)], out, quiet=True)
     with pytest.raises(BadInput, match="does not exist"):
-        data.prepare([str(tmp_path / "nowhere")], tmp_path / "x", quiet=True)
+        folders.prepare_text([str(tmp_path / "nowhere")], tmp_path / "x", quiet=True)
     assert not (tmp_path / "x").exists()
     with pytest.raises(BadInput, match="lies inside the input"):
-        data.prepare([str(folder)], folder / "out", quiet=True)
+        folders.prepare_text([str(folder)], folder / "out", quiet=True)
     with pytest.raises(BadInput, match="holds tokens already"):
-        data.prepare([str(out)], tmp_path / "x", quiet=True)
+        folders.prepare_text([str(out)], tmp_path / "x", quiet=True)
     with open(out / "train.bin", "rb+") as file:
         file.truncate(100)
     with pytest.raises(BadInput, match=r"train\.bin holds 50 tokens"):
-        data.open_tokens(out)
+        folders.open_tokens(out)
     (out / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match="token folder"):
-        data.open_tokens(out)
+        folders.open_tokens(out)
 
 
 def test_pydoc_is_the_same_every_time_and_split_by_module():
     first = data.load_corpus("pydoc")
-    data.pydoc_texts.cache_clear()
+    sources.pydoc_texts.cache_clear()
     again = data.load_corpus("pydoc")
     assert np.array_equal(first.train, again.train) and np.array_equal(first.val, again.val)
     assert 1.5e6 < len(first.train) + len(first.val) < 3e6 and 0.05 < len(first.val) / len(first.train) < 0.25
-    modules = [[d.module for d in data.documents("pydoc") if data.held_out(d, 0.1) == side] for side in (False, True)]
+    modules = [[d.module for d in sources.documents("pydoc") if folders.held_out(d, 0.1) == side] for side in (False, True)]
     assert not set(modules[0]) & set(modules[1])
     assert "the" in first.tokenizer.decode(first.val[:500])
 
@@ -144,14 +147,14 @@ def test_every_token_once_per_epoch_in_a_seeded_order(count):
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_trained_tokenizers(folder, tmp_path, kind):
     pytest.importorskip("tokenizers")
-    data.prepare([str(folder)], tmp_path / "tokens", kind, 400, quiet=True)
-    corpus = data.open_tokens(tmp_path / "tokens")
+    folders.prepare_text([str(folder)], tmp_path / "tokens", kind, 400, quiet=True)
+    corpus = folders.open_tokens(tmp_path / "tokens")
     assert corpus.tokenizer.kind == kind and corpus.tokenizer.vocab <= 400 and corpus.train.max() < corpus.tokenizer.vocab
     text = "this is book number 7." if kind == "wordpiece" else "This is [SEP] book\n number 7.\n"
     assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
     assert corpus.tokenizer.separator not in corpus.tokenizer.encode("a [SEP] b")
     assert len(corpus.tokenizer.encode("This is book number 1.")) < 10
-    other = data.prepare(["pydoc"], tmp_path / "other", kind, 500, quiet=True)
+    other = folders.prepare_text(["pydoc"], tmp_path / "other", kind, 500, quiet=True)
     assert other["vocab"] == 500
     with pytest.raises(BadInput, match="another tokenizer"):
         data.load_evaluation(str(tmp_path / "other"), corpus.tokenizer)
@@ -159,7 +162,7 @@ def test_trained_tokenizers(folder, tmp_path, kind):
 
 def test_max_bytes_is_kept_for_each_source(folder, tmp_path):
     (tmp_path / "one.txt").write_text("0123456789" * 1000)
-    manifest = data.prepare([str(tmp_path / "one.txt")], tmp_path / "a", max_bytes=1000, val=[str(folder)], quiet=True)
+    manifest = folders.prepare_text([str(tmp_path / "one.txt")], tmp_path / "a", max_bytes=1000, val=[str(folder)], quiet=True)
     assert manifest["train"]["bytes"] == 1000 and manifest["val"]["bytes"] == 1000 and manifest["val"]["documents"] == 1
 
 
@@ -168,13 +171,13 @@ def test_hugging_face_data_sets_are_streamed(tmp_path):
     rows = [{"text": f"row {i} of the set\n"} for i in range(50)]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents = list(data.documents(f"hf:{tmp_path / 'set'}"))
+    documents = list(sources.documents(f"hf:{tmp_path / 'set'}"))
     assert ["".join(d.blocks) for d in documents] == [row["text"] for row in rows]
-    data.prepare([f"hf:{tmp_path / 'set'}"], tmp_path / "tokens", max_bytes=200, quiet=True)
-    corpus = data.open_tokens(tmp_path / "tokens")
+    folders.prepare_text([f"hf:{tmp_path / 'set'}"], tmp_path / "tokens", max_bytes=200, quiet=True)
+    corpus = folders.open_tokens(tmp_path / "tokens")
     assert 200 <= len(corpus.train) + len(corpus.val) < 300
 
 
 def test_a_missing_package_is_named():
     with pytest.raises(BadInput, match="pip install no_such_package"):
-        data.import_optional("no_such_package")
+        cli.import_optional("no_such_package")

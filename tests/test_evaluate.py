@@ -9,9 +9,10 @@ import torch
 
 import evaluate
 import train as training
-from masks import BadInput
+from downstream import generation
+from engine.settings import Settings
 from objectives import choose_path, from_options
-from train import Settings
+from support.cli import BadInput
 
 
 def test_probabilities_of_all_continuations_sum_to_one(way, make_run):
@@ -95,7 +96,7 @@ def test_generation_of_any_length(way, make_run, prompt, count):
     objective, path = way
     run = make_run(objective, path)
     ids = list(range(8)) * 3
-    texts = [evaluate.generate(run, ids[:prompt], count, temperature=5.0, seed=seed) for seed in (0, 0, 1)]
+    texts = [generation.generate(run, ids[:prompt], count, temperature=5.0, seed=seed) for seed in (0, 0, 1)]
     assert all(len(text) == count and all(0 <= i < 11 for i in text) for text in texts)
     assert texts[0] == texts[1] != texts[2]
 
@@ -105,7 +106,7 @@ def test_greedy_generation_takes_the_most_likely_token(way, make_run):
     run = make_run(objective, path)
     prompt = [1, 2, 3, 4]
     for new in range(3):
-        token = evaluate.generate(run, prompt, 1, temperature=0)[0]
+        token = generation.generate(run, prompt, 1, temperature=0)[0]
         *_, nll = evaluate.left_to_right(run, torch.tensor([[*prompt, k] + [0] * (3 - new) for k in range(11)])).values()
         assert token == nll[:, len(prompt) - 1].argmin()
         prompt.append(token)
@@ -115,15 +116,15 @@ def test_dar_generates_a_group_at_once(make_run, monkeypatch):
     run = make_run(from_options("dar", t=3), "two-stream")
     calls, forward = [], run.model.forward
     monkeypatch.setattr(run.model, "forward", lambda *args: calls.append(args[2].shape[1]) or forward(*args))
-    ids = evaluate.generate(run, [1, 2], 6, temperature=0, at_once=True)
+    ids = generation.generate(run, [1, 2], 6, temperature=0, at_once=True)
     assert calls == [3, 3] and len(ids) == 6
-    single = evaluate.generate(run, [1, 2], 1, temperature=0)
+    single = generation.generate(run, [1, 2], 1, temperature=0)
     assert ids[0] == single[0]  # the first of a group has its whole prefix either way
 
 
 def test_most_confident_first(make_run):
     run = make_run(from_options("mlm", mask=0.3), "mask")
-    ours = evaluate.generate(run, [1, 2, 3], 4, temperature=0, confident=True)
+    ours = generation.generate(run, [1, 2, 3], 4, temperature=0, confident=True)
     tokens, blank = torch.tensor([[1, 2, 3, 0, 0, 0, 0]]), [3, 4, 5, 6]
     while blank:
         f = torch.tensor([[2 if i in blank else 1 for i in range(7)]])
@@ -133,9 +134,9 @@ def test_most_confident_first(make_run):
         blank.remove(best)
     assert ours == tokens[0, 3:].tolist()
     with pytest.raises(BadInput, match="dar t=2"):
-        evaluate.generate(make_run(from_options("dar"), "two-stream"), [1], 2, confident=True)
+        generation.generate(make_run(from_options("dar"), "two-stream"), [1], 2, confident=True)
     with pytest.raises(BadInput, match="one sequence"):
-        evaluate.generate(run, [1, 2, 3], 6, confident=True)
+        generation.generate(run, [1, 2, 3], 6, confident=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from test_glue import LAYOUTS, write
 
 import evaluate
-import finetune
-import glue
-import labelled
-import probe
 import train as training
-from data import ByteTokenizer, pydoc_texts
-from finetune import Protocol
-from masks import BadInput
+from downstream import finetune, glue, glue_runs, hub, labelled, options, probe
+from downstream.finetune import Protocol
+from engine import runs, steps
+from engine.settings import Settings
 from objectives import from_options
-from train import Settings
+from support.cli import BadInput
+from text import sources
+from text.sources import pydoc_texts
+from text.tokenizers import ByteTokenizer
 
 BYTES, CPU = ByteTokenizer(), torch.device("cpu")
 
@@ -135,11 +135,11 @@ def test_attention_and_pooling_by_objective(way, make_run):
     objective, path = way
     run = make_run(objective, path)
     expected = ("causal", "last") if type(objective).__name__ in ("Autoregressive", "DiversityEnhanced") else ("full", "mean")
-    assert finetune.attention_and_pool(run) == expected
-    assert finetune.attention_and_pool(run, "full") == ("full", "mean")
-    assert finetune.attention_and_pool(run, "causal", "mean") == ("causal", "mean")
+    assert options.attention_and_pool(run) == expected
+    assert options.attention_and_pool(run, "full") == ("full", "mean")
+    assert options.attention_and_pool(run, "causal", "mean") == ("causal", "mean")
     with pytest.raises(BadInput, match="--pool first"):
-        finetune.attention_and_pool(run, "causal", "first")
+        options.attention_and_pool(run, "causal", "first")
 
 
 # ---------------------------------------------------------------------------- data
@@ -177,7 +177,7 @@ def test_tsv_classes_and_scores(tmp_path):
 
 def test_pydoc_passages_are_held_out_by_module(monkeypatch):
     documents = list(pydoc_texts())
-    monkeypatch.setattr(labelled, "pydoc_texts", lambda: documents)  # reading them takes seconds
+    monkeypatch.setattr(sources, "pydoc_texts", lambda: documents)  # reading them takes seconds
     data = labelled.pydoc_dataset()
     assert len(data.classes) >= 10 and len(data.train.texts) > 500 and len(data.dev[""].texts) > 100
     where = {}
@@ -248,7 +248,7 @@ QUICK = Protocol(lr=1e-2, pool="mean", attention="full", epochs=4, batch_size=8)
 
 
 def test_learning_rate_rises_and_falls():
-    shares = [training.warm_cosine(p, 0.1) for p in np.linspace(0, 1, 101)]
+    shares = [steps.warm_cosine(p, 0.1) for p in np.linspace(0, 1, 101)]
     assert shares[0] == 0 and shares[5] == pytest.approx(0.5) and shares[10] == 1 and shares[55] == pytest.approx(0.5)
     assert shares[100] == pytest.approx(0) and all(np.diff(shares[:11]) > 0) and all(np.diff(shares[10:]) < 0)
 
@@ -269,14 +269,14 @@ def test_fine_tuning_learns_classes(run, attention, pool):
     texts = some_texts(200, longest=7)
     labels = np.array([2 if "a" in text else "e" in text for (text,) in texts], np.int64)
     inputs = labelled.tokenize(run, texts)
-    before = finetune.fingerprint(run.model)
+    before = glue_runs.fingerprint(run.model)
     protocol = dataclasses.replace(QUICK, attention=attention, pool=pool, epochs=8)
     predict, figures = finetune.fine_tune(run, inputs, labels, 3, protocol, seed=0)
     assert np.bincount(labels).max() < 0.5 * 200
     assert (predict(inputs) == labels).mean() > 0.85 and figures["train_loss"] < 0.7
     assert 0 < figures["input_share"] < 0.5 and 0.5 < figures["padding_efficiency"] <= 1
     # of a copy
-    assert finetune.fingerprint(run.model) == before and all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
+    assert glue_runs.fingerprint(run.model) == before and all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
 def test_fine_tuning_learns_scores(run):
@@ -386,9 +386,9 @@ def test_glue_command_on_all_tasks(trained, glue_dir, capsys, tmp_path):
 
 
 def test_glue_goes_on_where_it_was_interrupted(trained, glue_dir, tmp_path, monkeypatch):
-    run = training.load_run(trained["ar"])
+    run = runs.load_run(trained["ar"])
     protocol = dataclasses.replace(QUICK, epochs=1)
-    whole = finetune.run_glue(run, glue_dir, ["cola", "stsb"], 2, protocol)
+    whole = glue_runs.run_glue(run, glue_dir, ["cola", "stsb"], 2, protocol)
     results, calls, original = tmp_path / "results.json", [], finetune.fine_tune_once
 
     def once(*args):
@@ -400,7 +400,7 @@ def test_glue_goes_on_where_it_was_interrupted(trained, glue_dir, tmp_path, monk
     monkeypatch.setattr(finetune, "fine_tune_once", once)
 
     def again(**changes):
-        return finetune.run_glue(run, glue_dir, ["cola", "stsb"], 2, dataclasses.replace(protocol, **changes), results_file=results)
+        return glue_runs.run_glue(run, glue_dir, ["cola", "stsb"], 2, dataclasses.replace(protocol, **changes), results_file=results)
 
     with pytest.raises(KeyboardInterrupt):
         again()
@@ -426,11 +426,11 @@ def test_glue_goes_on_where_it_was_interrupted(trained, glue_dir, tmp_path, monk
 
 
 def test_predictions_are_made_again_where_they_are_missing(trained, glue_dir, tmp_path, monkeypatch):
-    run, calls, original = training.load_run(trained["ar"]), [], finetune.fine_tune_once
+    run, calls, original = runs.load_run(trained["ar"]), [], finetune.fine_tune_once
     monkeypatch.setattr(finetune, "fine_tune_once", lambda *args: calls.append(args[4]) or original(*args))
 
     def submit(folder):
-        return finetune.run_glue(run, glue_dir, ["rte"], 1, dataclasses.replace(QUICK, epochs=1),
+        return glue_runs.run_glue(run, glue_dir, ["rte"], 1, dataclasses.replace(QUICK, epochs=1),
                                  results_file=tmp_path / "results.json", submit=folder)
 
     assert submit(None)["tasks"]["rte"] and len(calls) == 1
@@ -500,13 +500,12 @@ def test_wrong_uses_are_refused(trained, glue_dir, tmp_path, argv, says):
 
 def test_images_are_refused(run):
     with pytest.raises(BadInput, match="trained on images"):
-        finetune.text_run(dataclasses.replace(run, tokenizer=None))
+        options.text_run(dataclasses.replace(run, tokenizer=None))
 
 
 def test_extras_models_of_the_transformers_package(make_run, tmp_path):
     """BERT with its [CLS], [SEP] and token types through the same code."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    import hub
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: k for k, word in enumerate(words)}, "[UNK]"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -522,7 +521,7 @@ def test_extras_models_of_the_transformers_package(make_run, tmp_path):
     texts = [(" ".join(rng.choice(list("abc"), rng.integers(1, 6))), " ".join(rng.choice(list("def"), 4))) for _ in range(100)]
     inputs = labelled.tokenize(run, texts)
     assert inputs.ids[0][0] == 2 and inputs.ids[0][-1] == 3 and inputs.segments[0].max() == 1
-    assert finetune.attention_and_pool(run) == ("full", "mean")
+    assert options.attention_and_pool(run) == ("full", "mean")
     features = probe.frozen_features(run, inputs, "first", False)["last"]
     expected = bert.bert(torch.tensor(inputs.ids[0][None]).long(), token_type_ids=torch.tensor(inputs.segments[0][None]).long())
     assert torch.allclose(features[0], expected.last_hidden_state[0, 0], atol=1e-5)

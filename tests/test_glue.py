@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-import glue
-from masks import BadInput
+from downstream import glue
+from support.cli import BadInput
 
 A, B = 'He said "no, and "left.', "She stayed\x85 here\u2028 now\x0b.\rYes"  # quotes do not balance; line ends that are none
 MNLI_HEADER = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse",

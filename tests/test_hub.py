@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import evaluate
-import hub
-from masks import BadInput
+from downstream import connectivity, hub
 from objectives import describe
+from support.cli import BadInput
 
 TEXT = "The cat sat on the mat, and the dog ran after it; then both of them slept until the morning came. " * 40
 CAUSAL, MASKED = ("gpt2", "llama", "opt"), ("bert", "roberta", "electra")
@@ -198,7 +198,7 @@ def test_extras_perplexity_command(folders, capsys, tmp_path, name):
     for r in results.values():
         assert r["bits_per_byte"] == pytest.approx(r["nll"] / 0.6931472 * total / len(TEXT), rel=1e-4)
     if name == "gpt2":
-        sequences = evaluate.evaluation_sequences(hub.load_run(f"hf:{path}", length=12), str(tmp_path / "text.txt"))[0]
+        sequences = connectivity.evaluation_sequences(hub.load_run(f"hf:{path}", length=12), str(tmp_path / "text.txt"))[0]
         assert results["next"]["nll"] == pytest.approx(network(input_ids=sequences, labels=sequences).loss.item(), abs=1e-4)
     shown = call(capsys, *argv, "--by-length")
     assert str(path) in shown and "step" not in shown

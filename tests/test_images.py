@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import data
-import images
-from images import load_images, prepare
-from masks import BadInput
+from images import files, patches, pixels, raw, sets, shapes
+from images.sets import load_images
+from images.sets import prepare_images as prepare
+from support.cli import BadInput
 
 
 def generator(seed=0):
@@ -67,9 +68,9 @@ def write_mnist(root, end="", shape=(28, 28)):
     (lambda root: write_mnist(root, ".gz"), 10)], ids=["cifar10", "cifar100", "mnist", "mnist-gz"])
 def test_published_files_directly_and_prepared(tmp_path, write, classes):
     expected = write(tmp_path / "raw")
-    assert images.is_images(str(tmp_path / "raw"))
+    assert sets.is_images(str(tmp_path / "raw"))
     manifest = prepare(str(tmp_path / "raw"), tmp_path / "out", quiet=True)
-    assert images.is_images(tmp_path / "out") and manifest["train"]["images"] == len(expected[0][1])
+    assert sets.is_images(tmp_path / "out") and manifest["train"]["images"] == len(expected[0][1])
     for source in (tmp_path / "raw", tmp_path / "out"):
         found = load_images(str(source))
         assert len(found.classes) == classes and found.size == expected[0][0].shape[1]
@@ -161,8 +162,8 @@ def test_image_folders_are_guarded(tmp_path):
         with pytest.raises(BadInput, match=message):
             load_images(str(out))
         (out / "val.labels.bin").write_bytes(labels)
-    assert images.is_images(out)  # damaged as it is, it is no text
-    assert not images.is_images(tmp_path / "full")
+    assert sets.is_images(out)  # damaged as it is, it is no text
+    assert not sets.is_images(tmp_path / "full")
 
 
 def touch(root, *names):
@@ -181,18 +182,18 @@ def touch(root, *names):
     (["train.bin", "val.bin", "tokenizer.json"], False), (["train", "val"], False), (["train/cat/.1.jpg"], False), ([], False)])
 def test_images_are_told_from_text_by_names(tmp_path, names, expected):
     touch(tmp_path, *names)
-    assert images.is_images(str(tmp_path)) is expected
+    assert sets.is_images(str(tmp_path)) is expected
 
 
 def test_what_is_not_a_folder_of_images(tmp_path):
     (tmp_path / "tokens").mkdir()
     for manifest in ('{"format": 1, "dtype": "uint16"}', "[1]", "{"):
         (tmp_path / "tokens" / "manifest.json").write_text(manifest)
-        assert not images.is_images(tmp_path / "tokens")
+        assert not sets.is_images(tmp_path / "tokens")
     (tmp_path / "book.txt").write_text("text")
-    assert images.is_images("shapes")
+    assert sets.is_images("shapes")
     for source in ("pydoc", "hf:cifar10", "", tmp_path / "book.txt", tmp_path / "nowhere"):
-        assert not images.is_images(source)
+        assert not sets.is_images(source)
 
 
 # ---------------------------------------------------------------------------- JPEG and PNG files
@@ -229,7 +230,7 @@ def test_extras_class_folders_decoded_at_once_and_prepared(tmp_path, other):
                  np.repeat([0, 1], [sizes[f"{side}/{name}"] for name in ("cat", "dog")])) for side in ("train", other)]
     assert data.main(["images", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) is None
     for source in (tmp_path / "raw", tmp_path / "out"):
-        assert images.is_images(source)
+        assert sets.is_images(source)
         found = load_images(str(source))
         assert found.classes == ("cat", "dog") and found.size == 8
         assert np.allclose(found.mean, expected[0][0].mean(axis=(0, 1, 2)) / 255)
@@ -239,7 +240,7 @@ def test_extras_class_folders_decoded_at_once_and_prepared(tmp_path, other):
             assert np.array_equal(batch[0].numpy(), x[rows]) and np.array_equal(batch[1].numpy(), y[rows])
             assert len(part) == len(y) and np.array_equal(part.labels, y)
     workers = multiprocessing.active_children()
-    assert workers and images.pool.cache_info().currsize == 1
+    assert workers and files.pool.cache_info().currsize == 1
     workers[0].kill()
     part = load_images(str(tmp_path / "raw")).train
     for _ in range(2):  # a killed worker costs nothing but time
@@ -251,7 +252,7 @@ def test_extras_a_share_of_each_class_is_held_out(tmp_path):
     pixels = class_folders(tmp_path / "raw", {"a": 20, "b": 4, ".hidden": 2})
 
     def held(seed):
-        found = images.open_folder(tmp_path / "raw", val_fraction=0.2, seed=seed)
+        found = raw.open_folder(tmp_path / "raw", val_fraction=0.2, seed=seed)
         assert [np.bincount(found[side].labels).tolist() for side in ("train", "val")] == [[16, 3], [4, 1]]
         both = found["train"].files + found["val"].files
         assert len(set(both)) == len(both) == 24 and not any("hidden" in path for path in both)
@@ -288,7 +289,7 @@ def test_extras_corrupt_files_are_skipped_and_counted(tmp_path, capsys):
     assert np.array_equal(x.numpy(), np.concatenate([pixels["train/a"][:59], pixels["train/b"]]))
     assert y.tolist() == [0] * 59 + [1] * 60
 
-    train = images.open_folder(raw)["train"]  # while training, the next file stands in
+    train = raw.open_folder(raw)["train"]  # while training, the next file stands in
     for _ in range(2):
         x, y = train.batch([58, 59])
         assert np.array_equal(x.numpy(), [pixels["train/a"][58], pixels["train/b"][0]]) and y.tolist() == [0, 1]
@@ -304,7 +305,7 @@ def test_extras_corrupt_files_are_skipped_and_counted(tmp_path, capsys):
 
 def saved(tmp_path, image, name="image.png", size=None, **options):
     image.save(tmp_path / name, **options)
-    found = images.decode(str(tmp_path / name), size or min(image.size))
+    found = files.decode(str(tmp_path / name), size or min(image.size))
     assert isinstance(found, np.ndarray) and found.dtype == np.uint8, found
     return found
 
@@ -328,10 +329,10 @@ def test_extras_every_kind_of_pixel_becomes_rgb(tmp_path):
     assert (holes[clear] == 255).all() and np.array_equal(holes[~clear], np.asarray(palette.convert("RGB"))[~clear])
     sixteen = noise(9, 18, seed=3)  # big-endian pairs: the first byte is the upper one
     write_png(tmp_path / "16.png", sixteen, 0, 16)
-    assert np.array_equal(images.decode(tmp_path / "16.png", 9)[..., 1], sixteen[:, ::2])
+    assert np.array_equal(files.decode(tmp_path / "16.png", 9)[..., 1], sixteen[:, ::2])
     sixteen = noise(9, 54, seed=4)
     write_png(tmp_path / "16.png", sixteen, 2, 16)
-    assert np.array_equal(images.decode(tmp_path / "16.png", 9), sixteen[:, ::2].reshape(9, 9, 3))
+    assert np.array_equal(files.decode(tmp_path / "16.png", 9), sixteen[:, ::2].reshape(9, 9, 3))
     cmyk = saved(tmp_path, Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "image.jpg")
     assert np.abs(cmyk.astype(int) - [0, 255, 255]).max() < 8
     assert (saved(tmp_path, Image.new("L", (16, 16), 77), "image.jpg") == 77).all()
@@ -367,13 +368,13 @@ def test_a_missing_pillow_is_named(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------- order, crops
 
 def test_order_is_stateless_and_each_epoch_a_permutation():
-    whole = np.concatenate([images.order(10, 3, start, 7) for start in range(0, 70, 7)])
+    whole = np.concatenate([patches.order(10, 3, start, 7) for start in range(0, 70, 7)])
     assert all(sorted(epoch) == list(range(10)) for epoch in whole.reshape(7, 10).tolist())
     assert len({tuple(epoch) for epoch in whole.reshape(7, 10).tolist()}) == 7
     for start, size in ((33, 1), (5, 40), (0, 10)):  # in any order, across epochs
-        assert np.array_equal(images.order(10, 3, start, size), whole[start:start + size])
-    assert not np.array_equal(images.order(10, 4, 0, 10), whole[:10])
-    assert images.order(4, None, 2, 5).tolist() == [2, 3, 0, 1, 2]
+        assert np.array_equal(patches.order(10, 3, start, size), whole[start:start + size])
+    assert not np.array_equal(patches.order(10, 4, 0, 10), whole[:10])
+    assert patches.order(4, None, 2, 5).tolist() == [2, 3, 0, 1, 2]
 
 
 def plain_crop(image, view, size):
@@ -400,37 +401,37 @@ def plain_crop(image, view, size):
 @pytest.mark.parametrize("H, W, size", [(7, 7, 7), (5, 9, 6), (12, 10, 4)])
 def test_crop_is_the_plain_loop(H, W, size):
     pixels = noise(4, H, W, 3)
-    views = images.random_views(4, generator(1))
+    views = pixels.random_views(4, generator(1))
     views[3] = torch.tensor([0.5, 0.5, 1, 1, -1])
-    found = images.crop(torch.from_numpy(pixels), views, size)
+    found = pixels.crop(torch.from_numpy(pixels), views, size)
     assert found.shape == (4, 3, size, size) and found.dtype == torch.float32
     for x, image, view in zip(found, pixels, views):
         assert np.abs(x.permute(1, 2, 0).numpy() - plain_crop(image / 255.0, view, size)).max() < 1e-5
 
 
 def test_crop_that_enlarges_is_grid_sample():
-    pixels, views = torch.from_numpy(noise(8, 16, 16, 3)), images.random_views(8, generator())
+    pixels, views = torch.from_numpy(noise(8, 16, 16, 3)), pixels.random_views(8, generator())
     theta = torch.zeros(8, 2, 3)
     theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = (
         views[:, 4] * views[:, 2], 2 * views[:, 0] - 1, views[:, 3], 2 * views[:, 1] - 1)
     grid = F.affine_grid(theta, (8, 3, 20, 20), align_corners=False)
     expected = F.grid_sample(pixels.permute(0, 3, 1, 2) / 255, grid, padding_mode="border", align_corners=False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (images.crop(pixels, views, 20) - expected).abs().max() < 1e-5
+        assert (pixels.crop(pixels, views, 20) - expected).abs().max() < 1e-5
 
 
 def test_crop_without_views_is_the_centre():
     pixels = torch.from_numpy(noise(3, 8, 8, 3))
-    assert torch.equal(images.crop(pixels, None, 8), pixels.permute(0, 3, 1, 2) / 255)
-    assert torch.allclose(images.crop(pixels, None, 4), images.crop(pixels, torch.tensor([[0.5, 0.5, 1, 1, 1]] * 3), 4))
+    assert torch.equal(pixels.crop(pixels, None, 8), pixels.permute(0, 3, 1, 2) / 255)
+    assert torch.allclose(pixels.crop(pixels, None, 4), pixels.crop(pixels, torch.tensor([[0.5, 0.5, 1, 1, 1]] * 3), 4))
     wide = torch.from_numpy(noise(3, 8, 14, 3))
-    assert torch.allclose(images.crop(wide, None, 8), wide[:, :, 3:11].permute(0, 3, 1, 2) / 255, atol=1e-6)
+    assert torch.allclose(pixels.crop(wide, None, 8), wide[:, :, 3:11].permute(0, 3, 1, 2) / 255, atol=1e-6)
 
 
 def test_extras_crop_resizes_as_pillow(tmp_path):
     Image = pytest.importorskip("PIL.Image")
-    pixels, views = noise(6, 40, 40, 3), images.random_views(6, generator(2), flip=False)
-    for x, image, (cx, cy, wide, high, _) in zip(images.crop(torch.from_numpy(pixels), views, 12), pixels, views.tolist()):
+    pixels, views = noise(6, 40, 40, 3), pixels.random_views(6, generator(2), flip=False)
+    for x, image, (cx, cy, wide, high, _) in zip(pixels.crop(torch.from_numpy(pixels), views, 12), pixels, views.tolist()):
         box = tuple(40 * edge for edge in (cx - wide / 2, cy - high / 2, cx + wide / 2, cy + high / 2))
         box = tuple(min(40, max(0, edge)) for edge in box)
         expected = np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BILINEAR, box))
@@ -438,7 +439,7 @@ def test_extras_crop_resizes_as_pillow(tmp_path):
 
 
 def test_random_views():
-    views = images.random_views(20_000, generator(), scale=(0.3, 0.9))
+    views = pixels.random_views(20_000, generator(), scale=(0.3, 0.9))
     cx, cy, wide, high, sign = views.unbind(1)
     for centre, extent in ((cx, wide), (cy, high)):
         assert (centre - extent / 2).min() > -1e-6 and (centre + extent / 2).max() < 1 + 1e-6
@@ -449,45 +450,45 @@ def test_random_views():
     assert abs(area.mean() - 0.6) < 0.01 and abs(area.std() - 0.6 / 12 ** 0.5) < 0.01
     assert ratio.abs().max() < math.log(4 / 3) + 1e-5 and abs(ratio.mean()) < 0.01 and ratio.std() > 0.1
     assert set(sign.tolist()) == {-1, 1} and abs(sign.mean()) < 0.03
-    assert torch.equal(images.random_views(5, generator(7)), images.random_views(5, generator(7)))
-    assert (images.random_views(99, generator(), flip=False)[:, 4] == 1).all()
-    assert torch.allclose(images.random_views(9, generator(), (1, 1), flip=False), torch.tensor([0.5, 0.5, 1, 1, 1]))
+    assert torch.equal(pixels.random_views(5, generator(7)), pixels.random_views(5, generator(7)))
+    assert (pixels.random_views(99, generator(), flip=False)[:, 4] == 1).all()
+    assert torch.allclose(pixels.random_views(9, generator(), (1, 1), flip=False), torch.tensor([0.5, 0.5, 1, 1, 1]))
     for arguments in ({"scale": (0, 1)}, {"scale": (0.5, 0.2)}, {"ratio": (1.2, 2)}):
         with pytest.raises(BadInput, match="crops need"):
-            images.random_views(2, generator(), **arguments)
+            pixels.random_views(2, generator(), **arguments)
 
 
 def test_normalise_and_back():
     x, mean, std = torch.rand(5, 3, 6, 6, generator=generator()), (0.1, 0.5, 0.6), (0.2, 0.25, 0.3)
-    y = images.normalise(x, mean, std)
+    y = pixels.normalise(x, mean, std)
     assert torch.allclose(y[:, 1], (x[:, 1] - 0.5) / 0.25) and torch.allclose(y[:, 2], (x[:, 2] - 0.6) / 0.3)
-    assert torch.allclose(images.denormalise(y, mean, std), x)
-    constant = images.channel_histogram(np.full((2, 4, 4, 3), 51, np.uint8))
-    assert np.allclose(images.moments(constant), [[0.2] * 3, [1 / 255] * 3])
+    assert torch.allclose(pixels.denormalise(y, mean, std), x)
+    constant = pixels.channel_histogram(np.full((2, 4, 4, 3), 51, np.uint8))
+    assert np.allclose(pixels.moments(constant), [[0.2] * 3, [1 / 255] * 3])
 
 
 # ---------------------------------------------------------------------------- patches
 
 def test_patches_are_in_raster_order_and_come_back():
     x = torch.randn(2, 3, 12, 12, generator=generator())
-    patches = images.patchify(x, 4)
+    patches = pixels.patchify(x, 4)
     assert torch.equal(patches, F.unfold(x, 4, stride=4).transpose(1, 2))
     assert torch.equal(patches[:, 5].reshape(2, 3, 4, 4), x[:, :, 4:8, 8:12])
-    assert torch.equal(images.unpatchify(patches, 4), x)
-    assert torch.equal(images.unpatchify(images.patchify(x[:, :1], 3), 3, channels=1), x[:, :1])
+    assert torch.equal(pixels.unpatchify(patches, 4), x)
+    assert torch.equal(pixels.unpatchify(pixels.patchify(x[:, :1], 3), 3, channels=1), x[:, :1])
     with pytest.raises(BadInput, match="12 x 12 pixels cannot be cut into patches of 5 x 5"):
-        images.patchify(x, 5)
+        pixels.patchify(x, 5)
     with pytest.raises(BadInput, match="6 patches"):
-        images.unpatchify(patches[:, :6], 4)
+        pixels.unpatchify(patches[:, :6], 4)
 
 
 # ---------------------------------------------------------------------------- mixing and erasing
 
 def test_soft_targets_are_those_of_label_smoothing():
     logits, labels = torch.randn(6, 5, generator=generator()), torch.tensor([0, 4, 2, 2, 1, 3])
-    soft = images.soft_targets(labels, 5, 0.1)
+    soft = pixels.soft_targets(labels, 5, 0.1)
     assert torch.allclose(F.cross_entropy(logits, soft), F.cross_entropy(logits, labels, label_smoothing=0.1))
-    assert torch.equal(images.soft_targets(labels, 5), F.one_hot(labels, 5).float())
+    assert torch.equal(pixels.soft_targets(labels, 5), F.one_hot(labels, 5).float())
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
@@ -496,7 +497,7 @@ def test_mixing_treats_images_and_targets_alike(mixup, cutmix):
     B, kinds = 6, set()
     x = torch.arange(B).float()[:, None, None, None].expand(B, 3, 16, 12)
     for seed in range(40):
-        mixed, soft = images.mix(x, torch.eye(B), generator(seed), mixup, cutmix)
+        mixed, soft = pixels.mix(x, torch.eye(B), generator(seed), mixup, cutmix)
         assert torch.allclose(soft.sum(dim=1), torch.ones(B)) and mixed.shape == x.shape
         means = mixed.mean(dim=(1, 2, 3))
         assert torch.allclose(means, soft @ torch.arange(B).float(), atol=1e-4)
@@ -508,27 +509,27 @@ def test_mixing_treats_images_and_targets_alike(mixup, cutmix):
             rows, columns = other[0, 0].any(dim=1).sum(), other[0, 0].any(dim=0).sum()
             assert rows * columns == other[0, 0].sum()
     assert kinds == ({"mixup"} if mixup else set()) | ({"cutmix"} if cutmix else set())
-    again = [images.mix(x, torch.eye(B), generator(5), mixup, cutmix) for _ in range(2)]
+    again = [pixels.mix(x, torch.eye(B), generator(5), mixup, cutmix) for _ in range(2)]
     assert torch.equal(again[0][0], again[1][0]) and torch.equal(again[0][1], again[1][1])
 
 
 def test_mixing_weights_are_beta():
     def shares(**kinds):
         x = torch.zeros(2, 1, 24, 24)
-        return torch.stack([images.mix(x, torch.eye(2), generator(seed), **kinds)[1][0, 0] for seed in range(1500)])
+        return torch.stack([pixels.mix(x, torch.eye(2), generator(seed), **kinds)[1][0, 0] for seed in range(1500)])
 
     found = shares(mixup=0.8, cutmix=0)
     assert abs(found.mean() - 0.5) < 0.03 and abs(found.var() - 1 / (4 * 2.6)) < 0.01  # variance of Beta(a, a): 1/(4(2a+1))
     assert shares(mixup=0, cutmix=1.0).mean() > 0.55  # boxes are cut off at the border
     x, eye = torch.rand(2, 3, 4, 4), torch.eye(2)
-    assert images.mix(x, eye, generator(), 0, 0)[0] is x
+    assert pixels.mix(x, eye, generator(), 0, 0)[0] is x
     with pytest.raises(BadInput, match="mixup and cutmix"):
-        images.mix(x, eye, generator(), -1, 1)
+        pixels.mix(x, eye, generator(), -1, 1)
 
 
 def test_random_erasing():
     x = torch.full((4000, 3, 16, 16), 9.0)
-    y = images.random_erase(x, generator(), 0.25)
+    y = pixels.random_erase(x, generator(), 0.25)
     changed = (y != 9).all(dim=1)
     assert torch.equal(changed, (y != 9).any(dim=1))  # all channels
     hit = changed.flatten(1).any(dim=1)
@@ -539,8 +540,8 @@ def test_random_erasing():
     assert 2 <= area.min() and area.max() < 0.4 * 256 and abs(area.float().mean() / 256 - 0.177) < 0.01
     erased = y[hit].permute(0, 2, 3, 1)[changed[hit]]
     assert abs(erased.mean()) < 0.02 and abs(erased.std() - 1) < 0.02
-    assert torch.equal(y, images.random_erase(x, generator(), 0.25)) and (x == 9).all()
-    assert torch.equal(images.random_erase(x[:50], generator(), 0), x[:50])
+    assert torch.equal(y, pixels.random_erase(x, generator(), 0.25)) and (x == 9).all()
+    assert torch.equal(pixels.random_erase(x[:50], generator(), 0), x[:50])
 
 
 # ---------------------------------------------------------------------------- shapes
@@ -554,8 +555,8 @@ AREAS = {"circle": math.pi * 0.85 ** 2, "square": 1.5 ** 2, "triangle": 3 * 3 **
 def test_shapes_have_the_right_area_and_distance():
     grid = np.linspace(-1.2, 1.2, 601)
     x, y = np.meshgrid(grid, grid)
-    assert len(images.SHAPES) >= 10
-    for name, distance in images.SHAPES.items():
+    assert len(shapes.SHAPES) >= 10
+    for name, distance in shapes.SHAPES.items():
         d = distance(x, y)
         area = (d < 0).mean() * 2.4 ** 2
         assert 0.5 < area < 2.8 and (d[(x ** 2 + y ** 2) > 1.2 ** 2] > 0).all()
@@ -566,17 +567,17 @@ def test_shapes_have_the_right_area_and_distance():
     for px, py in np.random.default_rng(0).uniform(-1.2, 1.2, (50, 2)):
         nearest = np.hypot(*(outline - (px, py)).T).min()
         sign = -1 if abs(px) < 1 and abs(py) < 0.3 else 1
-        assert abs(images.SHAPES["bar"](np.array([px]), np.array([py]))[0] - sign * nearest) < 1e-3
+        assert abs(shapes.SHAPES["bar"](np.array([px]), np.array([py]))[0] - sign * nearest) < 1e-3
 
 
 def test_shapes_are_drawn_alike_balanced_and_no_task_for_a_linear_model():
-    x, y = images.shapes(2400, 16, seed=0)
-    again, labels = images.shapes(2400, 16, seed=0)
+    x, y = shapes.shapes(2400, 16, seed=0)
+    again, labels = shapes.shapes(2400, 16, seed=0)
     assert np.array_equal(x, again) and np.array_equal(y, labels)
     assert (np.bincount(y) == 200).all() and (np.diff(y[:200]) != 0).mean() > 0.8
-    other, labels = images.shapes(1200, 16, seed=1)
+    other, labels = shapes.shapes(1200, 16, seed=1)
     assert not np.array_equal(other, x[:1200])
-    assert len(images.shapes(5, 48)[0]) == 5
+    assert len(shapes.shapes(5, 48)[0]) == 5
     # ridge regression on the pixels
     x, other = (np.c_[set_.reshape(len(set_), -1) / 255.0 - 0.5, np.ones(len(set_))] for set_ in (x, other))
     weights = np.linalg.solve(x.T @ x + 30 * np.eye(x.shape[1]), x.T @ np.eye(12)[y])
@@ -585,10 +586,10 @@ def test_shapes_are_drawn_alike_balanced_and_no_task_for_a_linear_model():
 
 def test_the_default_set(monkeypatch):
     drawn = []
-    monkeypatch.setattr(images, "shapes", lambda count, size, seed: (
+    monkeypatch.setattr(shapes, "shapes", lambda count, size, seed: (
         drawn.append((count, size, seed)), (noise(count, size, size, 3), np.arange(count) % 12))[1])
     found = load_images("shapes")
-    assert drawn == [(8000, 32, 0), (2000, 32, 1)] and found.size == 32 and found.classes == tuple(images.SHAPES)
+    assert drawn == [(8000, 32, 0), (2000, 32, 1)] and found.size == 32 and found.classes == tuple(shapes.SHAPES)
     assert load_images("shapes", 8).train.batch([1])[0].shape == (1, 8, 8, 3)
 
 
@@ -606,7 +607,7 @@ def unpack(path):
 def test_contact_sheet_of_any_set(tmp_path, capsys):
     (pixels, labels), _ = write_mnist(tmp_path / "raw")
     for options in ([], ["--views"]):
-        images.main([str(tmp_path / "raw"), "--out", str(tmp_path / "sheet.png"), "--columns", "3", *options])
+        data.main([str(tmp_path / "raw"), "--out", str(tmp_path / "sheet.png"), "--columns", "3", *options])
         sheet = unpack(tmp_path / "sheet.png")
         assert sheet.shape == (10 * 60, 3 * 60, 3) and (sheet[:2] == 255).all()
         cell = sheet[2:58:2, 2:58:2]
@@ -617,7 +618,7 @@ def test_contact_sheet_of_any_set(tmp_path, capsys):
 def test_extras_png_files_can_be_read(tmp_path):
     Image = pytest.importorskip("PIL.Image")
     picture = noise(5, 8, 3)
-    images.write_png(tmp_path / "x.png", picture)
+    pixels.write_png(tmp_path / "x.png", picture)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), picture)
 
 

@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 
-import masks
-from masks import BadInput, ar_groups, content_mask, dar_groups, masked_groups, query_mask
+import beyond
+import objectives
+from masks import ar_groups, content_mask, dar_groups, masked_groups, query_mask
+from support.cli import BadInput
 
 
 def f_of_paper(i, t, g1):
@@ -100,9 +102,9 @@ def test_generator_decides():
 
 def test_permutation_and_prefix_groups():
     generator = torch.Generator().manual_seed(0)
-    permuted = masks.permutation_groups(100, 6, generator)
+    permuted = beyond.permutation_groups(100, 6, generator)
     assert (permuted.sort(1).values == torch.arange(1, 7)).all() and len(set(map(tuple, permuted.tolist()))) > 50
-    for f in masks.prefix_groups(100, 6, generator).tolist():
+    for f in beyond.prefix_groups(100, 6, generator).tolist():
         given = f.count(1)
         assert 1 <= given <= 5 and f[given:] == list(range(2, 8 - given))
 
@@ -116,7 +118,7 @@ def test_wrong_values_are_refused(call):
 
 
 def test_drawing_shows_f_and_both_masks(capsys):
-    masks.main(["dar", "--t", "2", "--length", "4"])
+    objectives.main(["dar", "--t", "2", "--length", "4"])
     text = capsys.readouterr().out
     assert "group f(i)   1  2  2  3" in text and "group f(i)   1  1  2  2" in text
     # row 3 of g1 = 1: the content stream sees 1, 2, 3 and the query stream sees 1

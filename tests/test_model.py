@@ -2,21 +2,11 @@
 import pytest
 import torch
 
+from engine.machine import flops_per_sequence, parameters
 from masks import ar_groups, by_group, content_mask, masked_groups, query_mask
-from model import (
-    SIZES,
-    Config,
-    Linear,
-    Transformer,
-    additive,
-    attend,
-    flops_per_sequence,
-    grid_sinusoids,
-    parameters,
-    prefix_blocks,
-    take,
-)
+from model import SIZES, Config, Transformer, grid_sinusoids
 from objectives import draw_batch, from_options, loss_sum, target_positions
+from support.kernels import Linear, additive, attend, prefix_blocks, take
 
 
 def dependence(model, groups, targets, path):

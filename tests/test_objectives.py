@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from masks import BadInput, query_mask
+import evaluate
+import objectives
+import spectral
+from masks import query_mask
 from objectives import (
     OBJECTIVES,
-    LinearCrossEntropy,
-    Objective,
     choose_path,
     describe,
     draw_batch,
@@ -22,6 +23,9 @@ from objectives import (
     spectral_loss,
     target_nll,
 )
+from support.cli import BadInput
+from support.kernels import LinearCrossEntropy
+from support.objective import Objective
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -184,9 +188,6 @@ def test_one_stream_cannot_run_dar():
 
 def test_a_new_objective_is_one_function(monkeypatch, make_run):
     """The README's example: registered, drawn, trained for a step, evaluated and given a spectrum."""
-    import evaluate
-    import masks
-    import spectral
 
     @dataclass(frozen=True)
     class EverySecond(Objective):
@@ -198,7 +199,7 @@ def test_a_new_objective_is_one_function(monkeypatch, make_run):
 
     monkeypatch.setitem(OBJECTIVES, "second", EverySecond)
     objective = from_options("second")
-    masks.main(["second", "--length", "4"])
+    objectives.main(["second", "--length", "4"])
     for path in ("mask", "two-stream"):
         run = make_run(objective, path, vocab=3, length=4)
         batch = draw_batch(objective, path, torch.randint(3, (2, 4)), 3)

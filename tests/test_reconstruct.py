@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-import reconstruct
-from masks import BadInput
-from reconstruct import hidden_patches, measures, picture, ssim, with_mean
-from train import Run, Settings
+from downstream import reconstruct
+from downstream.reconstruct import hidden_patches, measures, picture, ssim, with_mean
+from engine.runs import Run
+from engine.settings import Settings
+from support.cli import BadInput
 
 
 @pytest.fixture

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import evaluate
-import hub
-import images
-import reconstruct
 import reproduce
 import spectral
-import tables
 import train
-from masks import BadInput
-from tables import SCALES, TARGETS, Cell, Claim, Measure, Place, Table
+from downstream import reconstruct
+from engine import machine, runs
+from experiments import tables
+from experiments.tables import SCALES, TARGETS, Cell, Claim, Measure, Place, Table
+from support import cli
+from support.cli import BadInput
+from text import sources
 
 TABLE7 = "Masked (0.15)", "Masked (0.3)", "Variable-length [0.15, 0.3]"
 
@@ -34,7 +33,7 @@ def little_text():
     """A few made-up documents in place of the library's documentation, which takes seconds to read."""
     rng, patch = np.random.default_rng(0), pytest.MonkeyPatch()
     texts = [(f"module{k}.part", " ".join(rng.choice(["one", "two", "three", "four"], 400))) for k in range(60)]
-    patch.setattr(data, "pydoc_texts", lambda: iter(texts))
+    patch.setattr(sources, "pydoc_texts", lambda: iter(texts))
     yield
     patch.undo()
 
@@ -59,9 +58,9 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
 
     for module, name in ((hub, "load_run"), (evaluate, "load_run"), (data, "prepare"), (images, "prepare")):
         monkeypatch.setattr(module, name, reached)
-    monkeypatch.setattr(evaluate, "import_optional", lambda name: None)
+    monkeypatch.setattr(cli, "import_optional", lambda name: None)
     monkeypatch.setattr(reconstruct, "perceptual_distance", lambda net: None)
-    monkeypatch.setattr(hub, "choose_dtype", lambda device, name: torch.float32)
+    monkeypatch.setattr(machine, "choose_dtype", lambda device, name: torch.float32)
     stages = reproduce.with_needs([stage for target in TARGETS.values()
                                    for stage in reproduce.stages_of(place_at(scale, tmp_path), target(place_at(scale, tmp_path)), 1)])
     for program, *rest in {stage.line() for stage in stages}:
@@ -144,12 +143,12 @@ def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path,
 
     one, ar = (train.parse(line.split())[0] for line in ("--objective dar --t 1", "--objective ar --streams 2"))
     assert reproduce.settings_of(vars(one)) == reproduce.settings_of(vars(ar)) != reproduce.settings_of(vars(train.parse([])[0]))
-    content = train.load_checkpoint(elsewhere)
+    content = runs.load_checkpoint(elsewhere)
     torch.save({**content, "step": 30, "seen": 30 * 8}, elsewhere / "ckpt.pt")
     stage.record().unlink()
     assert not reproduce.finished(stage)
     in_process(stage)
-    assert train.load_checkpoint(stage.out)["step"] == 40
+    assert runs.load_checkpoint(stage.out)["step"] == 40
     assert reproduce.finished(stage)
 
 

@@ -14,9 +14,11 @@ import torch
 
 import objectives
 import spectral
-from masks import BadInput
-from objectives import Objective, from_options
-from train import Settings, train
+from engine.settings import Settings
+from objectives import from_options
+from support.cli import BadInput
+from support.objective import Objective
+from train import train
 
 S = 4
 CHOICES = [("ar", {}), ("prefix", {}), ("permutation", {}), ("dar", {"t": 2}), ("dar", {"t": 3}), ("dar", {"t": (1, 2)}),

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import images
-import model
 import train as module
 from data import load_corpus
-from masks import BadInput
-from train import Settings, batch_sizes, learning_rate, load_checkpoint, load_run, parts, steps_for, train
+from engine import runs, steps
+from engine.runs import load_checkpoint, load_run
+from engine.settings import Settings
+from engine.steps import parts
+from images import shapes
+from support import kernels
+from support.cli import BadInput
+from train import batch_sizes, learning_rate, steps_for, train
 
 ROOT = Path(module.__file__).parent
 SMALL = {"length": 32, "batch_size": 8, "steps": 12, "lr": 2e-3}
@@ -78,8 +82,8 @@ def test_so_does_one_on_images(options, small_shapes, tmp_path, monkeypatch):
 @pytest.fixture
 def small_shapes(monkeypatch):
     """The drawn images, 200 of them."""
-    drawn = images.shapes
-    monkeypatch.setattr(images, "shapes", lambda count, size, seed: drawn(200, size, seed))
+    drawn = shapes.shapes
+    monkeypatch.setattr(shapes, "shapes", lambda count, size, seed: drawn(200, size, seed))
 
 
 @pytest.mark.parametrize("options", [{"objective": "ar"}, {"objective": "dar"}, {"objective": "mlm"},
@@ -87,7 +91,7 @@ def small_shapes(monkeypatch):
 def test_every_objective_learns_flat_images(options, tmp_path, monkeypatch):
     """Images of one colour each, so that any patch tells all others. Guessing the mean gives a loss of 1."""
     colours = np.random.default_rng(0).integers(0, 256, (300, 1, 1, 3), dtype=np.uint8)
-    monkeypatch.setattr(images, "shapes", lambda count, size, seed: (
+    monkeypatch.setattr(shapes, "shapes", lambda count, size, seed: (
         np.broadcast_to(colours, (300, size, size, 3)), np.zeros(300, np.int64)))
     settings = Settings(data="shapes", size=8, patch=4, steps=150, batch_size=32, lr=5e-3, **options)
     assert run(settings, tmp_path / "run") < 0.1
@@ -105,12 +109,12 @@ def test_text_and_images_are_not_confused(text, tmp_path):
 def interrupted_run_is_exact(settings, tmp_path, monkeypatch):
     run(settings, tmp_path / "whole", save_every=7, log_every=3)
 
-    def save_then_die(path, content, save=module.save):
+    def save_then_die(path, content, save=runs.save):
         save(path, content)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, "save", save_then_die)
+        patch.setattr(runs, "save", save_then_die)
         run(settings, tmp_path / "parts", save_every=7, log_every=3)
     assert load_checkpoint(tmp_path / "parts")["step"] == 7
     run(settings, tmp_path / "parts", resume=True, save_every=7, log_every=3)
@@ -134,7 +138,7 @@ def test_same_seed_same_weights(text, tmp_path):
 
 
 def test_accumulated_gradients_equal_the_whole_batch(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "on_amd", lambda: False)  # oneDNN's rounding varies more with the batch, and Adam enlarges it
+    monkeypatch.setattr(kernels, "on_amd", lambda: False)  # oneDNN's rounding varies more with the batch, and Adam enlarges it
     for name, micro in (("whole", 64), ("parts", 5)):
         run(Settings(data=text, objective="vl", **{**SMALL, "steps": 3}, micro_batch=micro), tmp_path / name)
     whole, accumulated = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
@@ -156,14 +160,14 @@ def test_a_signal_saves_and_stops(text, tmp_path, monkeypatch):
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    module.save(tmp_path / "ckpt.pt", {"step": 1})
+    runs.save(tmp_path / "ckpt.pt", {"step": 1})
 
     def full_disk(content, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(BadInput, match="No space left on device.*intact"):
-        module.save(tmp_path / "ckpt.pt", {"step": 2})
+        runs.save(tmp_path / "ckpt.pt", {"step": 2})
     assert not list(tmp_path.glob("*.partial"))
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
 
@@ -182,7 +186,7 @@ def test_clipping():
     model = torch.nn.Linear(2, 1, bias=False)
     for largest, kept in ((0, 5.0), (10, 5.0), (1, 1.0)):
         model.weight.grad = torch.tensor([[3.0, 4.0]])
-        assert module.clip_gradients(model, largest) == 5 and model.weight.grad.norm() == pytest.approx(kept, rel=1e-5)
+        assert steps.clip_gradients(model, largest) == 5 and model.weight.grad.norm() == pytest.approx(kept, rel=1e-5)
 
 
 def test_batch_ramp_and_parts():
@@ -202,10 +206,10 @@ def test_batch_ramp_and_parts():
 
 
 def test_what_comes_ahead_comes_in_order():
-    assert list(module.ahead(lambda k: k * k, range(3, 8))) == [9, 16, 25, 36, 49]
-    assert list(module.ahead(str, [1])) == ["1"]
+    assert list(steps.ahead(lambda k: k * k, range(3, 8))) == [9, 16, 25, 36, 49]
+    assert list(steps.ahead(str, [1])) == ["1"]
     with pytest.raises(ZeroDivisionError):
-        list(module.ahead(lambda k: 1 / k, [1, 0]))
+        list(steps.ahead(lambda k: 1 / k, [1, 0]))
 
 
 def test_paper_preset_is_the_paper_s():

@@ -8,19 +8,21 @@ import pytest
 import torch
 
 import evaluate
-import finetune
-import labelled
-import probe
+import model
 import train as training
-import vision
-from images import FileSet, Images, ImageSet, load_images, write_png
-from labelled import Batch
-from masks import BadInput
+from downstream import glue_runs, labelled, probe, vision
+from downstream.labelled import Batch
+from downstream.vision import DropPath, Recipe
+from engine import runs
+from engine.runs import Run
+from engine.settings import Settings
+from images.files import FileSet, Images, ImageSet
+from images.pixels import write_png
+from images.sets import load_images
+from images.shapes import SHAPES, draw, shapes
 from model import Config
 from objectives import from_options
-from shapes import SHAPES, draw, shapes
-from train import Run, Settings
-from vision import DropPath, Recipe
+from support.cli import BadInput
 
 
 def image_set(count, size=12, classes=3, seed=0):
@@ -204,16 +206,16 @@ def toy(count=96, size=12):
 
 def toy_run(seed=0):
     torch.manual_seed(seed)
-    model = training.Transformer(Config(0, 9, 2, 16, 2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3)).eval()
+    model = model.Transformer(Config(0, 9, 2, 16, 2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3)).eval()
     return Run(model, from_options("ar"), "causal", None, Settings(preset="vit-tiny", data="shapes"), 0, "test")
 
 
 def test_fine_tuning_learns_repeats_and_leaves_the_model_alone():
     run, images = toy_run(), toy()
-    before = finetune.fingerprint(run.model)
+    before = glue_runs.fingerprint(run.model)
     recipe = dataclasses.replace(RECIPE, lr=1e-2, epochs=6, batch_size=16)
     accuracy, figures = vision.fine_tune_images(run, images, recipe, 0)
-    assert accuracy > 0.9 and finetune.fingerprint(run.model) == before
+    assert accuracy > 0.9 and glue_runs.fingerprint(run.model) == before
     assert vision.fine_tune_images(run, images, dataclasses.replace(recipe, lr=1e-9, epochs=1), 0)[0] < 0.7
     again = vision.fine_tune_images(run, images, recipe, 0)
     assert again[0] == accuracy and again[1]["train_loss"] == figures["train_loss"]
@@ -253,7 +255,7 @@ def pretrained_and_pixels(folder, seed):
     write_images(folder / "data", sets, ["circle", "frame", "bar"])
     settings = Settings(objective="mlm", mask=(0.5,), data=str(folder / "data"), size=16, steps=100, batch_size=64, crop=0.5, seed=seed)
     training.train(settings, folder / "run", device="cpu", dtype="fp32", quiet=True)
-    run, images = training.load_run(folder / "run"), vision.load_labelled(folder / "data", 16)
+    run, images = runs.load_run(folder / "run"), vision.load_labelled(folder / "data", 16)
     (x, y), (test_x, test_y) = (vision.image_features(run, part) for part in (images.train, images.val))
     raw = vision.sgd_probe(*vision.pixels(run, images.train), *vision.pixels(run, images.val))
     return vision.sgd_probe(x["last"], y, test_x["last"], test_y)["accuracy"], raw["accuracy"]

@@ -26,9 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import images
 import train
-from masks import command_line
+from engine import runs
+from images import shapes
+from support.cli import command_line
 
 SAVE_EVERY = 5
 CASES = {  # name: what it adds to the command
@@ -45,7 +46,7 @@ def write_inputs(folder):
     (folder / "text.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(2000)))
     (folder / "shapes").mkdir()
     for prefix, count, seed in (("train", 150, 0), ("t10k", 40, 1)):
-        pixels, labels = images.shapes(count, 8, seed)
+        pixels, labels = shapes.shapes(count, 8, seed)
         (folder / "shapes" / f"{prefix}-images-idx3-ubyte").write_bytes(
             struct.pack(">4I", 0x803, count, 8, 8) + pixels[..., 0].tobytes())
         (folder / "shapes" / f"{prefix}-labels-idx1-ubyte").write_bytes(
@@ -130,7 +131,7 @@ def wait_for(condition, poll, seconds):
 
 def steps_in(out):
     """(step of the checkpoint, last step in metrics.jsonl), 0 where there is none."""
-    saved = train.load_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0
+    saved = runs.load_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0
     lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
     logged = 0
     for line in lines:
@@ -143,7 +144,7 @@ def steps_in(out):
 
 def differences(whole, other):
     """What differs between two finished runs, as a list of words."""
-    a, b = (train.load_checkpoint(out) for out in (whole, other))
+    a, b = (runs.load_checkpoint(out) for out in (whole, other))
     found = [f"weight {name}" for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
     found += [f"optimiser {i} {name}" for i, entry in a["optimizer"]["state"].items() for name, value in entry.items()
               if not torch.equal(value, b["optimizer"]["state"][i][name])]

@@ -12,6 +12,7 @@ from what it was trained to predict from:
 
 The very first patch is never hidden: left-to-right objectives do not predict it.
 """
+
 import math
 import sys
 import time
@@ -20,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import import_optional
-from hub import open_run
-from images import contact_sheet, crop, denormalise, load_images, normalise, order, patchify, unpatchify, write_png
-from masks import BadInput, output_file, positive, seed
+from downstream.hub import open_run
+from images.patches import order
+from images.pixels import contact_sheet, crop, denormalise, normalise, patchify, unpatchify, write_png
+from images.sets import load_images
 from objectives import describe, scores_next
+from support.cli import BadInput, import_optional, output_file, positive, seed
 
 
 def hidden_patches(count, length, share, order="raster", seed=0):
@@ -228,7 +230,7 @@ def print_rows(rows):
         print(f"{row['label']:{width}s}" + "".join(f"{row[name]:10.4f} ± {row[name + '_stderr']:.4f}" for name in names))
 
 
-def add_commands(command):
+def add_reconstruct_command(command):
     """Register `reconstruct` with evaluate.py."""
     sub = command("reconstruct", reconstruct_command, "predict hidden patches one at a time (Table 8)", many=True)
     sub.add_argument("--data", help="images (default: the validation images of the first checkpoint's data)")

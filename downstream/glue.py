@@ -6,6 +6,7 @@ The files are split at line feeds and tabs and nowhere else: quotation marks in 
 some sentences contain other characters that Python counts as line ends. Official address: https://gluebenchmark.com/tasks
 (Wang et al. 2018). Labels of the test parts are not public; scores here are those of the dev parts.
 """
+
 import math
 import zipfile
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from masks import BadInput
+from support.cli import BadInput
 
 ADDRESS = "https://gluebenchmark.com/tasks"
 
@@ -34,7 +35,11 @@ class Task:
 
 
 PAIR = ("sentence1", "sentence2")
+
+
 NLI = ("entailment", "neutral", "contradiction")
+
+
 TASKS = {
     "cola": Task("CoLA", ("sentence",), metrics=("matthews", "accuracy"),
                  columns=("source", "label", "mark of the source", "sentence")),
@@ -49,6 +54,8 @@ TASKS = {
     "wnli": Task("WNLI", PAIR),
     "ax": Task("AX", PAIR, labels=NLI, parts=(("", None, "AX.tsv"),)),  # no training part: an MNLI model predicts it
 }
+
+
 TABLE2 = ("mnli", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola")  # the paper's columns, and what --tasks all means
 
 

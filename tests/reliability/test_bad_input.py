@@ -9,14 +9,19 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-import bench
 import data
 import evaluate
-import images
+from engine import runs
+from engine import settings as settings_module
+from images import sets
+from model import Config, Transformer
+from support import cli
+from text import folders, tokenizers
+import bench
 import masks
 import spectral
 import train
-from model import Config, Transformer
+from images import sets as images
 
 # command: [(arguments, words of the message: what was given, what to do)]
 WRONG = {
@@ -292,15 +297,15 @@ ROWS = [pytest.param(module, shlex.split(argv), words.split(), id=f"{module.__na
 
 def write_run(folder, damage=None, config=None, **settings):
     """A run folder of a tiny model that never trained."""
-    settings = train.Settings(batch_size=4, **settings)
+    settings = settings_module.Settings(batch_size=4, **settings)
     config = config or Config(257, settings.length, 2, 16, 2)
-    tokenizer = None if config.patch else data.ByteTokenizer().to_json()
+    tokenizer = None if config.patch else tokenizers.ByteTokenizer().to_json()
     content = {"settings": asdict(settings), "model_config": asdict(config), "model": Transformer(config).state_dict(),
                "optimizer": {}, "step": 1, "seen": 4, "seconds": 0.0, "dtype": "fp32", "tokenizer": tokenizer, "train_total": 1}
     if damage:
         damage(content)
     folder.mkdir()
-    train.save(folder / "ckpt.pt", content)
+    runs.save(folder / "ckpt.pt", content)
 
 
 def copied(folder, name, **changes):
@@ -329,7 +334,7 @@ def place(tmp_path_factory):
         (root / name).write_bytes(content)
 
     tokens = root / "tokens"
-    data.prepare([str(root / "text.txt")], tokens, quiet=True)
+    folders.prepare_text([str(root / "text.txt")], tokens, quiet=True)
     manifest = json.loads((tokens / "manifest.json").read_text())
     ids = np.fromfile(tokens / "train.bin", np.uint16)
     copied(tokens, "tokens-cut", train_bin=ids[:-3].tobytes())
@@ -344,7 +349,7 @@ def place(tmp_path_factory):
         records = rng.integers(0, 256, (6, 3073), dtype=np.uint8)
         records[:, 0] = np.arange(6) % 3
         records.tofile(cifar / name)
-    images.prepare(str(cifar), root / "pictures", size=8, quiet=True)
+    sets.prepare_images(str(cifar), root / "pictures", size=8, quiet=True)
     copied(cifar, "cifar-cut", data_batch_1_bin=bytes(3000))
     (copied(cifar, "cifar-names") / "batches.meta.txt").write_text("cat\ndog\n")
     copied(root / "pictures", "pictures-damaged", manifest_json=b'{"format": "images", "size": -8}')
@@ -364,7 +369,7 @@ def place(tmp_path_factory):
 
     word = {"data": str(root / "text.txt"), "length": 16}
     write_run(root / "text", **word)
-    data.prepare([word["data"]], root / "text" / "data", quiet=True)
+    folders.prepare_text([word["data"]], root / "text" / "data", quiet=True)
     write_run(root / "masked", objective="vl", **word)
     write_run(root / "lacking", lambda content: content.pop("model"), **word)
     write_run(root / "otherversion", lambda content: content["settings"].update(colour="red"), **word)
@@ -393,7 +398,7 @@ def test_wrong_use(module, argv, words, place, monkeypatch, capsys):
         argv = [*argv, "--device", "cpu", "--dtype", "fp32"]  # spares the measurement that chooses
     before = snapshot(place)
     with pytest.raises(SystemExit) as end:
-        masks.command_line(lambda: module.main(argv))
+        cli.command_line(lambda: module.main(argv))
     output, error = capsys.readouterr()
     assert end.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -413,5 +418,5 @@ def test_the_right_inputs_are_right(place, monkeypatch, capsys):
     for command in ("perplexity text --max-sequences 4", "generate masked --order confident --tokens 3",
                     "reconstruct picture --max-images 4", "probe text --data good.tsv"):
         evaluate.main([*command.split(), "--device", "cpu", "--dtype", "fp32"])
-    images.main(["cifar", "--out", str(place / "sheet.png"), "--rows", "2", "--columns", "2"])
+    data.main(["cifar", "--out", str(place / "sheet.png"), "--rows", "2", "--columns", "2"])
     assert "perplexity" in capsys.readouterr().out

@@ -5,6 +5,7 @@
 
 The strength of the L2 penalty is chosen on a part of the training examples. Checkpoints of images go to vision.py.
 """
+
 import math
 import sys
 
@@ -12,21 +13,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import glue
-from finetune import (
-    DATA,
-    IMAGE_ONLY,
-    PLAIN,
-    SHARED,
-    add_options,
-    attention_and_pool,
-    describe_run,
-    fewer,
-    refuse,
-)
-from hub import open_run
-from labelled import encode, in_order, load_dataset, pool_features, tokenize
-from masks import BadInput, seed
+from downstream import glue
+from downstream.finetune import PLAIN
+from downstream.labelled import encode, in_order, pool_features
+from support.cli import BadInput
 
 L2 = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # the choices, from strong to weak
 
@@ -136,31 +126,6 @@ def wilson(correct, n, z=1.959964):
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-# ---------------------------------------------------------------------------- command line
-
-def probe_command(args):
-    run, autocast = open_run(args)
-    if run.tokenizer is None:
-        import vision  # it stands above this file
-        return vision.probe_images(args, run, autocast)
-    refuse(args, run, IMAGE_ONLY)
-    attention, pool = attention_and_pool(run, args.attention, args.pool)
-    dataset = load_dataset(args.data or "pydoc", args.glue_dir, args.dev)
-    if dataset.classes is None:
-        raise BadInput(f"{args.data} has scores for labels and a probe predicts classes; evaluate.py finetune does both")
-    train, (suffix, dev) = fewer(dataset.train, args), next(iter(dataset.dev.items()))
-    x, test_x = (frozen_features(run, tokenize(run, part.texts, quiet=False), pool, attention == "causal", args.layer, autocast,
-                                 quiet=False) for part in (train, dev))
-    layers = {str(layer): probe(x[layer], train.labels, test_x[layer], dev.labels, args.seed)
-              for layer in tqdm(x, desc="probe", leave=False, disable=not sys.stderr.isatty())}
-    if args.json != "-":
-        print(f"{run.name}: {describe_run(run)}, linear probe on {dataset.name}{suffix}, {len(dataset.classes)} classes, {pool} "
-              f"pooling, {attention} attention; {len(train.labels):,} training and {len(dev.labels):,} dev texts")
-        print_probes(layers)
-    return {"results": {"data": dataset.name + suffix, "classes": dataset.classes, "pool": pool, "attention": attention,
-                        "layers": layers}}, run
-
-
 def print_probes(probes):
     """A table of {layer: figures of a probe}."""
     print(" layer   accuracy   95% interval     matthews   training        l2")
@@ -169,21 +134,3 @@ def print_probes(probes):
         print(f"{name:>6s}     {100 * r['accuracy']:6.1f}   {low:5.1f} .. {high:5.1f}     {r['matthews']:8.3f}     "
               f"{100 * r['train_accuracy']:6.1f}   {r.get('l2', '-'):>7}")
     print(f"majority class: {100 * r['majority']:.1f}")
-
-
-def layer_number(text):
-    """An argparse type: a number from 0, or all."""
-    return text if text == "all" else seed(text)
-
-
-def add_commands(command):
-    """`probe`, for evaluate.py."""
-    sub = command("probe", probe_command, "logistic regression on frozen features")
-    add_options(sub, {
-        "data": {"help": "text: pydoc, a GLUE task, or a TSV with columns text, label and maybe text_b (default: pydoc); images: as "
-                         "for train.py (default: the run's own)"},
-        "layer": {"type": layer_number, "help": "0 (the embedding) upwards, or all (default: the last)"},
-        "classifier": {"choices": ("lbfgs", "sgd"), "help": "images: logistic regression by L-BFGS or MAE's protocol (default: "
-                                                            "lbfgs)"},
-        "pixels": {"action": "store_true", "help": "images: also the same classifier on raw pixels"},
-        "seed": {"type": seed, "default": 0, "help": "of the split that chooses the L2 strength, or of the SGD"}}, DATA, SHARED)

@@ -14,12 +14,11 @@ import torch
 from test_bad_input import write_run
 
 import data
-import finetune
-import glue
-import images
-import labelled
-import train
-from masks import BadInput
+from downstream import glue, glue_runs, labelled
+from engine import runs
+from images import files, sets
+from support.cli import BadInput
+from text import folders, sources
 
 
 @pytest.fixture(autouse=True)
@@ -75,19 +74,19 @@ def fuzz(path, read, count=40):
 def test_text(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack("naïve text\n".encode() * 300))
-    taken, refused = fuzz(path, lambda: [block.encode() for document in data.documents(str(path)) for block in document.blocks], 100)
+    taken, refused = fuzz(path, lambda: [block.encode() for document in sources.documents(str(path)) for block in document.blocks], 100)
     assert taken == 100 if pack is bytes else refused > 50
 
 
 @pytest.fixture
 def tokens(tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 50)
-    data.prepare([str(tmp_path / "a.txt")], tmp_path / "tokens", quiet=True)
+    folders.prepare_text([str(tmp_path / "a.txt")], tmp_path / "tokens", quiet=True)
     return tmp_path / "tokens"
 
 
 def read_tokens(folder):
-    corpus = data.open_tokens(folder)
+    corpus = folders.open_tokens(folder)
     sequences = data.Sequences(corpus.train, 16, corpus.tokenizer.separator, seed=0)
     assert 0 <= sequences.batch(0, 8).min() and sequences.batch(0, 8).max() < corpus.tokenizer.vocab and corpus.val_bytes > 0
     corpus.tokenizer.decode(corpus.tokenizer.encode("cat"))
@@ -96,7 +95,7 @@ def read_tokens(folder):
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "manifest.json", "tokenizer.json"])
 def test_token_folder(tokens, name):
     assert fuzz(tokens / name, lambda: read_tokens(tokens))[1] > 10
-    fuzz(tokens / name, lambda: (data.load_corpus(str(tokens)), images.is_images(str(tokens))), 20)
+    fuzz(tokens / name, lambda: (data.load_corpus(str(tokens)), sets.is_images(str(tokens))), 20)
 
 
 ODD = [None, True, -1, 10 ** 12, 10 ** 400, 0.5, float("inf"), float("nan"), "", "x", [], [[]], {}, {"tokens": "x"}, [None] * 3]
@@ -128,14 +127,14 @@ def feed(path, texts, read):
 def test_token_manifest_with_odd_values(tokens):
     path = tokens / "manifest.json"
     texts = [json.dumps(x) for x in with_odd_values(json.loads(path.read_text()))] + ["[" * 100_000, "null", "[]", '"x"', "1e999"]
-    assert feed(path, texts, lambda: (images.is_images(str(tokens)), read_tokens(tokens))) > 80
+    assert feed(path, texts, lambda: (sets.is_images(str(tokens)), read_tokens(tokens))) > 80
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_extras_trained_tokenizers(tmp_path, kind):
     pytest.importorskip("tokenizers")
     (tmp_path / "a.txt").write_text("the cat sat on the mat, naïve\n" * 50)
-    data.prepare([str(tmp_path / "a.txt")], tmp_path / "tokens", kind, 320, quiet=True)
+    folders.prepare_text([str(tmp_path / "a.txt")], tmp_path / "tokens", kind, 320, quiet=True)
     path = tmp_path / "tokens" / "tokenizer.json"
     fuzz(path, lambda: read_tokens(tmp_path / "tokens"), 60)
     content = json.loads(path.read_text())
@@ -171,13 +170,13 @@ def test_labelled_text(tmp_path):
 def test_glue_results(tmp_path):
     path = tmp_path / "glue.json"
     path.write_text(json.dumps([{"key": {"task": "cola"}, "scores": {"matthews": 0.5}, "figures": {}, "predictions": {}}]))
-    fuzz(path, lambda: finetune.read_results(path))
+    fuzz(path, lambda: glue_runs.read_results(path))
 
 
 # ---------------------------------------------------------------------------- images
 
 def read_images(folder):
-    found = images.load_images(str(folder))
+    found = sets.load_images(str(folder))
     for part in (found.train, found.val):
         pixels, labels = part.batch(np.arange(min(4, len(part))))
         assert pixels.shape[1:] == (found.size, found.size, 3) and 0 <= labels.min() and labels.max() < len(found.classes)
@@ -197,7 +196,7 @@ def test_idx(tmp_path, name, end, pack):
     for shape in ((10_000, 10_000, 10_000), (2 ** 32 - 1,) * 3, (6, 0, 5)):  # headers that claim 10^12 bytes and more
         path.write_bytes(pack(struct.pack(">4I", 0x803, *shape) + bytes(100)))
         with pytest.raises(BadInput, match="idx file|should have"):
-            images.read_idx(path, 3)
+            files.read_idx(path, 3)
 
 
 @pytest.fixture
@@ -220,12 +219,12 @@ def test_cifar(cifar, name):
 @pytest.mark.parametrize("name", ["train.bin", "val.labels.bin", "manifest.json"])
 def test_image_folder(cifar, tmp_path, name):
     folder = tmp_path / "prepared"
-    images.prepare(str(cifar), folder, size=4, quiet=True)
+    sets.prepare_images(str(cifar), folder, size=4, quiet=True)
     assert fuzz(folder / name, lambda: read_images(folder))[1] > 10
     if name == "manifest.json":
         content = json.loads((folder / name).read_text())
         texts = [json.dumps(x) for x in with_odd_values(content)] + ["[" * 100_000, "null", "[]", '{"format": "images"}']
-        assert feed(folder / name, texts, lambda: (images.is_images(str(folder)), read_images(folder))) > 50
+        assert feed(folder / name, texts, lambda: (sets.is_images(str(folder)), read_images(folder))) > 50
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -246,7 +245,7 @@ def test_extras_a_small_file_that_claims_a_huge_image(tmp_path):
     for side in (12_000, 2 ** 30):
         (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
                                          + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b""))
-        assert "is corrupt" in images.decode(tmp_path / "a.png", 32)
+        assert "is corrupt" in files.decode(tmp_path / "a.png", 32)
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -259,7 +258,7 @@ def run(tmp_path):
 
 
 def test_checkpoint(run):
-    assert fuzz(run / "ckpt.pt", lambda: train.load_run(run), 80)[1] > 60  # flipped bits in the padding between the archive's members change nothing
+    assert fuzz(run / "ckpt.pt", lambda: runs.load_run(run), 80)[1] > 60  # flipped bits in the padding between the archive's members change nothing
 
 
 @pytest.mark.parametrize("change", [
@@ -270,7 +269,7 @@ def test_checkpoint_whose_sizes_are_not_its_weights(run, change):
     content = torch.load(run / "ckpt.pt", weights_only=True)
     torch.save({**content, "model_config": {**content["model_config"], **change}}, run / "ckpt.pt")
     with pytest.raises(BadInput):
-        train.load_run(run)
+        runs.load_run(run)
 
 
 def test_checkpoint_with_odd_values(run):
@@ -279,11 +278,11 @@ def test_checkpoint_with_odd_values(run):
         for odd in ODD[:12]:
             torch.save({**content, key: odd}, run / "ckpt.pt")
             with pytest.raises(BadInput):
-                train.load_run(run)
+                runs.load_run(run)
     for odd in (torch.zeros(3), [1], "x", {"settings": 1}):
         torch.save(odd, run / "ckpt.pt")
         with pytest.raises(BadInput):
-            train.load_run(run)
+            runs.load_run(run)
 
 
 def test_nothing_in_a_checkpoint_is_executed(run, tmp_path):
@@ -295,15 +294,15 @@ def test_nothing_in_a_checkpoint_is_executed(run, tmp_path):
         for name, content in parts.items():
             file.writestr(name, code if name.endswith("data.pkl") else content)
     with pytest.raises(BadInput, match="not a whole checkpoint"):
-        train.load_run(run)
+        runs.load_run(run)
     assert not (tmp_path / "trace").exists()
 
 
 def test_metrics_of_any_content(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 30)))
-    fuzz(path, lambda: train.open_metrics(path, 20).close())
-    feed(path, ["[" * 100_000, "null\n3\n[]\n{}\n" + '{"step": "x"}\n{"step": null}\n', "\0\n"], lambda: train.open_metrics(path, 20).close())
+    fuzz(path, lambda: runs.open_metrics(path, 20).close())
+    feed(path, ["[" * 100_000, "null\n3\n[]\n{}\n" + '{"step": "x"}\n{"step": null}\n', "\0\n"], lambda: runs.open_metrics(path, 20).close())
     path.write_text('{"step": 20}\n{"step": 21}\n{"st')
-    train.open_metrics(path, 20).close()
+    runs.open_metrics(path, 20).close()
     assert path.read_text() == '{"step": 20}\n'

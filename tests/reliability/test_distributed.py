@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 import train
+from engine import machine, runs
+from support import cli
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 STEPS = 10
@@ -38,13 +40,13 @@ def half_way(folder, run, out):
     """A folder as if that run had stopped at the checkpoint before its last."""
     shutil.copytree(folder / run, folder / out)
     os.replace(folder / out / "ckpt.prev.pt", folder / out / "ckpt.pt")
-    assert train.load_checkpoint(folder / out)["step"] == crash.SAVE_EVERY
+    assert runs.load_checkpoint(folder / out)["step"] == crash.SAVE_EVERY
 
 
 def same(folder, run, other):
     """Two run folders agree up to rounding: files, keys, weights, and every number that is logged."""
     assert {path.name for path in (folder / run).iterdir()} == {path.name for path in (folder / other).iterdir()}
-    a, b = (train.load_checkpoint(folder / name) for name in (run, other))
+    a, b = (runs.load_checkpoint(folder / name) for name in (run, other))
     assert a.keys() == b.keys() and all(a[key] == b[key] for key in ("step", "seen", "settings", "model_config", "tokenizer"))
     assert list(a["model"]) == list(b["model"])
     for name, weight in a["model"].items():
@@ -87,9 +89,9 @@ def test_and_with_more(folder, fsdp):
 
 def test_a_batch_too_small_for_the_processes_is_refused(folder, monkeypatch):
     argv = crash.command("ar images", folder, folder / "small", steps=STEPS)
-    monkeypatch.setattr(train, "join_group", lambda device: (0, 40))
+    monkeypatch.setattr(machine, "join_group", lambda device: (0, 40))
     monkeypatch.setattr(dist, "barrier", lambda: None)
-    with pytest.raises(train.BadInput, match="a batch of 2 sequences does not fill 40 processes; give a larger --batch-size"):
+    with pytest.raises(cli.BadInput, match="a batch of 2 sequences does not fill 40 processes; give a larger --batch-size"):
         train.main(argv)
     assert not (folder / "small").exists()
 
@@ -98,8 +100,8 @@ def test_torchrun_itself(folder):
     """The command of the README, once."""
     _, poll = crash.start_torchrun([*crash.command("ar text", folder, folder / "torchrun", steps=3), "--fsdp"], folder / "torchrun.log", 2)
     assert crash.wait(poll, 200) == 0, (folder / "torchrun.log").read_text()
-    assert train.load_run(folder / "torchrun").step == 3
-    assert all(torch.isfinite(value).all() for value in train.load_checkpoint(folder / "torchrun")["model"].values())
+    assert runs.load_run(folder / "torchrun").step == 3
+    assert all(torch.isfinite(value).all() for value in runs.load_checkpoint(folder / "torchrun")["model"].values())
     # What FSDP wrote goes on without it, with another kind of optimiser step.
     assert train.main([*crash.command("ar text", folder, folder / "torchrun", steps=5), "--resume"]) == 0
-    assert train.load_run(folder / "torchrun").step == 5
+    assert runs.load_run(folder / "torchrun").step == 5

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 import train
+from engine import settings as settings_module
 
 
 def measure():
@@ -67,7 +68,7 @@ def main():
             """One run whose epochs are short, stopped when time is up."""
             timer = threading.Timer(deadline - time.monotonic(), lambda: os.kill(os.getpid(), train.signal.SIGTERM))
             timer.start()
-            settings = train.Settings(objective="vl", data=str(text), length=16, batch_size=4, steps=10 ** 7)
+            settings = settings_module.Settings(objective="vl", data=str(text), length=16, batch_size=4, steps=10 ** 7)
             train.train(settings, out, device="cpu", dtype="fp32", quiet=True, eval_every=500, save_every=500)
             return steps[0]
 

@@ -4,6 +4,7 @@ A target is a function of the Place that gives a Table: its rows are models, its
 stages. A stage is one command line of train.py, evaluate.py, spectral.py or data.py. Its folder or file is named by a checksum
 of that line, so tables share stages.
 """
+
 import hashlib
 import importlib.util
 import json
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-import glue
-import train
-from data import import_optional
-from evaluate import plot_by_length, plot_connectivity
-from model import SIZES, VIT_SIZES, Config, flops_per_sequence
+from downstream import glue
+from downstream.connectivity import plot_connectivity
+from engine.machine import flops_per_sequence
+from evaluate import plot_by_length
+from model import SIZES, VIT_SIZES, Config
+from support.cli import import_optional
+from train import batch_sizes, parse, steps_for
 
 # ---------------------------------------------------------------------------- scales
 
@@ -41,9 +44,17 @@ class Scale:
 
 
 TINY = "--preset vit-tiny --batch-size 64 --lr 2e-3"
+
+
 SMALL = "--preset vit-small --size 32 --patch 4 --batch-size 1024 --lr 2e-3"
+
+
 HUB = 3e11  # FLOPs of a training sequence of GPT-2 medium and BERT large
+
+
 PAPER_TEXT = "hf:monology/pile-uncopyrighted"  # the Pile itself is no longer distributed
+
+
 SCALES = {
     "smoke": Scale(
         "two cores, minutes, nothing downloaded; the numbers mean nothing", 2e10, 2, {
@@ -162,17 +173,17 @@ def pretrain(place, model, seed):
 
 def cost(argv, vocab, examples):
     """Of a training's arguments: (FLOPs of a sequence, sequences, bytes of memory)."""
-    settings, _ = train.parse(argv)
+    settings, _ = parse(argv)
     (objective, path), size = settings.task(), dict(SIZES.get(settings.preset) or VIT_SIZES[settings.preset])
     S, n = settings.positions, objective.max_targets(settings.positions)
     if settings.images:
         size.update(patch=settings.patch, mean=(0,) * 3, decoder=size["decoder"] if path == "mae" else ())
     config = Config(0 if settings.images else vocab, S, **size)
-    steps = settings.steps or train.steps_for(settings, math.ceil(settings.epochs * examples))
+    steps = settings.steps or steps_for(settings, math.ceil(settings.epochs * examples))
     rows = min(settings.micro_batch, settings.batch_size) * {"two-stream": S + n, "mae": S - n}.get(path, S)
     D, L, V = config.width, config.layers, config.vocab
     memory = 1e9 + 16 * (12 * L * D * D + V * D) + 50 * rows * L * D + 6 * rows * V * n / S
-    return flops_per_sequence(config, path, S, n, S - objective.min_targets(S)), sum(train.batch_sizes(settings, steps)), memory
+    return flops_per_sequence(config, path, S, n, S - objective.min_targets(S)), sum(batch_sizes(settings, steps)), memory
 
 
 def evaluation(place, models, seed, command, flags="", plot=None):
@@ -321,7 +332,7 @@ def transfer(place):
 def tail():
     """Theory: the sum over j > 1 of sigma_j^4 per class of the objective's co-occurrence matrix (Theorem 4.1)."""
     def stage(place, model, seed):
-        length = train.parse(pretrain(place, model, seed).argv[1:])[0].positions
+        length = parse(pretrain(place, model, seed).argv[1:])[0].positions
         flags = model.split(": ")[1].replace(" --streams 2", "").split()
         return place.stage("spectrum-" + "-".join(flags).replace("--", ""),
                            ("spectral.py", "spectrum", "--objective", *flags, "--s", str(length)))
@@ -390,7 +401,11 @@ def compare(columns, pairs, paper=None):
 
 
 AR, DAR = "Autoregressive", "Diversity-enhanced"
+
+
 PAIR = {AR: "ar --streams 2", DAR: "dar --t 2"}  # the paper's t = 1 and t = 2 in one architecture
+
+
 TWO_STREAMS = ("All run through two streams of one architecture, with the same {} in the same order and the same settings, tuned "
                "for none of them.")
 
@@ -479,6 +494,8 @@ def table6(place):
 
 MASKED = {"Masked (0.15)": "mlm --mask 0.15", "Masked (0.3)": "mlm --mask 0.3",
           "Variable-length [0.15, 0.3]": "vl --mask 0.15,0.3"}
+
+
 REGIMES = ("padded", "truncated")
 
 
@@ -517,6 +534,8 @@ def table8(place):
 
 STEPS = {"t = 1": "ar --streams 2", "t = 2": "dar --t 2", "t = 3": "dar --t 3", "t = 4": "dar --t 4",
          "t = 1 or 2": "dar --t 1,2"}
+
+
 STEP_PAIRS = [("t = 2", "t = 1"), ("t = 3", "t = 1"), ("t = 4", "t = 1"), ("t = 2", "t = 4"), ("t = 3", "t = 4"),
               ("t = 1 or 2", "t = 1"), ("t = 2", "t = 1 or 2"), ("t = 3", "t = 1 or 2")]
 

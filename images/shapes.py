@@ -2,6 +2,7 @@
 
 Look at them: python images.py shapes --out sheet.png
 """
+
 import itertools
 import math
 
@@ -35,7 +36,10 @@ def disc(x, y, cx=0.0, cy=0.0, r=1.0):
 
 
 square = polygon((-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75))
+
+
 point = polygon((-0.95, -0.1), (0.95, -0.1), (0, 1))  # of a heart
+
 
 SHAPES = {  # class: signed distance of (x, y), y down, within about the unit circle
     "circle": lambda x, y: disc(x, y, r=0.85),

@@ -4,6 +4,7 @@ A text is encoded as `text [SEP]`, a pair as `a [SEP] b [SEP]`: no segment embed
 A tokenizer with a layout of its own (BERT's [CLS] a [SEP] b [SEP] with token types) has a method `pair` for it. What is too
 long is cut at the end of the longer part. Batches are of texts of about one length and are padded to a few fixed lengths.
 """
+
 import contextlib
 import math
 import re
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import glue
-from data import pydoc_texts
-from masks import BadInput
+from downstream import glue
+from support.cli import BadInput
+from text.sources import pydoc_texts
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batches are padded to one of these
+
+
 POOLS = ("mean", "last", "first")
 
 

@@ -13,25 +13,26 @@ are averaged over the patches (--pool). Training images are the set's train part
 The probe computes each feature once, from the image as it is: MAE's protocol, which --classifier sgd follows otherwise,
 draws a new crop in every epoch and uses LARS for its batch of 16,384.
 """
+
 import copy
 import math
-import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-import finetune
-from finetune import Classifier, Protocol, optimise, predictions
-from images import FileSet, Patches, load_images, mix, patchify, random_erase, soft_targets, unpatchify
-from labelled import POOLS, Batch, label_subset
-from masks import BadInput, positive, seed
-from probe import encode_all, print_probes, probe, probe_figures
-from reconstruct import image_run
-from train import ahead
+from downstream.finetune import PLAIN, Classifier, Protocol, optimise, predictions
+from downstream.labelled import Batch, label_subset
+from downstream.options import attention_and_pool
+from downstream.probe import encode_all, probe_figures
+from engine.steps import ahead
+from images.files import FileSet
+from images.patches import Patches
+from images.pixels import mix, patchify, random_erase, soft_targets, unpatchify
+from images.sets import load_images
+from support.cli import BadInput
 
 # ---------------------------------------------------------------------------- labelled images
 
@@ -83,7 +84,7 @@ def in_order(images, config, device, labels, size=128):
 
 # ---------------------------------------------------------------------------- features and linear probe
 
-def image_features(run, images, pool="mean", causal=False, layer=None, autocast=finetune.PLAIN, quiet=True):
+def image_features(run, images, pool="mean", causal=False, layer=None, autocast=PLAIN, quiet=True):
     """Features of a frozen encoder -> {layer: float32 (N, D)}, labels (N,), all in memory. See encode_all for `layer`."""
     labels = np.empty(len(images), np.int64)
     batches = in_order(images, run.model.config, run.model.query.device, labels)
@@ -188,7 +189,7 @@ def layer_groups(model, recipe):
              "weight_decay": recipe.weight_decay * matrices} for (layer, matrices), parameters in groups.items()]
 
 
-def fine_tune_images(run, images, recipe, seed, autocast=finetune.PLAIN, bar=None):
+def fine_tune_images(run, images, recipe, seed, autocast=PLAIN, bar=None):
     """Fine-tune a copy of run.model on images.train -> accuracy on images.val, figures of the run.
 
     The new layer, the order and crops of the images, mixing and erasing, and drop path have seeds of their own, from `seed`.
@@ -226,7 +227,7 @@ def batch_and_steps(count, recipe):
 
 def recipe_from(args, run):
     """The Recipe that the flags describe, for a model of this preset."""
-    attention, pool = finetune.attention_and_pool(run, args.attention, args.pool or "mean")
+    attention, pool = attention_and_pool(run, args.attention, args.pool or "mean")
     values = dict(BUDGETS[run.settings.preset])
     base = values.pop("base")
     values.update((f.name, value) for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None)
@@ -257,79 +258,3 @@ def both_features(run, images, pool, attention, layer, autocast):
     """image_features of the training and of the validation images."""
     return [image_features(run, part, pool, attention == "causal", layer, autocast, quiet=False)
             for part in (images.train, images.val)]
-
-
-def probe_images(args, run, autocast):
-    """evaluate.py probe, for a checkpoint of images."""
-    finetune.refuse(args, run, finetune.TEXT_ONLY)
-    attention, pool = finetune.attention_and_pool(run, args.attention, args.pool or "mean")
-    images = load_labelled(args.data or run.settings.data, run.model.config.size, args.label_fraction, args.max_train)
-    classify = sgd_probe if args.classifier == "sgd" else probe
-    (x, y), (test_x, test_y) = both_features(run, images, pool, attention, args.layer, autocast)
-    layers = {str(layer): classify(x[layer], y, test_x[layer], test_y, args.seed)
-              for layer in tqdm(x, desc="probe", leave=False, disable=not sys.stderr.isatty())}
-    if args.pixels:
-        layers["pixels"] = classify(*pixels(run, images.train), *pixels(run, images.val), args.seed)
-    if args.json != "-":
-        print(f"{run.name}: {finetune.describe_run(run)}, linear probe ({args.classifier or 'lbfgs'}), {pool} pooling, {attention} "
-              f"attention; {len(images.classes)} classes, {shown(images, run.model.config)}")
-        print_probes(layers)
-    return {"results": {"data": images.name, "classes": images.classes, "classifier": args.classifier or "lbfgs", "pool": pool,
-                        "attention": attention, "layers": layers}}, run
-
-
-def finetune_images(args, run, autocast):
-    """evaluate.py finetune, for a checkpoint of images."""
-    finetune.refuse(args, run, finetune.TEXT_ONLY)
-    recipe = recipe_from(args, run)
-    images = load_labelled(args.data, run.model.config.size, args.label_fraction, args.max_train)
-    found = []
-    for k in range(args.seeds):
-        steps = recipe.epochs * batch_and_steps(len(images.train), recipe)[1]
-        with tqdm(total=steps, unit="step", desc=f"seed {k}", leave=False, disable=not sys.stderr.isatty()) as bar:
-            found.append(fine_tune_images(run, images, recipe, k, autocast, bar))
-    results = {"data": images.name, "classes": images.classes, "train": len(images.train), "dev": len(images.val),
-               "figures": [figures for _, figures in found], "accuracy": finetune.spread([accuracy for accuracy, _ in found])}
-    if args.json != "-":
-        figures = found[-1][1]
-        print(f"{run.name}: {finetune.describe_run(run)}, fine-tuned for {recipe.epochs} epochs, {recipe.pool} pooling, "
-              f"{recipe.attention} attention; {shown(images, run.model.config)}. Scores x 100"
-              + (", the best epoch chosen on the validation images" if recipe.best_epoch else ""))
-        finetune.print_scores("", results)
-        print(f"{figures['seconds']:.0f} s a seed, {figures['examples_per_second']:,.0f} images/s, {figures['input_share']:.1%} of "
-              "the time for waiting for them")
-    return {"protocol": asdict(recipe), "results": results}, run
-
-
-def transfer_command(args):
-    run, autocast = image_run(args, args.checkpoint)
-    attention, pool = finetune.attention_and_pool(run, args.attention, args.pool or "mean")
-    config, sets = run.model.config, []
-    for images in [load_labelled(source, config.size, max_train=args.max_train) for source in args.data]:  # complain before the work
-        (x, y), (test_x, test_y) = both_features(run, images, pool, attention, args.layer, autocast)
-        [layer] = x
-        sets.append({"data": images.name, "classes": len(images.classes), "size": images.size,
-                     **probe(x[layer], y, test_x[layer], test_y, args.seed)})
-    mean = sum(row["accuracy"] for row in sets) / len(sets)
-    if args.json != "-":
-        print(f"{run.name}: {finetune.describe_run(run)}, logistic regression on frozen features, {pool} pooling, {attention} "
-              f"attention, {config.size} x {config.size} pixels; accuracy x 100 on the validation images\n")
-        width = max(len(row["data"]) for row in sets)
-        print(f"{'':{width}s}  classes  training   accuracy   95% interval   majority        l2")
-        for row in sets:
-            low, high = (100 * end for end in row["interval"])
-            print(f"{row['data']:{width}s}  {row['classes']:7d}  {row['train']:8,}     {100 * row['accuracy']:6.1f}   {low:5.1f} .. "
-                  f"{high:5.1f}     {100 * row['majority']:6.1f}   {row['l2']:7g}")
-        print(f"{'mean':{width}s}                        {100 * mean:6.1f}")
-    return {"results": {"pool": pool, "attention": attention, "sets": sets, "mean": mean}}, run
-
-
-def add_commands(command):
-    """Register `transfer` with evaluate.py; finetune.py and probe.py register what it shares with text."""
-    sub = command("transfer", transfer_command, "logistic regression on frozen features of several image sets (Table 6)")
-    sub.add_argument("--data", nargs="+", required=True, metavar="SET", help="images, as for train.py")
-    sub.add_argument("--layer", type=seed, help="0 (the embedding) upwards (default: the last)")
-    sub.add_argument("--seed", type=seed, default=0, help="of the split that chooses the L2 strength")
-    sub.add_argument("--max-train", type=positive, metavar="N", help="use about N training images of each set only")
-    sub.add_argument("--pool", choices=POOLS, help="of the patches' features (default: mean)")
-    sub.add_argument("--attention", choices=("causal", "full"), help="default: causal for ar and dar, else full")

@@ -8,8 +8,11 @@ import crash
 import pytest
 import torch
 
+import objectives
 import train
-from masks import BadInput, command_line
+from engine import runs, steps
+from engine import settings as settings_module
+from support.cli import BadInput, command_line
 
 SMALL = {"length": 32, "batch_size": 8, "steps": 30, "lr": 2e-3, "schedule": "cosine"}
 
@@ -52,7 +55,7 @@ class PowerLoss(Exception):
 @pytest.mark.parametrize("moment", ["fsync", "link", "replace"])
 def test_power_loss_while_saving(tmp_path, text, monkeypatch, moment):
     """Everything ends at one of the system calls that follow the writing; the file of the last checkpoint is whole."""
-    settings = train.Settings(data=text, **{**SMALL, "steps": 12})
+    settings = settings_module.Settings(data=text, **{**SMALL, "steps": 12})
     run(settings, tmp_path / "whole", save_every=5, log_every=2)
     calls, genuine = [], getattr(os, moment)
 
@@ -65,14 +68,14 @@ def test_power_loss_while_saving(tmp_path, text, monkeypatch, moment):
     with monkeypatch.context() as patch, pytest.raises(PowerLoss):
         patch.setattr(os, moment, lose)
         run(settings, tmp_path / "run", save_every=5, log_every=2)
-    assert train.load_checkpoint(tmp_path / "run")["step"] == 5 and (tmp_path / "run" / "ckpt.partial").exists()
+    assert runs.load_checkpoint(tmp_path / "run")["step"] == 5 and (tmp_path / "run" / "ckpt.partial").exists()
     run(settings, tmp_path / "run", resume=True, save_every=5, log_every=2)
     assert not crash.differences(tmp_path / "whole", tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "config.json", "data", "metrics.jsonl"}
 
 
 def test_a_stop_between_two_lines_of_the_log_changes_none(tmp_path, text, monkeypatch):
-    settings = train.Settings(data=text, **{**SMALL, "steps": 20})
+    settings = settings_module.Settings(data=text, **{**SMALL, "steps": 20})
     run(settings, tmp_path / "whole", log_every=7)
     rate = train.learning_rate
 
@@ -83,7 +86,7 @@ def test_a_stop_between_two_lines_of_the_log_changes_none(tmp_path, text, monkey
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", stop)
         assert run(settings, tmp_path / "run", log_every=7) is None
-    assert train.load_checkpoint(tmp_path / "run")["step"] == 11
+    assert runs.load_checkpoint(tmp_path / "run")["step"] == 11
     run(settings, tmp_path / "run", resume=True, log_every=7)
     assert not crash.differences(tmp_path / "whole", tmp_path / "run") and [line["step"] for line in lines(tmp_path / "run")][:2] == [7, 14]
 
@@ -121,26 +124,26 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, text, monkeypatch, caps
     assert end.value.code == 2 and len(errors) == 1 and "ckpt.pt could not be written" in errors[0] and "intact" in errors[0]
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not (tmp_path / "run" / "ckpt.partial").exists()
     train.main([*argv, "--resume", "--steps", "4"])
-    assert train.load_checkpoint(tmp_path / "run")["step"] == 4
+    assert runs.load_checkpoint(tmp_path / "run")["step"] == 4
 
 
 def test_a_damaged_checkpoint_offers_the_one_before(tmp_path, text):
-    settings = train.Settings(data=text, **{**SMALL, "steps": 12})
+    settings = settings_module.Settings(data=text, **{**SMALL, "steps": 12})
     run(settings, tmp_path / "run", save_every=5)
     content = bytearray((tmp_path / "run" / "ckpt.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "run" / "ckpt.pt").write_bytes(content)
     with pytest.raises(BadInput, match="not a whole checkpoint.*mv .*ckpt.prev.pt"):
-        train.load_run(tmp_path / "run")
+        runs.load_run(tmp_path / "run")
     os.replace(tmp_path / "run" / "ckpt.prev.pt", tmp_path / "run" / "ckpt.pt")
-    assert train.load_run(tmp_path / "run").step == 10
+    assert runs.load_run(tmp_path / "run").step == 10
 
 
 # ---------------------------------------------------------------------------- what is not finite
 
 def spoil(monkeypatch, steps):
     """The training loss of these steps, from 1, is not a number. Validation is left alone."""
-    genuine, step = train.loss_sum, [0]
+    genuine, step = objectives.loss_sum, [0]
 
     def loss_sum(model, batch, path):
         loss = genuine(model, batch, path)
@@ -148,11 +151,11 @@ def spoil(monkeypatch, steps):
             step[0] += 1
             loss = loss * (torch.nan if step[0] in steps else 1)
         return loss
-    monkeypatch.setattr(train, "loss_sum", loss_sum)
+    monkeypatch.setattr(objectives, "loss_sum", loss_sum)
 
 
 def test_a_step_that_is_not_finite_never_happened(tmp_path, text, monkeypatch):
-    settings, step = train.Settings(data=text, **SMALL), [0]
+    settings, step = settings_module.Settings(data=text, **SMALL), [0]
     with monkeypatch.context() as patch:
         spoil(patch, {4, 12, 13})
         run(settings, tmp_path / "run", log_every=5)
@@ -162,9 +165,9 @@ def test_a_step_that_is_not_finite_never_happened(tmp_path, text, monkeypatch):
         if step[0] not in (4, 12, 13):
             optimizer.step()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "take_step", take_step)
+        patch.setattr(steps, "take_step", take_step)
         run(settings, tmp_path / "without", log_every=5)
-    a, b = (train.load_checkpoint(tmp_path / name) for name in ("run", "without"))
+    a, b = (runs.load_checkpoint(tmp_path / name) for name in ("run", "without"))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(x[name], y[name]) for name in x) and x["step"] == 27
@@ -182,16 +185,16 @@ def test_ten_in_a_row_stop_the_run(tmp_path, text, monkeypatch, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2 and len(errors) == 1
     assert all(word in errors[0] for word in ("last 10 steps up to 21", "smaller --lr than 0.002", "--dtype fp32", "ckpt.pt holds"))
-    saved = train.load_checkpoint(tmp_path / "run")
+    saved = runs.load_checkpoint(tmp_path / "run")
     assert saved["step"] == 14 and saved["skipped"] == 4
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 def test_steps_in_a_row_are_counted_across_a_resume(tmp_path, text, monkeypatch):
-    settings = train.Settings(data=text, **{**SMALL, "steps": 9})
+    settings = settings_module.Settings(data=text, **{**SMALL, "steps": 9})
     with monkeypatch.context() as patch:
         spoil(patch, range(4, 99))
         run(settings, tmp_path / "run")
         spoil(patch, range(99))
         with pytest.raises(BadInput, match="last 10 steps up to 13"):
-            run(train.Settings(data=text, **SMALL), tmp_path / "run", resume=True, log_every=1)
+            run(settings_module.Settings(data=text, **SMALL), tmp_path / "run", resume=True, log_every=1)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import data
-import images
 import masks
 import train
-from masks import BadInput, command_line
+from engine import runs
+from images import sets
+from support.cli import BadInput, command_line
+from text import sources, tokenizers
 
 ROOT = Path(train.__file__).parent
 CPU = ["--device", "cpu", "--dtype", "fp32", "--no-report"]
@@ -41,7 +43,7 @@ def test_empty_and_one_token_documents(tmp_path):
 def test_a_text_shorter_than_a_sequence(tmp_path, size):
     (tmp_path / "a.txt").write_text("x" * size)
     train.main(["--data", str(tmp_path / "a.txt"), "--length", "32", "--batch-size", "4", "--steps", "2", "--out", str(tmp_path / "run"), *CPU])
-    assert train.load_run(tmp_path / "run").step == 2
+    assert runs.load_run(tmp_path / "run").step == 2
 
 
 def test_one_long_line_takes_little_memory(tmp_path):
@@ -49,7 +51,7 @@ def test_one_long_line_takes_little_memory(tmp_path):
     tracemalloc.start()
     try:
         manifest = prepare(tmp_path / "line.txt", "--out", tmp_path / "out")
-        assert tracemalloc.get_traced_memory()[1] < 20 * data.BLOCK
+        assert tracemalloc.get_traced_memory()[1] < 20 * sources.BLOCK
     finally:
         tracemalloc.stop()
     assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == 10 ** 7
@@ -60,7 +62,7 @@ def test_nul_bytes_and_invalid_utf8_are_counted(tmp_path, capsys):
     manifest = prepare(tmp_path / "a.txt", "--out", tmp_path / "out")
     assert manifest["train"]["replaced"] == 201 and "201 characters were not UTF-8" in capsys.readouterr().out
     ids = np.concatenate([np.fromfile(tmp_path / "out" / f"{side}.bin", np.uint16) for side in ("train", "val")])
-    assert (ids == 0).sum() == 100 and data.ByteTokenizer().decode(ids).startswith("a\0b\ufffd\ufffdc")
+    assert (ids == 0).sum() == 100 and tokenizers.ByteTokenizer().decode(ids).startswith("a\0b\ufffd\ufffdc")
 
 
 def test_many_small_files(tmp_path):
@@ -82,9 +84,9 @@ def test_links_in_a_circle(tmp_path):
     (source / "self").symlink_to(source / "self")
     (source / "nowhere.txt").symlink_to(tmp_path / "none")
     assert prepare(source, "--out", tmp_path / "out")["train"]["documents"] == 1
-    assert not images.is_images(str(source))
+    assert not sets.is_images(str(source))
     with pytest.raises((BadInput, OSError)):
-        images.load_images(str(source))
+        sets.load_images(str(source))
 
 
 def test_pipes_are_not_read(tmp_path):
@@ -111,7 +113,7 @@ def test_paths_with_spaces_and_letters_beyond_ascii(odd_folder, capsys):
     train.main(["--data", str(source), "--length", "16", "--batch-size", "4", "--steps", "2", "--out", str(out), *CPU])
     train.main(["--resume", "--steps", "3", "--out", str(out), *CPU])
     prepare(odd_folder / "t\u00e9xt file.txt", "--out", odd_folder / "t\u00f6ken")
-    assert train.load_run(out).step == 3
+    assert runs.load_run(out).step == 3
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

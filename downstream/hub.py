@@ -11,6 +11,7 @@ given and x_2 .. x_S are scored. Around x the model sees what its own tokenizer 
 
 Weights are read from safetensors only, and no code that comes with a model is ever run.
 """
+
 import itertools
 import json
 import logging
@@ -23,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import cut_at_lines, import_optional, token_type
-from masks import BadInput
-from model import take
-from train import Run, Settings, choose_device, choose_dtype
-from train import load_run as load_own
+from engine.machine import choose_device, choose_dtype
+from engine.runs import Run
+from engine.runs import load_run as load_own
+from engine.settings import Settings
+from support.cli import BadInput, import_optional
+from support.kernels import take
+from text.tokenizers import cut_at_lines, token_type
 
 # ---------------------------------------------------------------------------- tokenizer
-
 
 class HubTokenizer:
     """A tokenizer of the transformers package as data.py's are used, which knows the special tokens of its model."""
