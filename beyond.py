@@ -1,47 +1,363 @@
-"""beyond."""
+"""Objectives beyond the paper, each as somebody would write it who adds one of their own.
+
+An objective says three things about a batch of sequences of S tokens:
+
+    f          who stands in which group: 0 left out, 1 given, 2, 3, .. predicted in this order
+    queries    which (token p, cut c) are asked; row (p, c) sees {j : 0 < f(j) < c}. By default every p with
+               f(p) > 1, at c = f(p)
+    weights    how much each query counts in the loss. By default 1
+
+It is a frozen dataclass whose fields are its options: `t: int = 2` is the flag --t. `groups`, which draws f,
+is all that must be written, and `queries` where they are not the default: training, drawing and the spectrum
+follow. Look first at Permutation and PrefixLM, which say f only. MultiToken asks each token several times,
+Blocks only some of those with f > 1; Spans and Segments are made of pieces.
+
+What f cannot express: a target that is predicted from its own, possibly replaced token (the 10% random and
+10% kept of BERT's rule, ELECTRA), and targets that are features of another network.
+"""
+
 import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from masks import ar_groups
-from support.objective import Objective, equally_likely
-
-
-def permutation_groups(batch, length, generator=None):
-    """XLNet's permuted order: f is a uniform permutation of 1..S, so its first token is given. (B, S)."""
-    return 1 + torch.rand(batch, length, generator=generator).argsort(dim=1)
-
-
-def prefix_groups(batch, length, generator=None):
-    """Prefix language model: a prefix of 1..S-1 tokens is given, the rest is autoregressive. (B, S)."""
-    prefix = torch.randint(1, length, (batch, 1), generator=generator)
-    return 1 + (ar_groups(length) - prefix).clamp(min=0)
+from masks import ar_groups, hidden_count
+from support.cli import BadInput
+from support.objective import (
+    AnyOrder,
+    Objective,
+    Queries,
+    asked,
+    equally_likely,
+    option,
+    random_order,
+    stratified,
+)
 
 
 @dataclass(frozen=True)
 class Permutation(Objective):
-    """Beyond the paper: predict the tokens in a random order (XLNet; Yang et al. 2019)."""
+    """Predict the tokens in a random order (XLNet; Yang et al. 2019).
 
-    paper = "permutation order (XLNet), not in the paper"
+    f          a uniform permutation of 1..S; its first token, anywhere in the sequence, is given
+    queries    default, each token once
+    weights    1
+    """
+
+    paper = "permutation order (XLNet, Yang et al. 2019)"
 
     def groups(self, batch, length, generator=None):
-        return permutation_groups(batch, length, generator)
+        return 1 + torch.rand(batch, length, generator=generator).argsort(dim=1)
 
     def outcomes(self, length, limit=200_000):
         if math.factorial(length) <= limit:
             return equally_likely(1 + torch.tensor(list(itertools.permutations(range(length)))))
 
+    def left_to_right(self, length, path):
+        return {"next": ar_groups(length)[None]}  # the order 1, 2, .., S is one of those it was trained for
+
+    def bound(self, batch, length, generator=None):
+        f = 1 + random_order(batch, length, generator)
+        return f, (f > 1).float()
+
+    def orders(self, batch, length, generator=None):
+        f = 1 + random_order(batch, length, generator)[:, None]
+        return f, f > 1
+
+    def decoding(self, order, given):
+        return torch.where(order > 0, order, order.max() + 1)
+
 
 @dataclass(frozen=True)
 class PrefixLM(Objective):
-    """Beyond the paper: a prefix of random length is given, the rest is predicted from left to right."""
+    """Continue a prefix that is read in both directions (UniLM; Dong et al. 2019; T5's decoder).
 
-    paper = "prefix language model, not in the paper"
+    f          1 for a prefix of 1..S-1 tokens, every length being equally likely, then 2, 3, .. in order
+    queries    default, each token after the prefix
+    weights    1
+    """
+
+    paper = "prefix language model (UniLM, Dong et al. 2019; T5, Raffel et al. 2020)"
 
     def groups(self, batch, length, generator=None):
-        return prefix_groups(batch, length, generator)
+        prefix = torch.randint(1, length, (batch, 1), generator=generator)
+        return 1 + (ar_groups(length) - prefix).clamp(min=0)
 
     def outcomes(self, length, limit=200_000):
         return equally_likely(1 + (ar_groups(length) - torch.arange(1, length)[:, None]).clamp(min=0))
+
+    def left_to_right(self, length, path):
+        return {"next": ar_groups(length)[None]}  # the prefix of one token
+
+
+@dataclass(frozen=True)
+class MultiToken(Objective):
+    """From each prefix predict the next t tokens in parallel: Eq. 3 as it is printed (Gloeckle et al. 2024,
+    who have t output heads; here t query rows have the positions of their targets).
+
+    f          1, 2, .., S
+    queries    (k + h, k + 1) for each prefix k = 1..S-1 and h = 1..t with k + h <= S
+    weights    1/min(t, S - k): each prefix counts the same. With weights of 1 the loss would be in
+               expectation that of `dar`, which draws about a t-th of these pairs in each pass
+    """
+
+    t: int = option(2, "tokens predicted from each prefix")
+    paper = "multi-token prediction, L_dar,t itself (Eq. 3; Gloeckle et al. 2024)"
+    attention = "causal"
+
+    def groups(self, batch, length, generator=None):
+        return ar_groups(length).repeat(batch, 1)
+
+    def queries(self, groups):
+        S = groups.shape[1]
+        k, h = torch.cartesian_prod(torch.arange(1, S), torch.arange(1, self.t + 1)).T
+        k, h = k[k + h <= S], h[k + h <= S]
+        return Queries(*(x.repeat(len(groups), 1) for x in (k + h - 1, k + 1, 1 / (S - k).clamp(max=self.t))))
+
+    def max_targets(self, length):
+        return sum(min(self.t, length - k) for k in range(1, length))
+
+    def outcomes(self, length, limit=200_000):
+        return equally_likely(ar_groups(length)[None])
+
+    def left_to_right(self, length, path):
+        return {"next": ar_groups(length)[None]}  # the queries with h = 1
+
+    def check(self, length):
+        super().check(length)
+        if not 1 <= self.t < length:
+            raise BadInput(f"--t {self.t} is not in 1..{length - 1}: no prefix of a sequence of {length} has "
+                           "more tokens behind it")
+
+
+@dataclass(frozen=True)
+class Diffusion(AnyOrder):
+    """Masked diffusion (MDLM; Sahoo et al. 2024; LLaDA; Nie et al. 2025): any number of tokens may be hidden.
+
+    f          x_1 is given; n uniform in 1..S-1; a uniform n-subset of the others is hidden, 2, the rest 1
+    queries    default, the hidden tokens
+    weights    (S - 1)/n, so that each n counts the same, and the expected loss of a sequence is at least
+               -log P(x_2 .. x_S | x_1). It equals that of `permutation` with x_1 given (see AnyOrder)
+    """
+
+    paper = "masked diffusion (MDLM, Sahoo et al. 2024; LLaDA, Nie et al. 2025)"
+    generation = "confident"
+
+    def groups(self, batch, length, generator=None):
+        n = torch.randint(1, length, (batch, 1), generator=generator)
+        return 1 + (random_order(batch, length, generator) >= length - n).long()
+
+    def queries(self, groups):
+        hidden, S = groups > 1, groups.shape[1]
+        return asked(groups, hidden * ((S - 1) / hidden.sum(1, keepdim=True)), S - 1)
+
+    def outcomes(self, length, limit=200_000):
+        if 2 ** (length - 1) <= limit:
+            f = torch.tensor(list(itertools.product([1], *[[1, 2]] * (length - 1))))[1:]
+            each = [1 / (length - 1) / math.comb(length - 1, n) for n in (f > 1).sum(1).tolist()]
+            return f, torch.tensor(each, dtype=torch.float64)
+
+    def left_to_right(self, length, path):
+        """All later tokens are hidden too, as in training; in two streams nobody sees them."""
+        i = torch.arange(length)
+        return {"padded" if path == "mask" else "next": 1 + (i >= i[1:, None]).long()}
+
+
+@dataclass(frozen=True)
+class Blocks(Objective):
+    """Block diffusion (BD3LM; Arriola et al. 2025): blocks from left to right, masked diffusion within each.
+
+    f          x_1 is given; in block b = 1, 2, .. of B tokens (the last may be shorter) n uniform in 1..B; a
+               uniform n-subset of it is hidden, 2b + 1, the rest visible, 2b
+    queries    the hidden tokens, which see the blocks before and what is visible in their own
+    weights    B/n for the hidden, 0 for the visible; B = 1 is `ar`, B = S - 1 is `diffusion`
+
+    In two streams one pass serves all blocks: content rows are the clean text, query rows the hidden one. A
+    finished block has 2b + 1 throughout, the outcome n = B: what it computed is kept for those behind it.
+    """
+
+    block: int = option(8, "tokens in a block")
+    paper = "block diffusion (BD3LM, Arriola et al. 2025)"
+    attention = "causal"
+    generation = "confident"
+
+    def blocks(self, length):
+        """The block of each token (S,), 0 for x_1, and the sizes of the blocks."""
+        block = (torch.arange(length) + self.block - 1) // self.block
+        return block, block.bincount()
+
+    def groups(self, batch, length, generator=None):
+        _, size = self.blocks(length)
+        n = 1 + (torch.rand(batch, len(size), generator=generator) * size).long()
+        return self.hide(batch, length, n, generator)[0]
+
+    def hide(self, batch, length, n, generator):
+        """f with n (B, blocks) random tokens of each block hidden, and every token's rank in its block."""
+        block, size = self.blocks(length)
+        place = block + torch.rand(batch, length, generator=generator, dtype=torch.float64)
+        rank = place.argsort(dim=1).argsort(dim=1) - (size.cumsum(0) - size)[block]
+        return 2 * block + (rank < n[:, block]).long(), rank
+
+    def queries(self, groups):
+        block, size = self.blocks(groups.shape[1])
+        hidden = (groups > 1) & (groups % 2 == 1)
+        n = torch.zeros(len(groups), len(size)).index_add(1, block, hidden.float())
+        return asked(groups, hidden * (size / n.clamp(min=1))[:, block], groups.shape[1] - 1)
+
+    def outcomes(self, length, limit=200_000):
+        if 2 ** (length - 1) <= limit:
+            block, size = self.blocks(length)
+            hidden = torch.tensor(list(itertools.product([1], *[[0, 1]] * (length - 1))))
+            n = torch.zeros(len(hidden), len(size), dtype=torch.long).index_add(1, block, hidden)
+            f, n, size = (2 * block + hidden)[n.amin(1) > 0], n[n.amin(1) > 0].double(), size.double()
+            choices = torch.lgamma(size + 1) - torch.lgamma(n + 1) - torch.lgamma(size - n + 1)
+            return f, (-choices).exp().div(size).prod(1)                         # 1/B / comb(B, n) for each block
+
+    def left_to_right(self, length, path):
+        """Pass j scores token j of every block: the j before it are visible."""
+        block, size = self.blocks(length)
+        within = torch.arange(length) - (size.cumsum(0) - size)[block]
+        hidden = within >= torch.arange(self.block)[:, None]
+        return {"next": torch.where(block == 0, 1, 2 * block + hidden.long())}
+
+    def bound(self, batch, length, generator=None):
+        """As in training, but as many tokens are visible in all blocks: the mean is that of `orders`."""
+        visible = stratified(batch, self.block, generator)[:, None] - 1
+        block, size = self.blocks(length)
+        n = (size - visible).clamp(min=0).index_fill(1, torch.tensor([0]), 1)
+        f = self.hide(batch, length, n, generator)[0]
+        return f, ((f > 1) & (f % 2 == 1)) * (self.block / n.clamp(min=1))[:, block]
+
+    def orders(self, batch, length, generator=None):
+        """Pass j asks for the j-th token of every block in a random order within the blocks."""
+        block, size = self.blocks(length)
+        rank = self.hide(batch, length, size[None], generator)[1][:, None]
+        j = torch.arange(self.block)[:, None]
+        return torch.where(block == 0, 1, 2 * block + (rank >= j).long()), (rank == j) & (block > 0)
+
+    def decoding(self, order, given):
+        block, _ = self.blocks(len(order))
+        now = block[order == 0].min()                                            # the first unfinished block
+        f = 2 * block + ((block < now) | (order == 0)).long()
+        return f.masked_fill(block > now, 0)
+
+    def check(self, length):
+        super().check(length)
+        if not 1 <= self.block < length:
+            raise BadInput(f"--block {self.block} is not in 1..{length - 1}: the first of {length} tokens is "
+                           "given, and blocks are made of the others")
+
+
+@dataclass(frozen=True)
+class Spans(Objective):
+    """Fill in contiguous spans, token by token (GLM; Du et al. 2022; there the spans are shuffled).
+
+    f          visible 1; hidden 2, 3, .. from left to right. All sets of n = round(rho S) hidden tokens that
+               form exactly m = round(n/L) spans are equally likely: the mean length of a span is n/m
+    queries    default, the hidden tokens: each sees all visible ones and the hidden ones before it
+    weights    1
+    """
+
+    mask: float = option(0.15, "ratio rho of hidden tokens")
+    span: int = option(3, "mean length L of a hidden span")
+    paper = "span filling (GLM, Du et al. 2022)"
+    generation = "confident"
+
+    def counts(self, length):
+        """Hidden tokens and spans. Two spans have a visible token between them."""
+        n = hidden_count(self.mask, length)
+        return n, min(max(round(n / self.span), 1), length - n + 1)
+
+    def place(self, starts, before):
+        """f from starts (B, n - 1), whether the second, third .. hidden token begins a span, and before
+        (B, S - n + 1), whether a span stands after that many visible tokens."""
+        batch, n = len(starts), starts.shape[1] + 1
+        span = F.pad(starts.long().cumsum(1), (1, 0))
+        position = torch.arange(n) + before.nonzero()[:, 1].view(batch, -1).gather(1, span)
+        f = torch.ones(batch, n + before.shape[1] - 1, dtype=torch.long)
+        return f.scatter(1, position, torch.arange(2, n + 2).repeat(batch, 1))
+
+    def groups(self, batch, length, generator=None):
+        n, m = self.counts(length)
+        starts, before = (torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1) < k
+                          for size, k in ((n - 1, m - 1), (length - n + 1, m)))
+        return self.place(starts, before)
+
+    def outcomes(self, length, limit=200_000):
+        n, m = self.counts(length)
+        if math.comb(n - 1, m - 1) * math.comb(length - n + 1, m) <= limit:
+            starts, before = subsets(n - 1, m - 1), subsets(length - n + 1, m)
+            return equally_likely(self.place(starts.repeat_interleave(len(before), 0),
+                                             before.repeat(len(starts), 1)))
+
+    def max_targets(self, length):
+        return hidden_count(self.mask, length)
+
+    def min_targets(self, length):
+        return hidden_count(self.mask, length)
+
+    def decoding(self, order, given):
+        f = (order - given + 1).clamp(min=1) * (order > 0)
+        return f.index_fill(0, (order == 0).nonzero()[0], int(f.max()) + 1)
+
+    def __post_init__(self):
+        if not (isinstance(self.mask, (int, float)) and 0 < self.mask < 1):
+            raise BadInput(f"--mask {self.mask} is not a ratio between 0 and 1; type one such as --mask 0.15")
+
+
+@dataclass(frozen=True)
+class Segments(Objective):
+    """Squares of patches of an image in a random order, those of a square in parallel (RandSAC; Hua et al.
+    2023).
+
+    f          the rank, from 1, of the square that the patch lies in; all orders are equally likely
+    queries    default, every patch but those of the first square
+    weights    1
+    """
+
+    segment: int = option(2, "side of a square, in patches")
+    paper = "random segments (RandSAC, Hua et al. 2023)"
+    images_only = True
+
+    def squares(self, length):
+        """Which square each patch lies in, (S,)."""
+        side = math.isqrt(length)
+        line = torch.arange(side) // self.segment
+        return (line[:, None] * (side // self.segment) + line).flatten()
+
+    def groups(self, batch, length, generator=None):
+        squares = length // self.segment ** 2
+        return 1 + torch.rand(batch, squares, generator=generator).argsort(dim=1)[:, self.squares(length)]
+
+    def outcomes(self, length, limit=200_000):
+        if math.factorial(length // self.segment ** 2) <= limit:
+            orders = torch.tensor(list(itertools.permutations(range(length // self.segment ** 2))))
+            return equally_likely(1 + orders[:, self.squares(length)])
+
+    def max_targets(self, length):
+        return length - self.segment ** 2
+
+    def min_targets(self, length):
+        return length - self.segment ** 2
+
+    def check(self, length):
+        super().check(length)
+        side = math.isqrt(length)
+        if side ** 2 != length:
+            raise BadInput(f"segments are squares in a square of patches, and {length} is no square number; "
+                           f"take {(side + 1) ** 2}")
+        if side % self.segment or side == self.segment:
+            raise BadInput(f"--segment {self.segment} does not divide {side} x {side} patches into two or "
+                           "more squares")
+
+
+def subsets(n, k):
+    """Every choice of k of n -> bool (comb(n, k), n)."""
+    chosen = torch.tensor(list(itertools.combinations(range(n), k)), dtype=torch.long)
+    return torch.zeros(len(chosen), n, dtype=torch.bool).scatter(1, chosen, True)
+
+
+BEYOND = {"permutation": Permutation, "prefix": PrefixLM, "mtp": MultiToken, "diffusion": Diffusion,
+          "blocks": Blocks, "spans": Spans, "segments": Segments}

@@ -1,58 +1,70 @@
-"""Text in, packed sequences of token ids out.
+"""What --data names: corpora of text, packed into sequences of token ids; and the front end that prepares
+data.
 
     pydoc        the documentation of the Python that runs, about 2 MB of English: nothing to download
     PATH         any UTF-8 text file or folder of them, also .gz and .xz
-    DIR          a token folder written by `python data.py text INPUT... --out DIR --tokenizer wordpiece --vocab 8192`
+    DIR          a token folder written by `python data.py text INPUT... --out DIR --tokenizer wordpiece
+                 --vocab 8192`
     hf:NAME      a Hugging Face dataset, streamed through the `datasets` package (column `text`)
 
-`python data.py images` prepares images: see images.py.
-
-A token folder holds train.bin and val.bin (ids in native byte order, documents one after another, each closed by a
-separator), tokenizer.json and manifest.json.
+Images are named the same way: see images/sets.py. `python data.py images` prepares them, `python data.py
+sheet` shows them. text/ holds tokenizers, the reading of text, and token folders.
 """
-
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from images.raw import SIDES
-from images.sets import prepare_images
-from support.cli import BadInput, Parser, command_line, positive
-from support.cli import seed as seed_type
-from text.folders import Corpus, held_out, open_tokens, prepare_text, sha256, within
-from text.sources import documents
+from images.files import SUFFIXES
+from images.patches import shown_images
+from images.pixels import contact_sheet, write_png
+from images.sets import load_images, prepare_images
+from support.cli import BadInput, Parser, command_line, output_file, positive, seed
+from text.folders import SIDES, Corpus, held_out, open_tokens, prepare_text, sha256, within
+from text.sources import checksum_of, documents
 from text.tokenizers import ByteTokenizer, token_type
 
 
-def load_corpus(source, cache=None, replace=False, hf_bytes=None):
-    """What --data names, for training. Raw text is tokenized to bytes into the folder `cache`, once; of a Hugging Face
-    dataset the first `hf_bytes`. `replace` a cache of other text."""
+def load_corpus(source, cache=None, replace=False, hf_bytes=None, resume=False):
+    """What --data names, for training. Raw text is tokenized to bytes into the folder `cache`, once; of a
+    Hugging Face dataset the first `hf_bytes`.
+
+    The cache remembers a checksum of what it was read from. One of other text is made anew if `replace`, else
+    refused; a run that is resumed (`resume`) keeps what it had of a dataset, however much it would ask for
+    now.
+    """
     if source != "pydoc" and not source.startswith("hf:") and (Path(source) / "manifest.json").exists():
         return open_tokens(source)
     if source == "pydoc":
         return in_memory("pydoc", documents("pydoc"), ByteTokenizer(), 0.1)
-    cache = Path(cache)
+    cache, remote = Path(cache), source.startswith("hf:")
+    key = f"{source} {hf_bytes}" if remote else checksum_of(source)
     try:
-        known = [str(name) for name in json.loads((cache / "manifest.json").read_text())["sources"]]
+        manifest = json.loads((cache / "manifest.json").read_text())
+        known, kept = [str(name) for name in manifest["sources"]], manifest["key"]
     except Exception:  # noqa: BLE001
-        known = None  # not there, or damaged: `prepare_text` refuses to write over it
-    if known not in (None, [source]) and not replace:
-        raise BadInput(f"{cache} holds the tokens of {', '.join(known)}, not of {source}; choose another --out or remove it")
-    if known != [source]:
-        prepare_text([source], cache, max_bytes=hf_bytes if source.startswith("hf:") else None, replace=replace)
+        known = kept = None  # not there, or damaged: `prepare_text` refuses to write over it
+    if kept == key or resume and remote and known == [source]:
+        return open_tokens(cache)
+    if known and not replace:
+        changed = f"{source} as it was before it changed" if known == [source] else ", ".join(known)
+        raise BadInput(f"{cache} holds the tokens of {changed}, not of {source}; choose another --out, "
+                       "give --overwrite or remove it")
+    prepare_text([source], cache, max_bytes=hf_bytes if remote else None, replace=replace, key=key)
     return open_tokens(cache)
 
 
 def load_evaluation(source, tokenizer):
-    """What --data names, for evaluating a model with that tokenizer: the validation part of pydoc or of a token folder,
-    the whole of a text, or its first 50 MB."""
+    """What --data names, for evaluating a model with that tokenizer: the validation part of pydoc or of a
+    token folder, the whole of a text, or its first 50 MB."""
     if source != "pydoc" and (Path(source) / "manifest.json").exists():
         corpus = open_tokens(source)
         if sha256(corpus.tokenizer.to_json()) != sha256(tokenizer.to_json()):
-            raise BadInput(f"{source} was tokenized with another tokenizer than the checkpoint's; give the text itself")
+            raise BadInput(f"{source} was tokenized with another tokenizer than the checkpoint's; give the "
+                           "text itself")
         return corpus
     return in_memory(source, documents(source), tokenizer, 0.1 if source == "pydoc" else 1, 50_000_000)
 
@@ -78,8 +90,8 @@ def in_memory(name, docs, tokenizer, fraction, max_bytes=math.inf):
 class Sequences:
     """A token stream cut into sequences of `length`, in a seeded order that is drawn anew for each epoch.
 
-    Every token is seen once per epoch; separators fill up the last sequence. Sequence number k of training is the same
-    whoever asks, which makes resuming exact.
+    Every token is seen once per epoch; separators fill up the last sequence. Sequence number k of training is
+    the same whoever asks, which makes resuming exact.
     """
 
     def __init__(self, tokens, length, separator, seed=None):
@@ -91,15 +103,16 @@ class Sequences:
         return math.ceil(len(self.tokens) / self.length)
 
     def batch(self, start, size, part=slice(None)):
-        """Sequences start .. start + size - 1, counted over epochs, or a part of these -> LongTensor (size, length). seed
-        None: in order."""
+        """Sequences start .. start + size - 1, counted over epochs, or a part of these -> LongTensor (size,
+        length). seed None: in order."""
         numbers = range(start, start + size)[part]
         rows = np.full((len(numbers), self.length), self.separator, dtype=np.int64)
         for row, number in zip(rows, numbers):
             epoch, k = divmod(number, len(self))
             if self.seed is not None:
                 if epoch != self.epoch:
-                    self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+                    self.epoch, self.order = epoch, np.random.default_rng([self.seed,
+                                                                           epoch]).permutation(len(self))
                 k = self.order[k]
             piece = self.tokens[k * self.length:(k + 1) * self.length]
             row[:len(piece)] = piece
@@ -108,51 +121,82 @@ class Sequences:
 
 # ---------------------------------------------------------------------------- command line
 
-def main(argv=None):
-    parser = Parser(description="Prepare data for train.py.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = commands.add_parser("text", help="tokenize text into a folder of memory-mapped ids")
-    text.add_argument("inputs", nargs="+", metavar="INPUT", help="text files or folders, pydoc, hf:NAME or hf:NAME::SUBSET")
-    text.add_argument("--out", required=True, help="folder to write")
-    text.add_argument("--tokenizer", choices=("byte", "wordpiece", "bpe"), default="byte")
-    text.add_argument("--vocab", type=positive, default=8192, help="vocabulary size of wordpiece and bpe")
-    text.add_argument("--val", nargs="+", default=[], metavar="INPUT", help="validation text; default: a share of INPUT")
-    text.add_argument("--val-fraction", type=float, default=0.05, help="that share, by document")
-    text.add_argument("--max-bytes", type=positive, help="stop after about that much text of each INPUT")
-    add_image_options(commands.add_parser("images", help="decode and resize images into a memory-mapped folder"))
-    args = parser.parse_args(argv)
-    if args.command == "images":
-        return prepare_images_command(args)
-    manifest = prepare_text(args.inputs, args.out, args.tokenizer, args.vocab, args.val, args.val_fraction, args.max_bytes)
-    for side in ("train", "val"):
+def text_command(args):
+    """`python data.py text`."""
+    manifest = prepare_text(args.inputs, args.out, args.tokenizer, args.vocab, args.val, args.val_fraction,
+                            args.max_bytes)
+    for side in SIDES:
         count = manifest[side]
-        print(f"{side:5s} {count['documents']:8,} documents {count['tokens']:14,} tokens {count['bytes']:14,} bytes"
-              + (f", {count['replaced']:,} characters were not UTF-8" if count["replaced"] else ""))
+        print(f"{side:5s} {count['documents']:8,} documents {count['tokens']:14,} tokens "
+              f"{count['bytes']:14,} bytes"
+              + (f", {count['replaced']:,} characters were not UTF-8" if count["replaced"] else "")
+              + (f", {count['unknown'] / count['tokens']:.3%} of the tokens are [UNK]" if count["unknown"]
+                 else ""))
     print(f"{args.out}: {manifest['tokenizer']} tokenizer with {manifest['vocab']:,} tokens")
 
 
-# ---------------------------------------------------------------------------- command line
-
-def prepare_images_command(args):
+def images_command(args):
     """`python data.py images`."""
     manifest = prepare_images(args.input, args.out, args.size, args.val_fraction, args.seed)
     for side in SIDES:
         count = manifest[side]
-        print(f"{side:5s} {count['images']:10,} images" + (f", {len(count['skipped']):,} corrupt files skipped"
-                                                           if count["skipped"] else ""))
+        print(f"{side:5s} {count['images']:10,} images"
+              + (f", {len(count['skipped']):,} corrupt files skipped" if count["skipped"] else ""))
     print(f"{args.out}: {manifest['size']} x {manifest['size']} pixels, {len(manifest['classes'])} classes")
 
 
-def add_image_options(parser):
-    """The options of `python data.py images`."""
-    parser.add_argument("input", metavar="INPUT", help="folder of class folders (with train/ and val/ or test/, or without), of "
-                        "the binary files of CIFAR-10 or CIFAR-100, or of MNIST's idx files")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--size", type=positive, help="side in pixels: the shorter side is resized to it and the centre cut "
-                        "out (default: as they are, or 224 where files differ)")
-    parser.add_argument("--val-fraction", type=float, default=0.1, help="held out of each class where there is no val/ or test/")
-    parser.add_argument("--seed", type=seed_type, default=0, help="of what is held out")
+def sheet_command(args):
+    """`python data.py sheet`."""
+    images = load_images(args.input, args.size)
+    write_png(args.out, contact_sheet(shown_images(images, args.columns, args.views, args.seed)))
+    print(f"{args.out}: {len(images.train):,} training images of {images.size} x {images.size} pixels; "
+          + (f"rows are classes: {', '.join(images.classes)}" if images.classes else "they have no classes"))
+
+
+def main(argv=None):
+    parser = Parser(description="Prepare data for train.py, or look at it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    text = commands.add_parser("text", help="tokenize text into a folder of memory-mapped ids")
+    text.add_argument("inputs", nargs="+", metavar="INPUT",
+                      help="text files or folders, pydoc, hf:NAME or hf:NAME::SUBSET")
+    text.add_argument("--out", required=True, help="folder to write; after an interruption the same command "
+                                                   "goes on")
+    text.add_argument("--tokenizer", choices=("byte", "wordpiece", "bpe"), default="byte")
+    text.add_argument("--vocab", type=positive, default=8192, help="vocabulary size of wordpiece and bpe")
+    text.add_argument("--val", nargs="+", default=[], metavar="INPUT",
+                      help="validation text; default: a share of INPUT")
+    text.add_argument("--val-fraction", type=float, default=0.05, help="that share, by document")
+    text.add_argument("--max-bytes", type=positive, help="stop after about that much text of each INPUT")
+    text.set_defaults(function=text_command)
+
+    kinds = ", ".join(sorted(SUFFIXES))
+    images = commands.add_parser("images", help="decode and resize images into a memory-mapped folder")
+    images.add_argument("input", metavar="INPUT", help=f"folder of images ({kinds}), in class folders or "
+                                                       "not, with train/ "
+                        "and val/ or test/ or without; or the binary files of CIFAR-10 or CIFAR-100, or "
+                        "MNIST's idx files")
+    images.add_argument("--out", required=True, help="folder to write")
+    images.add_argument("--size", type=positive, help="side in pixels: the shorter side is resized to it "
+                                                      "and the centre "
+                        "cut out (default: as they are, or 224 where files differ)")
+    images.add_argument("--val-fraction", type=float, default=0.1,
+                        help="held out where there is no val/ or test/")
+    images.add_argument("--seed", type=seed, default=0, help="of what is held out")
+    images.set_defaults(function=images_command)
+
+    sheet = commands.add_parser("sheet", help="a picture of some training images of each class")
+    sheet.add_argument("input", metavar="INPUT", help="images, as for train.py --data")
+    sheet.add_argument("--out", type=output_file, default="sheet.png", help="PNG file to write")
+    sheet.add_argument("--size", type=positive, help="side in pixels (default: as they are)")
+    sheet.add_argument("--columns", type=positive, default=12, help="images in a row")
+    sheet.add_argument("--views", action="store_true", help="random crops as in training")
+    sheet.add_argument("--seed", type=seed, default=0, help="of the crops")
+    sheet.set_defaults(function=sheet_command)
+
+    args = parser.parse_args(argv)
+    return args.function(args)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    sys.exit(command_line(main))

@@ -1,168 +1,223 @@
-"""Evaluate a checkpoint of train.py: the front end of all evaluation.
+"""Evaluate a checkpoint of train.py: likelihood, and the front end of all evaluation.
 
     python evaluate.py perplexity CKPT [--data ...] [--by-length]     P(x_{k+1} | x_1 .. x_k), Eq. 2
+    python evaluate.py bound CKPT                                     the any-order bound beside it
     python evaluate.py generate CKPT --prompt TEXT                    samples
+    python evaluate.py curves RUN [RUN ...]                           loss, learning rate, speed as a picture
     python evaluate.py connectivity CKPT [CKPT ...]                   similarity of features (Figure 2)
-    python evaluate.py glue | probe | finetune CKPT ...               classification (finetune.py, probe.py; images: vision.py)
-    python evaluate.py transfer CKPT --data A B C                     probes on several image sets (vision.py)
-    python evaluate.py reconstruct CKPT [CKPT ...]                    images completed patch by patch (reconstruct.py)
+    python evaluate.py glue | probe | finetune CKPT ...               classification
+    python evaluate.py transfer CKPT --data A B C                     probes on several image sets
+    python evaluate.py reconstruct CKPT [CKPT ...]                    images completed patch by patch
 
-CKPT is a run folder, a checkpoint file, or hf:PATH for a model of the transformers package (hub.py).
+CKPT is a run folder, a checkpoint file, untrained:RUN, or hf:PATH for a model of the transformers package.
+What the other commands do stands in downstream/.
 """
 
-import itertools
 import math
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from downstream.commands import add_finetune_commands, add_probe_command, add_transfer_command
+from downstream.by_length import by_length, plot_by_length, print_by_length
+from downstream.closing import best_sample, picture_of, what_to_expect
+from downstream.commands import add_labelled_commands
 from downstream.connectivity import connectivity_command, evaluation_sequences
-from downstream.generation import generate, generate_command
-from downstream.hub import load_run, open_run
+from downstream.curves import add_curves_command
+from downstream.generation import add_generate_command
+from downstream.hub import open_run
 from downstream.reconstruct import add_reconstruct_command
 from engine.machine import choose_device
-from engine.runs import about
+from engine.runs import about, load_run
 from objectives import describe, scores_next, target_nll
-from support.cli import BadInput, Parser, command_line, import_optional, output_file, positive, seed, write_json
+from support.cli import (
+    BadInput,
+    Parser,
+    command_line,
+    import_optional,
+    output_file,
+    positive,
+    progress,
+    seed,
+    write_json,
+)
+from support.objective import asked
 
-# ---------------------------------------------------------------------------- perplexity
+# ---------------------------------------------------------------------------- likelihood
 
 @torch.no_grad()
 def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=True):
     """-log P(x_p | x_1 .. x_{p-1}) of every token p = 2..S of sequences (N, S), the way the model was trained.
 
     The objective says which group indices give each token its whole prefix and nothing else as context
-    (`Objective.left_to_right`): one pass for `ar`, t for `dar`, S - 1 for `mlm` and `vl`. A pass computes the tokens
-    up to its last f > 0 only, and the output layer of the scored rows only.
+    (`Objective.left_to_right`): one pass for `ar`, t for `dar`, S - 1 for `mlm` and `vl`. A pass computes the
+    tokens up to its last f > 0 only, and the output layer of the rows only that no pass before has scored.
     Returns {regime: float32 (N, S - 1)}.
     """
     N, S = sequences.shape
     regimes = run.objective.left_to_right(S, run.path)
+    if regimes is None:
+        raise BadInput(f"{describe(run.objective)} has no exact left-to-right likelihood: it is not trained "
+                       "to predict a token from its whole prefix and nothing else")
     if regime is not None and regime not in regimes:
         raise BadInput(f"--regime {regime} is for masks in one stream; this {run.path} checkpoint of "
-                       f"{describe(run.objective)} knows one regime only: leave out --regime")
+                       f"{describe(run.objective)} knows only {' and '.join(regimes)}: leave out --regime")
     device, results = run.model.query.device, {}
-    for name, passes in regimes.items():
-        if regime not in (None, name):
-            continue
-        nll = torch.full((N, S), math.nan)
-        for groups in tqdm(passes, desc=name, leave=False, disable=quiet or not sys.stderr.isatty()):
-            targets, length = scores_next(groups).nonzero()[:, 0], int(groups.count_nonzero())
-            rows = max(1, tokens_at_once // length)
+    for name in [regime] if regime else regimes:
+        nll, left = torch.full((N, S), math.nan), torch.ones(S, dtype=torch.bool)
+        for groups in progress(regimes[name], quiet, desc=name):
+            targets, length = (scores_next(groups) & left).nonzero()[:, 0], int(groups.nonzero()[-1]) + 1
+            rows, holes, left[targets] = max(1, tokens_at_once // length), not groups[:length].all(), False
             for start in range(0, N, rows):
                 tokens = sequences[start:start + rows, :length].to(device)
                 f, t = (x.to(device).expand(len(tokens), -1) for x in (groups[:length], targets))
-                nll[start:start + rows, targets] = target_nll(run.model, tokens, f, t, run.path, padded=False).cpu()
+                nll[start:start + rows, targets] = target_nll(run.model, tokens, f, t, run.path, holes).cpu()
         results[name] = nll[:, 1:]
     return results
 
 
 @torch.no_grad()
-def training_order_nll(run, sequences, most=64):
-    """Mean -log P of the targets given their own contexts, over all f where these are few, as for `dar`: the tokens of a
-    group given what comes before the group. None where f cannot be listed, or where the order is left to right anyway."""
-    listed = run.objective.outcomes(sequences.shape[1], most) if run.objective.one_stream != "mask" else None
-    if listed is None or len(listed[0]) > most or all(torch.equal(f > 1, scores_next(f)) for f in listed[0]):
+def weighted_nll(run, tokens, groups, queries, tokens_at_once=1 << 14):
+    """sum_p weight_p * -log P(x_p | context of p) of each row of tokens and f (R, S) and Queries -> double (R,)."""
+    rows, device, found = max(1, tokens_at_once // tokens.shape[1]), run.model.query.device, []
+    for *inputs, weight in zip(*(x.split(rows) for x in (tokens, groups, *queries))):
+        ids, f, targets, cuts = (x.to(device) for x in inputs)
+        nll = target_nll(run.model, ids, f, targets, run.path, not f.all(), cuts)
+        found.append((nll.cpu().double() * weight).sum(1))
+    return torch.cat(found)
+
+
+def any_order(run, sequences, draws=8, orders=0, seed=0, quiet=True):
+    """Bounds of -log P(x_2 .. x_S | x_1) in nats a token; P = E_o P_o is the model's mixture over orders.
+
+    bound    the mean over orders, from `draws` contexts a sequence, stratified over how many tokens are hidden
+    mixture  -log of the mean of P_o over `orders` orders a sequence, nearer to P the more there are
+    Returns {name: double (N,)}. Both are upper bounds in expectation; only the first is unbiased.
+    """
+    S, generator, found = sequences.shape[1], torch.Generator().manual_seed(seed), {"bound": []}
+    if run.objective.bound(1, S, generator) is None:
+        raise BadInput(f"{describe(run.objective)} is not trained to predict in any order, so it has no "
+                       "any-order bound; see evaluate.py perplexity")
+
+    def total(tokens, f, weight):
+        queries = asked(f, weight, int((weight > 0).sum(1).max()))
+        return weighted_nll(run, tokens.expand(len(f), -1), f, queries)
+
+    for tokens in progress(sequences, quiet, desc="any order"):
+        found["bound"].append(total(tokens, *run.objective.bound(draws, S, generator)).mean())
+        if orders:
+            f, ask = run.objective.orders(orders, S, generator)                          # (orders, passes, S)
+            nll = total(tokens, f.flatten(0, 1), ask.flatten(0, 1).float()).view(orders, -1).sum(1)  # -log P_o
+            found.setdefault("mixture", []).append(math.log(orders) - (-nll).logsumexp(0))
+    return {name: torch.stack(nll) / (S - 1) for name, nll in found.items()}
+
+
+def as_trained(run, sequences, most=64):
+    """Mean -log P of the targets given the contexts they are trained with, weighted as in the loss, over all f
+    where these are few, as for `dar` and `mtp`. None where they are not, or are left to right anyway."""
+    (N, S), objective = sequences.shape, run.objective
+    listed = objective.outcomes(S, most) if objective.one_stream != "mask" else None
+    if listed is None or len(listed[0]) > most:
         return None
-    total = count = 0
-    for f, probability in zip(listed[0], listed[1].tolist()):
-        targets = (f > 1).nonzero()[:, 0]
-        for tokens in sequences.split(max(1, 2 ** 14 // sequences.shape[1])):
-            tokens = tokens.to(run.model.query.device)
-            f_, t = (x.to(tokens.device).expand(len(tokens), -1) for x in (f, targets))
-            nll = target_nll(run.model, tokens, f_, t, run.path, padded=False)
-            total, count = total + probability * nll.sum().item(), count + probability * nll.numel()
-    return total / count
+    groups, probability = listed
+    queries = objective.queries(groups)
+    next_only = torch.stack([scores_next(f) for f in groups]).gather(1, queries.targets).all()
+    if next_only and queries.targets.shape[1] == S - 1:
+        return None
+    nll = [weighted_nll(run, sequences, f.expand(N, -1), [x.expand(N, -1) for x in rows]).mean()
+           for f, *rows in zip(groups, *queries)]
+    return (torch.stack(nll) @ probability / (queries.weight.double().sum(1) @ probability)).item()
 
 
 def summary(nll, tokens_per_byte):
-    """Results from the -log P (N, S - 1) of N sequences. Perplexity is exp of the mean over tokens; the standard error
-    treats sequences as the independent samples; `sequence_nll` are theirs, for paired comparisons of checkpoints."""
+    """Results from the -log P (N, S - 1) of N sequences. Perplexity is exp of the mean over tokens; the
+    standard error treats sequences as the independent samples; `sequence_nll` are theirs, to pair checkpoints."""
     mean, stderr = nll.mean().item(), nll.mean(1).std().item() / math.sqrt(len(nll))
-    return {"nll": mean, "stderr": stderr, "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
-            "bits_per_byte": mean / math.log(2) * tokens_per_byte, "tokens": nll.numel(), "sequences": len(nll),
-            "sequence_nll": nll.mean(1).tolist()}
+    return {"nll": mean, "stderr": stderr, "tokens": nll.numel(), "sequences": len(nll),
+            "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
+            "bits_per_byte": mean / math.log(2) * tokens_per_byte, "sequence_nll": nll.mean(1).tolist()}
 
 
-def perplexity(run, data=None, max_sequences=200, regime=None, by_length=False, quiet=True):
-    """Left-to-right likelihood of held-out text under a Run -> dict of results per regime."""
+def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False, quiet=True):
+    """Left-to-right likelihood of held-out text under a Run -> dict of results per regime; with `lengths` also
+    for each length of the prefix."""
     sequences, tokens_per_byte, data = evaluation_sequences(run, data, max_sequences)
-    results = {"data": data, "length": sequences.shape[1], "regimes": {}}
-    start = time.perf_counter()
+    results, start = {"data": data, "length": sequences.shape[1], "regimes": {}}, time.perf_counter()
     for name, nll in left_to_right(run, sequences, regime, quiet=quiet).items():
         results["regimes"][name] = summary(nll, tokens_per_byte)
-        if by_length:
-            results["regimes"][name]["by_length"] = {
-                "prefix": list(range(1, nll.shape[1] + 1)), "nll": nll.mean(0).tolist(),
-                "stderr": (nll.std(0) / math.sqrt(len(nll))).tolist(),
-                "bins": [{"first": low, "last": high, "sequence_nll": nll[:, low - 1:high].mean(1).tolist()}
-                         for low, high in length_bins(nll.shape[1])]}
+        if lengths:
+            results["regimes"][name]["by_length"] = by_length(nll)
     scored = sum(r["tokens"] for r in results["regimes"].values())
     results["tokens_per_second"] = scored / (time.perf_counter() - start)
-    order = training_order_nll(run, sequences)
+    order, unknown = as_trained(run, sequences), getattr(run.tokenizer, "unknown", None)
     if order is not None:
         results["training_order_nll"], results["training_order_perplexity"] = order, math.exp(order)
+    if unknown is not None:
+        results["unknown"] = (sequences == unknown).double().mean().item()
     return results
+
+
+def bound(run, data=None, max_sequences=200, draws=8, orders=0, seed=0, quiet=True):
+    """The any-order bound and the exact left-to-right likelihood of the same text under the same Run -> dict."""
+    sequences, tokens_per_byte, data = evaluation_sequences(run, data, max_sequences)
+    wide = (-1, sequences.shape[1] - 1)
+    mixed = any_order(run, sequences, draws, orders, seed, quiet)
+    exact = left_to_right(run, sequences, quiet=quiet)
+    gaps = {name: mixed["bound"] - nll.double().mean(1) for name, nll in exact.items()}
+    return {"data": data, "length": sequences.shape[1], "draws": draws, "orders": orders,
+            "any_order": {name: summary(nll[:, None].expand(wide), tokens_per_byte) for name, nll in mixed.items()},
+            "left_to_right": {name: summary(nll, tokens_per_byte) for name, nll in exact.items()},
+            "difference": {name: {"nll": gap.mean().item(), "stderr": gap.std().item() / math.sqrt(len(gap))}
+                           for name, gap in gaps.items()}}
+
+
+# ---------------------------------------------------------------------------- shown
+
+def line_of(name, r, sign=""):
+    return (f"{name:10s} perplexity {sign:2s}{r['perplexity']:9.2f} ± {r['perplexity_stderr']:.2f}   "
+            f"nll {r['nll']:.4f} ± {r['stderr']:.4f}   {r['bits_per_byte']:.3f} bits/byte")
 
 
 def print_perplexity(results):
     for name, r in results["regimes"].items():
-        print(f"{name:10s} perplexity {r['perplexity']:9.2f} ± {r['perplexity_stderr']:.2f}   nll {r['nll']:.4f} ± "
-              f"{r['stderr']:.4f}   {r['bits_per_byte']:.3f} bits/byte   {r['tokens']:,} tokens")
+        print(line_of(name, r) + f"   {r['tokens']:,} tokens")
     if "training_order_nll" in results:
-        print(f"{'in groups':10s} perplexity {results['training_order_perplexity']:9.2f}"
-              f"{'':8s}  nll {results['training_order_nll']:.4f}, each token given the groups before its own")
+        print(f"{'as trained':10s} perplexity   {results['training_order_perplexity']:9.2f}{'':10s}"
+              f"nll {results['training_order_nll']:.4f}, each token in the contexts it is trained with")
+    if "unknown" in results:
+        print(f"{results['unknown']:.2%} of these tokens are [UNK]. WordPiece also drops letter case and spacing: "
+              "its bits per byte\nleave out what it drops and do not compare with those of other tokenizers.")
 
 
-def length_bins(longest):
-    """Single lengths are noisy: [(1, 1), (2, 3), (4, 7), ..] up to the longest."""
-    edges = [2 ** k for k in range(longest.bit_length())] + [longest + 1]
-    return [(low, high - 1) for low, high in itertools.pairwise(edges)]
+def print_bound(results, run):
+    print("\nThe mixture over orders of the same network, P = E_o P_o(x_2 .. x_S | x_1): at most")
+    notes = {"bound": f"mean over orders, {results['draws']} contexts a sequence",
+             "mixture": f"-log of the mean over {results['orders']} orders"}
+    for name, r in results["any_order"].items():
+        print(line_of(name, r, "<=") + f"   {notes[name]}")
+    print("\nThe chain from left to right, another distribution: exactly")
+    for name, r in results["left_to_right"].items():
+        print(line_of(name, r, "="))
+    for name, gap in results["difference"].items():
+        print(f"\nbound - {name}: {gap['nll']:+.4f} ± {gap['stderr']:.4f} nats a token, sequence by sequence")
+    if run.path == "mask" and run.objective.generation == "left":
+        print("The bound asks for every share of hidden tokens, of which this model was trained with some only.")
 
 
-def in_bins(curve):
-    """Perplexity over bins of prefix lengths of a `by_length` dict -> [(first, last, perplexity)]."""
-    return [(low, high, math.exp(np.mean(curve["nll"][low - 1:high]))) for low, high in length_bins(curve["prefix"][-1])]
+# ---------------------------------------------------------------------------- commands
 
-
-def print_by_length(results):
-    """Perplexity against the length of the prefix (Figure 3)."""
-    columns = {name: in_bins(regime["by_length"]) for name, regime in results["regimes"].items()}
-    print("prefix      " + "".join(f"{name:>12s}" for name in columns))
-    for row in zip(*columns.values()):
-        low, high, _ = row[0]
-        print(f"{str(low) if low == high else f'{low}-{high}':12s}" + "".join(f"{cell:12.2f}" for _, _, cell in row))
-
-
-def plot_by_length(path, curves):
-    """Figure 3, in bins of lengths: curves is {label: by_length dict}. Regimes of one model, "model, regime", share a colour."""
-    figure, axes = import_optional("matplotlib.pyplot").subplots(figsize=(7.5, 4), layout="constrained")
-    models = list(dict.fromkeys(label.rpartition(", ")[0] or label for label in curves))
-    for label, curve in curves.items():
-        low, high, cells = zip(*in_bins(curve))
-        colour = f"C{models.index(label.rpartition(', ')[0] or label)}"
-        axes.plot(np.sqrt(np.multiply(low, high)), cells, "o--" if label.endswith("truncated") else "o-", color=colour, label=label)
-    axes.set(xlabel="tokens in the prefix", ylabel="perplexity of the next token", xscale="log", yscale="log")
-    axes.set_xticks(low, low)
-    axes.minorticks_off()
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if min(axes.get_ylim()) <= t <= max(axes.get_ylim())]
-    axes.set_yticks(ticks, ticks)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    figure.savefig(path, dpi=150)
+def title(run, results):
+    trained = f", step {run.step:,}" if run.step else ""
+    return f"{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}"
 
 
 def perplexity_command(args):
     run, autocast = open_run(args)
     with autocast:
-        results = perplexity(run, args.data, args.max_sequences, args.regime, args.by_length or bool(args.plot), quiet=False)
+        lengths = args.by_length or bool(args.plot)
+        results = perplexity(run, args.data, args.max_sequences, args.regime, lengths, quiet=False)
     if args.json != "-":
-        trained = f", step {run.step:,}" if run.step else ""
-        print(f"{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}")
+        print(title(run, results))
         print_perplexity(results)
         if args.by_length:
             print_by_length(results)
@@ -171,22 +226,74 @@ def perplexity_command(args):
     return {"results": results}, run
 
 
+def bound_command(args):
+    run, autocast = open_run(args)
+    with autocast:
+        results = bound(run, args.data, args.max_sequences, args.draws, args.orders, args.seed, quiet=False)
+    if args.json != "-":
+        print(title(run, results))
+        print_bound(results, run)
+    return {"results": results}, run
+
+
 def report(checkpoint, device=None):
     """What train.py shows at the end: a quick perplexity and a sample, or a few reconstructed images."""
     run = load_run(checkpoint, choose_device(device))
+    if (picture := picture_of(checkpoint)) is not None:
+        print(f"curves of loss, learning rate and speed: {picture}")
     if run.settings.images:
         if not run.settings.norm_pix:
-            main(["reconstruct", str(checkpoint), "--max-images", "100", "--picture", str(Path(checkpoint, "reconstruction.png")),
+            picture = str(Path(checkpoint, "reconstruction.png"))
+            main(["reconstruct", str(checkpoint), "--max-images", "100", "--picture", picture,
                   *(["--device", device] if device else [])])
         print(f"\nrun folder: {checkpoint}    more: python evaluate.py probe {checkpoint}")
         return
-    print(f"\nleft-to-right perplexity of {describe(run.objective)} on a few validation sequences:")
-    print_perplexity(perplexity(run, max_sequences=32))
+    exact = run.objective.left_to_right(run.settings.length, run.path) is not None
+    if exact:
+        print(f"\nleft-to-right perplexity of {describe(run.objective)} on a few validation sequences:")
+        results = perplexity(run, max_sequences=32)
+        print_perplexity(results)
+    else:
+        print(f"\n{describe(run.objective)} has no exact left-to-right likelihood, so there is no perplexity")
     starts = evaluation_sequences(run, count=32)[0][:, :max(1, run.settings.length // 4)]
-    prompt = max(starts, key=lambda start: start.unique().numel()).tolist()    # prose rather than a table or white space
-    ids = generate(run, prompt, run.settings.length // 2)
+    prompt = max(starts, key=lambda start: start.unique().numel()).tolist()  # prose, not a table or white space
+    ids = best_sample(run, prompt, run.settings.length // 2)
     print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
-    print(f"\nrun folder: {checkpoint}    more: python evaluate.py perplexity {checkpoint} --by-length")
+    if exact:
+        bits = min(regime["bits_per_byte"] for regime in results["regimes"].values())
+        print(f"\nwhat to expect of {bits:.2f} bits per byte: {what_to_expect(bits)}")
+    more = f"perplexity {checkpoint} --by-length" if exact else f"generate {checkpoint}"
+    print(f"\nrun folder: {checkpoint}    more: python evaluate.py {more}")
+
+
+def add_likelihood_commands(command):
+    """Register perplexity, bound and connectivity: `command(name, function, text)` gives a parser."""
+    source = "pydoc, text, token folder or hf:NAME (default: the run's validation text)"
+    sub = command("perplexity", perplexity_command, "left-to-right likelihood of held-out text (Eq. 2)")
+    sub.add_argument("--data", help=source)
+    sub.add_argument("--regime", choices=("padded", "truncated"), help="for masks in one stream (default: both)")
+    sub.add_argument("--by-length", action="store_true", help="perplexity against the length of the prefix")
+    sub.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the text")
+    sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture of that curve (Figure 3)")
+    sub.add_argument("--length", type=positive, help="hf: models: tokens of a sequence (default: 128)")
+
+    sub = command("bound", bound_command, "bound of the any-order likelihood, beside the left-to-right one")
+    sub.add_argument("--data", help=source)
+    sub.add_argument("--max-sequences", type=positive, default=50, help="sequences drawn from the text")
+    sub.add_argument("--draws", type=positive, default=8, help="contexts a sequence, spread over the number of "
+                     "hidden tokens")
+    sub.add_argument("--orders", type=positive, default=0, metavar="K", help="also the tighter -log of the mean "
+                     "over K whole orders a sequence, each of which may take S - 1 passes")
+    sub.add_argument("--seed", type=seed, default=0, help="of the contexts and orders")
+    sub.add_argument("--length", type=positive, help="as for perplexity")
+
+    text = "similarity of features of held-out contexts (Figure 2)"
+    sub = command("connectivity", connectivity_command, text, many=True)
+    sub.add_argument("--data", help="as for perplexity (default: the first checkpoint's validation text)")
+    sub.add_argument("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
+    sub.add_argument("--top", type=positive, default=100_000, help="most similar pairs to show")
+    sub.add_argument("--seed", type=seed, default=0, help="of the choice of contexts")
+    sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture of similarity over rank")
 
 
 def main(argv=None):
@@ -194,57 +301,29 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     def command(name, function, text, many=False):
-        """A command on one checkpoint, or on many; `function` takes the arguments and returns (content for --json, Run), or
-        None in place of the Run where the content tells of each."""
+        """A command on one checkpoint, or on many; `function` takes the arguments and returns (content for
+        --json, Run), or None in place of the Run where the content tells of each."""
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         which = {"dest": "checkpoints", "nargs": "+"} if many else {"dest": "checkpoint"}
-        sub.add_argument(**which, metavar="CKPT", help="run folder, checkpoint file, or hf:PATH (a transformers model)")
+        sub.add_argument(**which, metavar="CKPT", help="run folder, checkpoint file, untrained:RUN, or hf:PATH")
         sub.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
         sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
-        sub.add_argument("--json", type=output_file, metavar="FILE", help="write the results as one JSON object; - for standard output")
+        sub.add_argument("--json", type=output_file, metavar="FILE",
+                         help="results as one JSON object; - for standard output")
         return sub
 
-    sub = command("perplexity", perplexity_command, "left-to-right likelihood of held-out text (Eq. 2)")
-    sub.add_argument("--data", help="pydoc, text, token folder or hf:NAME (default: the run's validation text)")
-    sub.add_argument("--regime", choices=("padded", "truncated"), help="for masks in one stream (default: both)")
-    sub.add_argument("--by-length", action="store_true", help="perplexity against the length of the prefix (Figure 3)")
-    sub.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the text")
-    sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture of the curve over prefix length")
-    sub.add_argument("--length", type=positive, help="hf: models: tokens of a sequence (default: 128, as our own models)")
-
-    sub = command("connectivity", connectivity_command, "similarity of features of held-out contexts (Figure 2)", many=True)
-    sub.add_argument("--data", help="as for perplexity (default: the first checkpoint's validation text)")
-    sub.add_argument("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
-    sub.add_argument("--top", type=positive, default=100_000, help="most similar pairs to show")
-    sub.add_argument("--seed", type=seed, default=0, help="of the choice of contexts")
-    sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture of similarity over rank")
-
-    sub = command("generate", generate_command, "sample from the model")
-    sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
-    sub.add_argument("--tokens", type=positive, default=100, help="tokens to add")
-    sub.add_argument("--samples", type=positive, default=1, help="texts, of seeds --seed, --seed + 1, ...")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    sub.add_argument("--top-k", type=int, default=50, help="0 for all")
-    sub.add_argument("--seed", type=seed, default=0, help="of every random choice")
-    sub.add_argument("--at-once", action="store_true", help="dar: the tokens of a group in parallel")
-    sub.add_argument("--order", choices=("left", "confident"), default="left",
-                     help="mlm and vl: left to right, or the surest mask first")
-
-    add_finetune_commands(command)
-    add_probe_command(command)
-    add_reconstruct_command(command)
-    add_transfer_command(command)
+    add_likelihood_commands(command)
+    for add in (add_generate_command, add_labelled_commands, add_reconstruct_command, add_curves_command):
+        add(command)
     args = parser.parse_args(argv)
-    if args.command == "generate":
-        for name, value in (("temperature", args.temperature), ("top-k", args.top_k)):
-            if not 0 <= value < math.inf:
-                raise BadInput(f"--{name} {value:g} is not a number of at least 0")
     if getattr(args, "plot", None):
-        import_optional("matplotlib.pyplot")                                   # complain before the work, not after it
+        import_optional("matplotlib.pyplot")  # complain before the work, not after it
     results, run = args.function(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("function", "json", "command")}
-    write_json(args.json, {"command": f"evaluate.py {args.command}", "settings": settings, **(about(run) if run else {}), **results})
+    inner = ("function", "json", "command")
+    settings = {name: value for name, value in vars(args).items() if name not in inner}
+    write_json(args.json, {"command": f"evaluate.py {args.command}", "settings": settings,
+                           **(about(run) if run else {}), **results})
 
 
 if __name__ == "__main__":

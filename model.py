@@ -1,18 +1,19 @@
-"""The Transformer: one set of weights, run as causal, as mask-token or as two streams, under any group index f.
+"""The Transformer: one set of weights, run as causal, as mask-token or as two streams, under any f.
 
     causal       one stream, ordinary GPT: f = 1, 2, ..., S; position p - 1 predicts token p
     mask         one stream, ordinary BERT: f in {1, 2}; targets are replaced by a [MASK] vector
-    mae          f in {1, 2}, images: the stream holds the given tokens only, a light decoder adds the [MASK]s (He et al. 2021)
-    two-stream   any f: a content stream h that sees itself and a query stream g that does not (Eq. 23, 24)
+    mae          f in {1, 2}, images: reads given tokens, a light decoder adds the [MASK]s (He et al. 2021)
+    two-stream   any f: a content stream h that sees itself and a query stream g that does not (Eq. 23, 24);
+                 the only one that takes a token's queries from other cuts than its own f
 
-The [MASK] vector of the second way and the start of the query stream of the last are one parameter: a query *is* a
-[MASK] that nothing else can see. Every way returns the features of the target positions only.
+The [MASK] vector of the second way and the start of the query stream of the last are one parameter: a query
+*is* a [MASK] that nothing else can see. Every way returns the features of the target positions only.
 
-Text and images differ at the two ends alone. A token is an id, embedded by a table that also scores the output; or it is
-a patch of pixels, embedded and predicted by linear maps, at a two-dimensional position.
+Text and images differ at the two ends alone. A token is an id, embedded by a table that also scores the
+output; or it is a patch of pixels, embedded and predicted by linear maps, at a two-dimensional position.
 
-Architecture (the Cramming protocol, paper Sec. 5.1): pre-norm with a final norm, GEGLU feed-forward, no biases, scaled
-sinusoidal positions, a norm after the embedding, output layer tied to the embedding.
+Architecture (the Cramming protocol, paper Sec. 5.1): pre-norm with a final norm, GEGLU feed-forward, no
+biases, scaled sinusoidal positions, a norm after the embedding, output layer tied to the embedding.
 """
 
 import math
@@ -29,18 +30,16 @@ from support.kernels import Linear, additive, attend, compute_dtype, prefix_bloc
 
 PATHS = ("causal", "mask", "mae", "two-stream")
 
-
 SIZES = {
-    "tiny": {"layers": 4, "width": 128, "heads": 4},      # 0.7M parameters without the embedding: minutes on a CPU
+    "tiny": {"layers": 4, "width": 128, "heads": 4},      # 0.7M without the embedding: minutes on a CPU
     "mini": {"layers": 4, "width": 256, "heads": 4},      # 2.6M: an hour on a CPU
     "small": {"layers": 8, "width": 512, "heads": 8},     # 21M
     "base": {"layers": 12, "width": 768, "heads": 12},    # 71M
     "paper": {"layers": 16, "width": 768, "heads": 12},   # 94M
 }
 
-
 VIT_SIZES = {  # and for the mae path the decoder's layers, width and heads
-    "vit-tiny": {"layers": 4, "width": 128, "heads": 4, "decoder": (1, 64, 2)},       # 0.7M: CIFAR-10 on a CPU
+    "vit-tiny": {"layers": 4, "width": 128, "heads": 4, "decoder": (1, 64, 2)},       # 0.7M: CIFAR-10, a CPU
     "vit-small": {"layers": 12, "width": 384, "heads": 6, "decoder": (8, 256, 8)},    # 18M
     "vit-base": {"layers": 12, "width": 768, "heads": 12, "decoder": (8, 512, 16)},   # 71M
 }
@@ -54,7 +53,7 @@ class Config:
     width: int = 128
     heads: int = 4
     dropout: float = 0.0  # 0 in pretraining, 0.1 in fine-tuning
-    patch: int = 0        # images: side of a patch in pixels; a sequence is a square of patches, in raster order
+    patch: int = 0        # images: side of a patch in pixels; a sequence is a square of patches, row by row
     mean: tuple = ()      # images: of each channel over the training set, in 0..1
     std: tuple = ()
     norm_pix: bool = False  # images: predict pixels relative to the mean and the spread of their own patch
@@ -84,7 +83,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries come from `x` and whose keys and values come from `content` (Eq. 23)."""
+    """Multi-head attention: queries come from `x`, keys and values from `content` (Eq. 23)."""
 
     def __init__(self, config):
         super().__init__()
@@ -98,8 +97,8 @@ class Attention(nn.Module):
         B, N, D = x.shape
         split = (B, -1, self.heads, D // self.heads)
         q = self.q(x).view(split).transpose(1, 2)                                        # (B, H, N, d)
-        k, v = (part.view(split).transpose(1, 2) for part in self.kv(content).chunk(2, dim=-1))  # (B, H, S, d)
-        if cache is not None:                                  # generation: keep what was computed for earlier tokens
+        k, v = (x.view(split).transpose(1, 2) for x in self.kv(content).chunk(2, dim=-1))  # (B, H, S, d)
+        if cache is not None:                                  # generation: keep what earlier tokens computed
             k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else (k, v)
         y = attend(q, k, v, bias, causal)                                                # (B, H, N, d)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
@@ -130,8 +129,8 @@ class Block(nn.Module):
     def forward(self, x, content_rows, bias=None, causal=False, rows=None, cache=None):
         """x (B, N, D), of which the first `content_rows` are the content stream and give the keys and values.
 
-        `rows`, for the last layer, picks the rows that go on (a function of (B, N, D)); the others have served as keys
-        and values and nobody reads them again.
+        `rows`, for the last layer, picks the rows that go on (a function of (B, N, D)); the others have
+        served as keys and values and nobody reads them again.
         """
         h = self.norm1(x)
         content = h[:, :content_rows]
@@ -142,7 +141,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Of the mae path: the encoded given tokens and a [MASK] at every other position in, features of the targets out."""
+    """Of the mae path: encoded given tokens and a [MASK] at every other position in, target features out."""
 
     def __init__(self, config):
         super().__init__()
@@ -156,10 +155,11 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
 
     def forward(self, x, given, filler, targets, bias=None):
-        """x (B, v, D) encoded tokens of the positions given (B, v), except where filler (B, v) is True -> (B, n, width)."""
+        """x (B, v, D) are the encoded tokens of positions `given` (B, v), but not where `filler` (B, v)
+        -> (B, n, width)."""
         S = len(self.positions)
         x = torch.where(filler[..., None], self.query.to(x.dtype), self.embedding(x))
-        h = self.query.to(x.dtype).expand(len(x), S, -1).scatter(1, given[..., None].expand(-1, -1, x.shape[-1]), x)
+        h = self.query.to(x.dtype).expand(len(x), S, -1).scatter(1, given[..., None].expand_as(x), x)
         h = h + self.position_scale * self.positions
         for block in self.blocks[:-1]:
             h = block(h, S, bias)
@@ -192,11 +192,12 @@ class Transformer(nn.Module):
     def initialise(self):
         """Every initial value but that of the norms, which start at 1, is set here.
 
-        The embedding and the query are as large as the scaled positions they are added to, 1 / sqrt(2 D) for each
-        element. Matrices are normal(0, sqrt(0.4 / D)), those at the end of a feed-forward divided by sqrt(2 layers).
-        Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter 2023): queries and
-        keys are one map, twice as large, and the output map is the transpose of the values' over sqrt(layers). Otherwise
-        small masked models can stay at the unigram loss for millions of tokens (README).
+        The embedding and the query are as large as the scaled positions they are added to, 1 / sqrt(2 D) for
+        each element. Matrices are normal(0, sqrt(0.4 / D)), those at the end of a feed-forward divided by
+        sqrt(2 layers). Attention starts as "look at what is near and alike, and add some of it" (Trockman &
+        Kolter 2023): queries and keys are one map, twice as large, and the output map is the transpose of the
+        values' over sqrt(layers). Otherwise small masked models can stay at the unigram loss for millions of
+        tokens (README).
         """
         if self.config.patch:
             self.pixels.weight.normal_(std=0.02)
@@ -217,81 +218,95 @@ class Transformer(nn.Module):
                 block.feed_forward.down.weight.div_(math.sqrt(2 * L))
 
     def embed(self, tokens, first=0):
-        """tokens (B, N) or patches (B, N, values) at positions first, first + 1, ... -> (B, N, D), before the norm."""
+        """tokens (B, N) or patches (B, N, values) at positions first, first + 1, .. -> (B, N, D), no norm."""
         return self.embedding(tokens) + self.position_scale * self.positions[first:first + tokens.shape[1]]
 
-    def forward(self, tokens, groups, targets, path, blank=None, padded=True, given=None, long=None):
+    def forward(self, tokens, groups, targets, path, cuts=None, blank=None, padded=True, given=None,
+                long=None):
         """Features from which the targets are predicted.
 
-        tokens  (B, S) ids or (B, S, values) patches; where `blank` (mask path) or f > 1 (the others) a target's own token
-                is not read by its own prediction
+        tokens  (B, S) ids or (B, S, values) patches; where `blank` (mask path) or f > 1 (the others) a
+                target's own token is not read by its own prediction
         groups  (B, S) group indices f
-        targets (B, n) positions to predict; entries that are no target (f <= 1) give a feature that means nothing
-        path    one of PATHS
+        targets (B, n) positions to predict; n may exceed S, where a token is asked more than once
+        path    one of PATHS; the first three know the queries' default cuts only
+        cuts    (B, n) two-stream path: query row k sees {j : 0 < f(j) < cuts[k]}; by default f(targets). A
+                row that sees nothing, such as a filler with f <= 1, gives a feature that means nothing
         blank   (B, S) bool, mask path: where the input is [MASK]; by default wherever f > 1
         padded  False promises that no f is 0, which saves the mask and mae paths an attention mask
         given   (B, v) mae path: the positions with f = 1, then any others up to the v of static shape
-        long    two-stream path: whether to sort by f and use block masks in place of an S x S mask; by default on CUDA from
-                LONG tokens, where the heads are wide enough for its kernel
+        long    two-stream path: whether to sort by f and use block masks in place of an S x S mask; by
+                default on CUDA from LONG tokens, where the heads are wide enough for its kernel
         Returns (B, n, D), of the decoder's width on the mae path.
         """
-        S, dtype = tokens.shape[1], compute_dtype(self.query)
         if path == "causal":
-            x = self.dropout(self.embedding_norm(self.embed(tokens)))
-            for block in self.blocks:
-                x = block(x, S, causal=True)
-            x = take(x, (targets - 1).clamp(min=0))
+            return self.causal(tokens, targets)
+        if path == "mask":
+            return self.masked(tokens, groups, targets, groups > 1 if blank is None else blank, padded)
+        if path == "mae":
+            return self.mae(tokens, groups, targets, given, padded)
+        cuts = groups.gather(1, targets) if cuts is None else cuts
+        return self.two_streams(tokens, groups, targets, cuts, long)
 
-        elif path == "mask":
-            blank = groups > 1 if blank is None else blank
-            x = torch.where(blank[..., None], self.query, self.embedding(tokens))
-            x = self.dropout(self.embedding_norm(x + self.position_scale * self.positions[:S]))
-            bias = additive((groups > 0)[:, None, None, :], dtype) if padded else None   # (B, 1, 1, S)
-            for block in self.blocks[:-1]:
-                x = block(x, S, bias)
-            x = self.blocks[-1](x, S, bias, rows=lambda x: take(x, targets))
+    def causal(self, tokens, targets):
+        """The ordinary GPT: the feature of position p - 1 predicts token p."""
+        x = self.dropout(self.embedding_norm(self.embed(tokens)))
+        for block in self.blocks:
+            x = block(x, tokens.shape[1], causal=True)
+        return self.norm(take(x, (targets - 1).clamp(min=0)))
 
-        elif path == "mae":
-            if given is None:
-                given = (groups != 1).long().argsort(dim=1, stable=True)[:, :int((groups == 1).sum(1).max())]
-            filler = groups.gather(1, given) != 1
-            x = self.dropout(self.embedding_norm(take(self.embed(tokens), given)))
-            # Where v + n = S every sequence has exactly v given tokens, and nothing needs to be masked.
-            bias = additive(~filler[:, None, None, :], dtype) if padded or given.shape[1] + targets.shape[1] > S else None
-            for block in self.blocks:
-                x = block(x, given.shape[1], bias)
-            return self.decoder(self.norm(x), given, filler, targets,
-                                additive((groups > 0)[:, None, None, :], dtype) if padded else None)
+    def masked(self, tokens, groups, targets, blank, padded):
+        """The ordinary BERT: [MASK] wherever `blank`, and everything sees everything that is not padding."""
+        S = tokens.shape[1]
+        x = torch.where(blank[..., None], self.query, self.embedding(tokens))
+        x = self.dropout(self.embedding_norm(x + self.position_scale * self.positions[:S]))
+        bias = additive((groups > 0)[:, None, None, :], compute_dtype(x)) if padded else None  # (B, 1, 1, S)
+        for block in self.blocks[:-1]:
+            x = block(x, S, bias)
+        return self.norm(self.blocks[-1](x, S, bias, rows=lambda x: take(x, targets)))
 
+    def mae(self, tokens, groups, targets, given, padded):
+        """He et al. 2021: the encoder reads the given tokens, the decoder a [MASK] for each other one too."""
+        if given is None:
+            given = (groups != 1).long().argsort(dim=1, stable=True)[:, :int((groups == 1).sum(1).max())]
+        filler = groups.gather(1, given) != 1
+        x = self.dropout(self.embedding_norm(take(self.embed(tokens), given)))
+        dtype, v = compute_dtype(x), given.shape[1]
+        # Where v + n = S every sequence has exactly v given tokens, and nothing needs to be masked.
+        masked = padded or v + targets.shape[1] > tokens.shape[1]
+        bias = additive(~filler[:, None, None, :], dtype) if masked else None
+        for block in self.blocks:
+            x = block(x, v, bias)
+        bias = additive((groups > 0)[:, None, None, :], dtype) if padded else None
+        return self.decoder(self.norm(x), given, filler, targets, bias)
+
+    def two_streams(self, tokens, groups, targets, cuts, long):
+        """Content rows, then one query row for each (target, cut): [h; g] (B, S + n, D). One attention call
+        per layer serves both, since their keys and values are the same (Eq. 23)."""
+        S, h = tokens.shape[1], self.embed(tokens)
+        g = self.query + self.position_scale * self.positions[targets]
+        if long is None:
+            long = (S >= kernels.LONG and tokens.device.type == "cuda"
+                    and self.config.width >= 16 * self.config.heads)
+        if long:
+            order, rows, seen = by_group(groups, targets, cuts)
+            h, g = take(h, order), take(g, rows)
+            bias, query_bias = prefix_blocks(seen, S), prefix_blocks(seen[:, S:], S)
         else:
-            # Content rows, then one query row for each target: [h; g] (B, S + n, D). One attention call per layer
-            # serves both, since their keys and values are the same.
-            h = self.embed(tokens)
-            g = self.query + self.position_scale * self.positions[targets]
-            if long is None:
-                long = S >= kernels.LONG and tokens.device.type == "cuda" and self.config.width >= 16 * self.config.heads
-            if long:
-                order, rows, seen = by_group(groups, targets)
-                h, g = take(h, order), take(g, rows)
-                bias, query_bias = prefix_blocks(seen, S), prefix_blocks(seen[:, S:], S)
-            else:
-                bias = two_stream_bias(groups, targets, dtype)
-                query_bias = bias[:, :, S:]
-            x = self.dropout(self.embedding_norm(torch.cat([h, g], dim=1)))
-            for block in self.blocks[:-1]:
-                x = block(x, S, bias)
-            x = self.blocks[-1](x, S, query_bias, rows=lambda x: x[:, S:])               # only queries are scored
-            if long:
-                x = take(x, rows.argsort(dim=1))
-
-        return self.norm(x)
+            bias = two_stream_bias(groups, targets, cuts, compute_dtype(h))
+            query_bias = bias[:, :, S:]
+        x = self.dropout(self.embedding_norm(torch.cat([h, g], dim=1)))
+        for block in self.blocks[:-1]:
+            x = block(x, S, bias)
+        x = self.blocks[-1](x, S, query_bias, rows=lambda x: x[:, S:])               # only queries are scored
+        return self.norm(take(x, rows.argsort(dim=1)) if long else x)
 
     def encode(self, tokens, padding=None, causal=False, every_layer=False):
-        """The content stream of every token, for classifiers: as if all of f were 1, or 1, 2, ..., S where `causal`.
+        """The content stream of every token, for classifiers: f = 1 for all, or 1, 2, .., S where `causal`.
 
         tokens (B, S); padding (B, S) bool, True where there is no token, at the end of a sequence only.
-        Returns (B, S, D) after the final norm; with every_layer a list of layers + 1 of them, the embedding first, all but
-        the last without that norm.
+        Returns (B, S, D) after the final norm; with every_layer a list of layers + 1 of them, the embedding
+        first, all but the last without that norm.
         """
         x = self.dropout(self.embedding_norm(self.embed(tokens)))
         bias = None if padding is None or causal else additive(~padding[:, None, None, :], compute_dtype(x))
@@ -302,13 +317,17 @@ class Transformer(nn.Module):
         return states if every_layer else states[-1]
 
     def next_features(self, tokens, cache, first=0):
-        """Causal generation: tokens (B, N) at positions first.. -> feature (B, D) that predicts the token after them.
+        """Causal generation: tokens (B, N) at positions first.. -> feature (B, D) that predicts the next one.
 
-        `cache` is a list with one list per layer, empty at first, that keeps the keys and values of what came before.
+        `cache` has one list per layer, empty at first, which keeps the keys and values of the `first` tokens
+        that came before.
         """
-        x = self.embedding_norm(self.embed(tokens, first))
+        x, N, bias = self.embedding_norm(self.embed(tokens, first)), tokens.shape[1], None
+        if first and N > 1:  # row i of the new ones sees all that came before and 0..i of the new ones
+            sees = torch.ones(N, first + N, dtype=torch.bool, device=x.device).tril(first)
+            bias = additive(sees, compute_dtype(x))
         for block, kept in zip(self.blocks, cache):
-            x = block(x, x.shape[1], causal=first == 0, cache=kept)
+            x = block(x, N, bias, causal=first == 0, cache=kept)
         return self.norm(x[:, -1])
 
     def logits(self, features):
@@ -324,8 +343,8 @@ def sinusoids(length, width):
 
 
 def grid_sinusoids(length, width):
-    """Two-dimensional positions (length, width) of a square in raster order: half of the width for the row, half for the
-    column (MAE)."""
+    """Two-dimensional positions (length, width) of a square in raster order: half of the width for the row,
+    half for the column (MAE)."""
     side = math.isqrt(length)
     line = sinusoids(side, width // 2)
     return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)

@@ -1,22 +1,26 @@
 """The pretraining objectives: for each, a sampler of group indices f, and one loss for all of them.
 
-    flag          paper                       f                                                     one-stream path
+    flag          paper                       f                                                     one stream
     ar            L_ar, Sec. 3.1              1, 2, ..., S                                          causal
-    dar           L_semi,t, Eq. 6, for Eq. 3  groups of t after a first group of 1..t               none: two streams only
+    dar           L_semi,t, Eq. 6, for Eq. 3  groups of t after a first group of 1..t               none: two
+                  only
     mlm           L_m, Sec. 3.1               1 visible, 2 masked, round(rho S) of them             mask
     vl            L_vm, Eq. 5                 as mlm, rho drawn from a range for each sequence      mask
-    permutation   not in it                   a random order                                        none
-    prefix        not in it                   a random prefix is given, the rest in order           none
+    others        not in it                   beyond.py
 
-The loss is -log P(x_p | context of p), the *mean over all targets of the batch*. Sums and means differ in what they
-weigh. Under a mean over targets every (context, target) pair that f produces weighs the same: that is Eq. 6, and Eq. 5
-read as a sum over targets, up to the number of targets of the batch, so a sequence that hides more tokens counts more.
-Eq. 3, which weighs every *context* the same, is the same distribution only when contexts near the end count for less.
-The first token is given: L_ar's sum over k starts at P(x_2 | x_1).
+The loss is -log P(x_p | context of p), the *mean over all queries of the batch*, which count by their
+weights. Sums and means differ in what they weigh. Under a mean over targets every (context, target) pair that
+f produces weighs the same: that is Eq. 6, and Eq. 5 read as a sum over targets, up to the number of targets
+of the batch, so a sequence that hides more tokens counts more. Eq. 3, which weighs every *context* the same,
+is the same distribution only when contexts near the end count for less. The first token is given: L_ar's sum
+over k starts at P(x_2 | x_1).
 
-A new objective is a frozen dataclass with a `groups` method, and a line in OBJECTIVES: see Permutation and PrefixLM.
+A new objective is a frozen dataclass with a `groups` method, and a line in OBJECTIVES: beyond.py has seven.
+Its fields become flags of train.py and of all that takes an objective. Draw it with: python objectives.py
+NAME
 """
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass, fields
@@ -26,30 +30,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beyond import Permutation, PrefixLM
+from beyond import BEYOND
 from masks import ar_groups, dar_groups, draw, hidden_count, masked_groups, query_mask
-from support.cli import BadInput, Parser, command_line, group_size, positive, ratios, seed
+from support.cli import BadInput, Parser, command_line, group_size, output_file, positive, ratios, seed
 from support.kernels import LinearCrossEntropy, rows_at_once, take
-from support.objective import Objective, equally_likely, one_query_per_prefix, show
+from support.objective import (
+    AnyOrder,
+    Objective,
+    draw_queries,
+    equally_likely,
+    one_query_per_prefix,
+    option,
+    show,
+)
+from support.options import add_flags, all_options, make
+from support.sheet import draw_sheets, sheet_of
+from theory.operator import spectrum
 
 
 def main(argv=None):
-    parser = Parser(description="Draw the group index of an objective and its two attention masks.")
-    parser.add_argument("objective", choices=OBJECTIVES)
-    add_options(parser)
-    parser.add_argument("--length", type=positive, default=8, help="sequence length S")
+    parser = Parser(description="Draw the group index of objectives, their attention masks and spectra.")
+    parser.add_argument("objectives", nargs="*", metavar="objective", help=f"of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--all", action="store_true", help=f"the paper's: {', '.join(PAPER)}")
+    parser.add_argument("--length", type=positive, help="sequence length S (default: 8, or 16)")
     parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
     parser.add_argument("--seed", type=seed, default=0, help="of every random choice")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="a picture instead, with spectra")
+    add_options(parser)
     args = parser.parse_args(argv)
-    objective = from_options(args.objective, t=args.t, mask=args.mask)
-    objective.check(args.length)
-    if args.length > 200:
+    names = list(dict.fromkeys([*args.objectives, *PAPER] if args.all else args.objectives))
+    if not names:
+        raise BadInput(f"name an objective, {' or '.join(OBJECTIVES)}; or give --all for the paper's")
+    if (args.length or 0) > 200:
         raise BadInput(f"--length {args.length} is too wide to draw; use at most 200")
-    groups = objective.groups(256, args.length, torch.Generator().manual_seed(args.seed))
-    distinct = list(dict.fromkeys(map(tuple, groups.tolist())))[:args.samples]
-    print(f"{describe(objective)}: {objective.paper}\n")
-    print("\n\n".join(draw(torch.tensor(f)) for f in sorted(distinct, reverse=True)))
+    sheets, spectra, given, owners = [], [], options_of(vars(args)), all_options(OBJECTIVES)
+    for name in names:  # an option goes to those of the named objectives that have it
+        ours = {option: value for option, value in given.items()
+                if name in owners[option] or not owners[option].keys() & set(names)}
+        objective = from_options(name, **ours)
+        path = choose_path(objective, images=objective.images_only)
+        length = args.length or smallest_of((8, 16), objective)
+        sheets.append(sheet_of(objective, describe(objective), path, length, args.samples, args.seed))
+        spectra.append(spectrum(objective, length, flag=name)["singular_values"] if args.plot else None)
+    if args.plot:
+        draw_sheets(args.plot, sheets, spectra)
+    for sheet in () if args.plot else sheets:
+        print(f"{sheet.title}: {sheet.paper}\n")
+        print("\n\n".join(draw(torch.tensor(f), queries) for f, queries in sheet.draws) + "\n")
 
+
+def smallest_of(lengths, objective):
+    """The first of these lengths that suits the objective, else the last."""
+    for length in lengths[:-1]:
+        with contextlib.suppress(BadInput):
+            objective.check(length)
+            return length
+    return lengths[-1]
+
+
+# ---------------------------------------------------------------------------- the paper's four
 
 @dataclass(frozen=True)
 class Autoregressive(Objective):
@@ -57,6 +96,7 @@ class Autoregressive(Objective):
 
     paper = "autoregressive, L_ar (Sec. 3.1)"
     one_stream = "causal"
+    attention = "causal"
 
     def groups(self, batch, length, generator=None):
         return ar_groups(length).repeat(batch, 1)
@@ -64,16 +104,31 @@ class Autoregressive(Objective):
     def outcomes(self, length, limit=200_000):
         return equally_likely(ar_groups(length)[None])
 
+    def left_to_right(self, length, path):
+        return {"next": ar_groups(length)[None]}
+
 
 @dataclass(frozen=True)
 class DiversityEnhanced(Objective):
-    """L_semi,t (Eq. 6), the paper's way to L_dar,t (Eq. 3): predict t tokens in parallel, first group uniform in 1..t.
+    """L_semi,t (Eq. 6), the paper's way to L_dar,t (Eq. 3): t tokens in parallel, first group uniform in
+    1..t.
 
     With a range (low, high), as in Table 9, each sequence draws its own t.
     """
 
-    t: int = 2
+    t: int = option(2, "tokens predicted in parallel, or a range such as 1,2", group_size)
     paper = "diversity-enhanced autoregressive, L_semi,t (Eq. 6)"
+    attention = "causal"
+
+    def __post_init__(self):
+        if isinstance(self.t, tuple) and (len(self.t) != 2 or self.t[0] > self.t[1]):
+            raise BadInput(f"--t {show(self.t)} is neither a group size like 2 nor a range like 1,2")
+
+    def check(self, length):
+        super().check(length)
+        if not 1 <= self.ts()[0] <= self.ts()[-1] < length:
+            raise BadInput(f"--t {show(self.t)} is not in 1..{length - 1}: a group is shorter than the "
+                           f"sequence of {length}")
 
     def ts(self):
         """All t that a sequence may draw, equally likely."""
@@ -82,42 +137,36 @@ class DiversityEnhanced(Objective):
 
     def groups(self, batch, length, generator=None):
         ts = self.ts()
-        t = torch.randint(ts[0], ts[-1] + 1, (batch,), generator=generator) if len(ts) > 1 else torch.full((batch,), ts[0])
+        t = torch.full((batch,), ts[0])
+        if len(ts) > 1:
+            t = torch.randint(ts[0], ts[-1] + 1, (batch,), generator=generator)
         first = 1 + (torch.rand(batch, generator=generator) * t).long()
         return dar_groups(length, t, first)
 
     def outcomes(self, length, limit=200_000):
         groups = [dar_groups(length, t, torch.arange(1, t + 1)) for t in self.ts()]
-        return torch.cat(groups), torch.cat([torch.full((t,), 1 / t / len(groups), dtype=torch.float64) for t in self.ts()])
+        share = [torch.full((t,), 1 / t / len(groups), dtype=torch.float64) for t in self.ts()]
+        return torch.cat(groups), torch.cat(share)
 
     def left_to_right(self, length, path):
-        # Over the t first-group sizes each token is first in its group exactly once: a true next-token probability. Of a
-        # range, the smallest t takes the fewest passes.
+        # Over the t sizes of the first group each token is first in its group exactly once: a true next-token
+        # probability. Of a range, the smallest t takes the fewest passes.
         t = self.ts()[0]
         return {"next": dar_groups(length, t, torch.arange(1, t + 1))}
 
-    def check(self, length):
-        super().check(length)
-        if not 1 <= self.ts()[0] <= self.ts()[-1] < length:
-            raise BadInput(f"--t {show(self.t)} is not in 1..{length - 1}: a group is shorter than the sequence of {length}")
-
-    def __post_init__(self):
-        if isinstance(self.t, tuple) and (len(self.t) != 2 or self.t[0] > self.t[1]):
-            raise BadInput(f"--t {show(self.t)} is neither a group size like 2 nor a range like 1,2")
-
 
 @dataclass(frozen=True)
-class Masked(Objective):
+class Masked(AnyOrder):
     """L_m: predict a fixed share of the tokens from the others."""
 
-    mask: float = 0.15
+    mask: float = option(0.15, "ratio of hidden tokens", ratios)
     paper = "masked, L_m (Sec. 3.1)"
-    one_stream = "mask"
 
     def __post_init__(self):
         if not isinstance(self.mask, (int, float)):
-            raise BadInput(f"mlm hides one fixed ratio, got --mask {show(self.mask)}; type --mask {self.mask[0]:g}, "
-                           f"or --objective vl --mask {show(self.mask)} to draw the ratio from that range")
+            typed = f"--mask {show(self.mask)}"
+            raise BadInput(f"mlm hides one fixed ratio, got {typed}; type --mask {self.mask[0]:g}, or "
+                           f"--objective vl {typed} to draw the ratio from that range")
         if not 0 < self.mask < 1:
             raise BadInput(f"--mask {self.mask:g} is not between 0 and 1; type a ratio such as --mask 0.15")
 
@@ -125,7 +174,7 @@ class Masked(Objective):
         return masked_groups(batch, length, self.mask, generator)
 
     def max_targets(self, length):
-        return hidden_count(self.mask, length)
+        return max(self.hidden_counts(length))
 
     def min_targets(self, length):
         return min(self.hidden_counts(length))
@@ -138,39 +187,42 @@ class Masked(Objective):
         counts = self.hidden_counts(length)
         if sum(math.comb(length, n) for n in counts) > limit:
             return None
-        groups, weight = [], []
+        groups, share = [], []
         for n, probability in counts.items():
             hidden = torch.tensor(list(itertools.combinations(range(length), n)))        # (comb(S, n), n)
             groups.append(torch.ones(len(hidden), length, dtype=torch.long).scatter(1, hidden, 2))
-            weight.append(torch.full((len(hidden),), probability / len(hidden), dtype=torch.float64))
-        return torch.cat(groups), torch.cat(weight)
+            share.append(torch.full((len(hidden),), probability / len(hidden), dtype=torch.float64))
+        return torch.cat(groups), torch.cat(share)
 
     def left_to_right(self, length, path):
-        # Nobody sees a query of the second stream, so there the two regimes are one.
-        return {"next": one_query_per_prefix(length)} if path == "two-stream" else super().left_to_right(length, path)
+        """In one stream there are two regimes: `truncated`, where the sequence ends at the [MASK], and
+        `padded`, where all later positions are [MASK] too, so that it is as long as in training. In two
+        streams nobody sees a query, and the two are one."""
+        truncated = one_query_per_prefix(length)
+        if path == "mask":
+            return {"padded": torch.where(truncated == 0, 2, truncated), "truncated": truncated}
+        return {"next": truncated}
 
 
 @dataclass(frozen=True)
 class VariableLength(Masked):
     """L_vm (Eq. 5): as L_m, with the ratio drawn uniformly from a range anew for each sequence."""
 
-    mask: tuple = (0.15, 0.3)
+    mask: tuple = option((0.15, 0.3), "range of the ratio of hidden tokens", ratios)
     paper = "variable-length masked, L_vm (Eq. 5)"
 
     def __post_init__(self):
-        if isinstance(self.mask, (int, float)):
-            raise BadInput(f"vl draws its ratio from a range, got --mask {self.mask:g}; type --mask {self.mask:g},"
-                           f"{min(2 * self.mask, 1):g}, or --objective mlm --mask {self.mask:g} for the fixed ratio")
-        if len(self.mask) != 2:
-            raise BadInput(f"--mask {show(self.mask)} is not a range; type two ratios such as --mask 0.15,0.3")
-        low, high = self.mask
-        if low > high:
-            raise BadInput(f"--mask {show(self.mask)} runs downwards; type --mask {high:g},{low:g}")
-        if not 0 < low <= high <= 1:
-            raise BadInput(f"--mask {show(self.mask)} does not lie between 0 and 1; type a range such as --mask 0.15,0.3")
-
-    def max_targets(self, length):
-        return hidden_count(self.mask[1], length)
+        low, *more = self.mask if isinstance(self.mask, tuple) else (self.mask,)
+        typed = f"--mask {show(self.mask)}"
+        if not more:
+            raise BadInput(f"vl draws its ratio from a range, got {typed}; type {typed},{min(2 * low, 1):g}, "
+                           f"or --objective mlm {typed} for the fixed ratio")
+        if len(more) > 1:
+            raise BadInput(f"{typed} is not a range; type two ratios such as --mask 0.15,0.3")
+        if low > more[0]:
+            raise BadInput(f"{typed} runs downwards; type --mask {more[0]:g},{low:g}")
+        if not 0 < low <= more[0] <= 1:
+            raise BadInput(f"{typed} does not lie between 0 and 1; type a range such as --mask 0.15,0.3")
 
     def hidden_counts(self, length):
         low, high = self.mask
@@ -186,70 +238,76 @@ class VariableLength(Masked):
         return shares
 
 
-OBJECTIVES = {"ar": Autoregressive, "dar": DiversityEnhanced, "mlm": Masked, "vl": VariableLength,
-              "permutation": Permutation, "prefix": PrefixLM}
+PAPER = {"ar": Autoregressive, "dar": DiversityEnhanced, "mlm": Masked, "vl": VariableLength}
+OBJECTIVES = {**PAPER, **BEYOND}
 
 
-# ---------------------------------------------------------------------------- from flags to an objective and back
+# ---------------------------------------------------------------------------- from flags to an objective
 
 def add_options(parser):
-    """The options of all objectives, for every command that takes an objective."""
-    parser.add_argument("--t", type=group_size, default=None,
-                        help="dar: tokens predicted in parallel, or a range such as 1,2 (default: 2)")
-    parser.add_argument("--mask", type=ratios, default=None,
-                        help="mlm: ratio of hidden tokens (default: 0.15); vl: its range (default: 0.15,0.3)")
+    """A flag for each option of the registered objectives, to be called when the command's own flags are
+    there."""
+    add_flags(parser, OBJECTIVES)
 
 
-def from_options(objective, **options):
-    """The objective of that flag with those options; None leaves a default. Raises BadInput on a wrong combination."""
-    if objective not in OBJECTIVES:
-        raise BadInput(f"there is no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    known = {field.name for field in fields(OBJECTIVES[objective])}
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given.keys() - known:
-        owners = [flag for flag, cls in OBJECTIVES.items() if name in {field.name for field in fields(cls)}]
-        takes = f"{objective} takes --{next(iter(known))}" if known else f"{objective} takes no options"
-        raise BadInput(f"--{name} belongs to {' and '.join(owners)}, and {takes}; leave out --{name} "
-                       f"or type --objective {owners[0]}")
-    for name, value in given.items():
-        if isinstance(value, (tuple, list)):
-            given[name] = value[0] if len(value) == 1 else tuple(value)
-    return OBJECTIVES[objective](**given)
+def options_of(values):
+    """Of {name: value}, such as vars(args), what was given for options of objectives."""
+    return {name: values[name] for name in all_options(OBJECTIVES) if values.get(name) is not None}
+
+
+def from_options(name, /, **options):
+    """The objective of that flag. Options are values or text; None leaves a default. Raises BadInput."""
+    return make(OBJECTIVES, name, options)
 
 
 def choose_path(objective, streams=None, images=False):
     """Which of model.PATHS runs this objective, given --streams (None: one stream where one suffices)."""
+    if objective.images_only and not images:
+        raise BadInput(f"{flag(objective)} speaks of patches of images; this is text")
     if streams == 1 and objective.one_stream is None:
-        raise BadInput(f"--streams 1 cannot run {flag(objective)}: tokens predicted in parallel must not see each "
-                       "other, which takes two streams; type --streams 2 or leave it out")
+        raise BadInput(f"--streams 1 cannot run {flag(objective)}: tokens predicted in parallel must not see "
+                       "each other, which takes two streams; type --streams 2 or leave it out")
     path = "two-stream" if streams == 2 or objective.one_stream is None else objective.one_stream
     return "mae" if images and path == "mask" else path
 
 
 def flag(objective):
     """The flag under which this objective is registered."""
-    return next((name for name, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
+    cls = type(objective)
+    return next((name for name, registered in OBJECTIVES.items() if registered is cls), cls.__name__)
 
 
 def describe(objective):
-    """The flag and the options: 'vl 0.15,0.3'."""
-    return " ".join([flag(objective)] + [("t=" if field.name == "t" else "") + show(getattr(objective, field.name))
-                                         for field in fields(objective)])
+    """The flag and the options: 'vl 0.15,0.3', 'dar t=2'."""
+    options = [(option.name, show(getattr(objective, option.name))) for option in fields(objective)]
+    return " ".join([flag(objective)] + [x if name == "mask" else f"{name}={x}" for name, x in options])
 
 
 # ---------------------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
-    """Everything one step needs, of static shape. B sequences of length S, n = max_targets(S)."""
+    """Everything one step needs, of static shape. B sequences of length S, n = max_targets(S).
 
-    tokens: Tensor   # (B, S) input ids, corrupted where the 80/10/10 rule says so; images: (B, S, values) patches
+    stream  the content stream h holds the tokens, the query stream g what is asked; one stream mixes the two
+    path    how the network is run, one of model.PATHS: causal, mask, mae or two-stream
+    pass    one run of the network over a sequence under one f
+    regime  a set of passes in which every token is scored once (likelihood): padded, truncated or next
+    given   what is context only, f = 1
+    blank   where the input shows [MASK] instead of the token (mask path)
+    padded  whether some f are 0: no token is there
+    cut     row (p, c) predicts token p from {j : 0 < f(j) < c}; by default c = f(p)
+    weight  how much a row counts in the loss, by default 1; filler, which keeps the shape static, has 0
+    """
+
+    tokens: Tensor   # (B, S) input ids, corrupted where 80/10/10 says so; images: (B, S, values) patches
     groups: Tensor   # (B, S) f
-    blank: Tensor    # (B, S) bool: where the mask path shows [MASK]
-    given: Tensor    # (B, v) mae path: the positions with f = 1 first, then others to fill up; other paths: v = 0
-    targets: Tensor  # (B, n) positions to predict, those that are no target last
+    blank: Tensor    # (B, S) bool
+    given: Tensor    # (B, v) mae path: positions with f = 1, then others to fill up; other paths: v = 0
+    targets: Tensor  # (B, n) positions to predict, filler last
+    cuts: Tensor     # (B, n)
     labels: Tensor   # (B, n) their true ids; images: nothing, their pixels are taken from the tokens
-    weight: Tensor   # (B, n) 1 for a target, 0 for the rest
-    total: Tensor    # (B,) the number of targets of the whole batch, of which this may be a part
+    weight: Tensor   # (B, n)
+    total: Tensor    # (B,) the sum of the weights of the whole batch, of which this may be a part
 
     def part(self, start, stop):
         return Batch(*(field[start:stop] for field in self))
@@ -261,31 +319,22 @@ class Batch(NamedTuple):
         return Batch(*(field.to(device, non_blocking=field.is_pinned()) for field in self))
 
 
-def target_positions(groups, n):
-    """Positions of the targets f > 1 first, in order, then others to fill up. -> targets (B, n), weight (B, n)."""
-    is_target = groups > 1
-    most = int(is_target.sum(1).max())
-    if most > n:
-        raise ValueError(f"a sequence has {most} targets but max_targets promised at most {n}")
-    targets = (~is_target).long().argsort(dim=1, stable=True)[:, :n]
-    return targets, is_target.gather(1, targets).float()
+def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always", size=None,
+               part=slice(None)):
+    """Draw f for tokens (B, S), or patches (B, S, values), and prepare what the model needs. Raises BadInput
+    where the path cannot compute what the objective asks.
 
-
-def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always", size=None, part=slice(None)):
-    """Draw f for tokens (B, S), or patches (B, S, values), and prepare what the model needs.
-
-    On the mask path, mask_rule "always" shows [MASK] at every target, which is the paper's formula: targets are predicted
-    from the unmasked tokens alone. "bert" is the usual practice (Devlin et al. 2019) and the Cramming protocol: [MASK] at
-    80% of the targets, a random token at 10%, the token itself at 10%. The other paths never corrupt their input.
-    Where `tokens` are the rows `part` of a batch of `size`, everything random is what it would be for the whole batch.
+    On the mask path, mask_rule "always" shows [MASK] at every target, which is the paper's formula: targets
+    are predicted from the unmasked tokens alone. "bert" is the usual practice (Devlin et al. 2019) and the
+    Cramming protocol: [MASK] at 80% of the targets, a random token at 10%, the token itself at 10%. The other
+    paths never corrupt their input. Where `tokens` are the rows `part` of a batch of `size`, everything
+    random is what it would be for the whole batch.
     """
     S, size = tokens.shape[1], size or len(tokens)
-    groups = objective.groups(size, S, generator)
-    total, groups = (groups > 1).sum(), groups[part]
-    if path in ("mask", "mae") and groups.max() > 2 or path == "causal" and not torch.equal(groups, ar_groups(S).expand_as(groups)):
-        raise ValueError(f"{describe(objective)} has an f that its one_stream = {path!r} cannot run; leave one_stream None")
-    targets, weight = target_positions(groups, objective.max_targets(S))
-    blank, inputs = groups > 1, tokens
+    groups, queries = draw_queries(objective, path, size, S, generator)
+    total, groups = queries.weight.sum(), groups[part]
+    targets, cuts, weight = (x[part] for x in queries)
+    blank, inputs, given = groups > 1, tokens, targets[:, :0]
     if path == "mask" and mask_rule == "bert":
         dice = torch.rand(size, S, generator=generator)[part]
         noise = torch.randint(vocab, (size, S), generator=generator)[part]
@@ -293,19 +342,21 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
         blank = blank & (dice < 0.8)
     if path == "mae":
         given = (groups != 1).long().argsort(dim=1, stable=True)[:, :S - objective.min_targets(S)]
-    else:
-        given = targets[:, :0]
-    labels = targets[:, :0] if tokens.dim() == 3 else tokens.gather(1, targets)  # patches are taken on the device
-    return Batch(inputs, groups, blank, given, targets, labels, weight, total.repeat(len(groups)))
+    labels = targets[:, :0] if tokens.dim() == 3 else tokens.gather(1, targets)  # patches: on the device
+    return Batch(inputs, groups, blank, given, targets, cuts, labels, weight, total.repeat(len(groups)))
 
+
+# ---------------------------------------------------------------------------- losses
 
 def loss_sum(model, batch, path):
-    """The sum over the batch's targets of -log P(x_p | context of p); divide by the number of targets for the loss.
+    """The sum over the batch's queries of weight * -log P(x_p | context of p); over `total` it is the loss.
 
-    This one function is L_ar, L_semi,t, L_m and L_vm: what sets them apart is `batch.groups`. Packed sequences have no
-    padding. For images -log P is the squared error, the mean over a patch's numbers: a Gaussian, up to constants.
+    This one function is L_ar, L_semi,t, L_m and L_vm: what sets them apart is `batch.groups`. Packed
+    sequences have no padding. For images -log P is the squared error, the mean over a patch's numbers: a
+    Gaussian, up to constants.
     """
-    features = model(batch.tokens, batch.groups, batch.targets, path, batch.blank, padded=False, given=batch.given)
+    features = model(batch.tokens, batch.groups, batch.targets, path, batch.cuts, batch.blank, padded=False,
+                     given=batch.given)
     if model.config.patch:
         labels = take(batch.tokens, batch.targets)                                       # (B, n, values)
         labels = F.layer_norm(labels, labels.shape[-1:]) if model.config.norm_pix else labels
@@ -320,9 +371,9 @@ def spectral_loss(scores, targets, target_marginal):
 
         -2 mean_i scores[i, y_i] + mean_i sum_v target_marginal[v] scores[i, v]^2
 
-    Eq. 1 prints coefficient 1 on the first term; the 2 is lost between lines 4 and 5 of A.1. With it the loss is
-    ||Abar - F W'^T||_F^2 - ||Abar||_F^2; with 1 it has the same subspace at half the scale.
-    scores (N, V) = W f(X_i), targets (N,) ids y_i, target_marginal (V,) probabilities P_G -> scalar.
+    Eq. 1 prints coefficient 1 on the first term; the 2 is lost between lines 4 and 5 of A.1. With it the loss
+    is ||Abar - F W'^T||_F^2 - ||Abar||_F^2; with 1 it has the same subspace at half the scale. scores (N, V)
+    = W f(X_i), targets (N,) ids y_i, target_marginal (V,) probabilities P_G -> scalar.
     """
     positive = scores.gather(1, targets[:, None]).mean()
     return -2 * positive + (scores.square() @ target_marginal).mean()
@@ -337,11 +388,12 @@ def scores_next(groups):
 
 
 @torch.no_grad()
-def target_nll(model, tokens, groups, targets, path, padded=True):
-    """-log P of the true tokens at `targets` (B, n) under f -> float32 (B, n). Log-softmax in float32."""
-    features = model(tokens, groups, targets, path, None, padded).flatten(0, 1)
+def target_nll(model, tokens, groups, targets, path, padded=True, cuts=None):
+    """-log P of the true tokens at `targets` (B, n) under f, from `cuts` (B, n) or their own f -> float32 (B,
+    n)."""
+    features = model(tokens, groups, targets, path, cuts, padded=padded).flatten(0, 1)
     labels = tokens.gather(1, targets).flatten()
-    nll = [F.cross_entropy(model.logits(x).float(), y, reduction="none")
+    nll = [F.cross_entropy(model.logits(x).float(), y, reduction="none")                 # in float32
            for x, y in zip(features.split(rows_at_once(model)), labels.split(rows_at_once(model)))]
     return torch.cat(nll).view(targets.shape)
 

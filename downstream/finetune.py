@@ -1,57 +1,58 @@
-"""Fine-tuning: the GLUE benchmark, and any labelled text.
+"""Fine-tuning on labelled texts; glue_runs.py and vision.py build on it.
 
-    python evaluate.py finetune CKPT --data my.tsv --label-fraction 0.1
-    python evaluate.py glue CKPT --glue-dir DIR --tasks cola,rte --seeds 3
+    python evaluate.py finetune CKPT --data my.csv --label-fraction 0.1
 
-Fine-tuning follows the Cramming protocol as the paper does: all weights, a new linear layer on the pooled features, dropout
-0.1, AdamW, cosine decay, 5 epochs of batches of 16. The paper's learning rate of 4e-5 is for its 768-wide model; one of
-width 128 hardly moves with it and gets 5e-4. The last epoch counts: dev labels choose nothing unless --best-epoch.
-Pooling and attention: the mean over all tokens under full attention for masked models, the last token under causal
-attention for left-to-right ones (--pool, --attention).
-
-Checkpoints of images go from `finetune` to vision.py, which builds on the functions here.
+It follows the Cramming protocol as the paper does: all weights, a new linear layer on the pooled features,
+dropout 0.1, AdamW, cosine decay, 5 epochs of batches of 16. The paper's learning rate of 4e-5 is for its
+768-wide model; one of width 128 hardly moves with it and gets 5e-4. The last epoch counts: dev labels choose
+nothing unless --best-epoch.
 """
 
 import contextlib
 import copy
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from downstream import glue
-from downstream.labelled import batch_rows, collate, encode, in_order, pool_features, tokenize
+from downstream.encoding import batch_rows, collate, encode, pool_features, text_batches, tokenize
 from engine.steps import clip_gradients, make_optimizer, parts, warm_cosine
-from support.cli import BadInput
+from support.cli import BadInput, progress
 
 PLAIN = contextlib.nullcontext()  # in place of an autocast context
 
 
-# ---------------------------------------------------------------------------- fine-tuning
 
-@dataclass(frozen=True)
-class Protocol:
-    """How to fine-tune."""
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long and how fast to optimise."""
 
-    lr: float
-    pool: str
-    attention: str            # causal or full
+    lr: float                 # the peak: warm-up, then cosine to 0
     epochs: int = 5
     batch_size: int = 16
     micro_batch: int = 256    # examples per forward pass at most; the rest is accumulated
-    warmup: float = 0.06      # share of the steps over which the learning rate rises; cosine to 0 afterwards
+    warmup: float = 0.06      # share of the steps over which the learning rate rises
+    clip: float = 1.0         # largest norm of the gradient; 0 for no clipping
+    best_epoch: bool = False  # keep the epoch that scores best on the dev part: optimistic on that part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(Budget):
+    """How to fine-tune a network."""
+
+    pool: str
+    attention: str            # causal or full
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     beta2: float = 0.98
-    clip: float = 1.0         # largest norm of the gradient; 0 for no clipping
     dropout: float = 0.1
-    best_epoch: bool = False  # score the dev part after every epoch and keep the best: optimistic on that part
 
 
 class Classifier(nn.Module):
@@ -75,24 +76,29 @@ class Classifier(nn.Module):
 
 
 def fine_tune(run, inputs, labels, outputs, protocol, seed, autocast=PLAIN, validate=None, bar=None):
-    """Fine-tune a copy of run.model. Returns a function Inputs -> class numbers (N,) or scores (N,), and figures of the run.
+    """Fine-tune a copy of run.model. Returns a function Inputs -> class numbers (N,) or scores (N,), and
+    figures of the run.
 
-    labels    class numbers (N,), or scores (N,) with outputs = 1: those are learned in units of their standard deviation
+    labels    class numbers (N,), or scores (N,) with outputs = 1: those are learned in units of their
+              standard deviation
     autocast  the context for the matrix products, entered anew for every step
-    validate  with protocol.best_epoch: a function of such a prediction function to a number, the higher the better
-    The weights of the new layer, the order of the texts and dropout each have a seed of their own, drawn from `seed`.
+    validate  with protocol.best_epoch: a function of such a prediction function to a number, the higher the
+              better
+    The weights of the new layer, the order of the texts and dropout each have a seed of their own, drawn from
+    `seed`.
     """
     head_seed, order_seed, dropout_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
     device, limit = next(run.model.parameters()).device, run.settings.length
     regression = labels.dtype.kind == "f"
     mean, spread = (labels.mean(), labels.std() or 1.0) if regression else (0.0, 1.0)
-    targets = torch.from_numpy(((labels - mean) / spread).astype(np.float32) if regression else labels).to(device)
+    targets = ((labels - mean) / spread).astype(np.float32) if regression else labels
+    targets = torch.from_numpy(targets).to(device)
     model = Classifier(copy.deepcopy(run.model), run.model.config.width, outputs, protocol.pool,
                        protocol.attention == "causal", protocol.dropout, head_seed).to(device)
     torch.manual_seed(dropout_seed)
 
     def predict(inputs):
-        scores = predictions(model, in_order(inputs, limit, device), len(inputs.lengths), autocast)
+        scores = class_scores(model, text_batches(inputs, limit, device), len(inputs.lengths), autocast)
         return scores[:, 0] * spread + mean if regression else scores.argmax(1)
 
     tokens = places = 0
@@ -107,24 +113,27 @@ def fine_tune(run, inputs, labels, outputs, protocol, seed, autocast=PLAIN, vali
     def loss(scores, wanted):
         return F.mse_loss(scores[:, 0], wanted) if regression else F.cross_entropy(scores, wanted)
 
-    figures = optimise(model, make_optimizer(model, protocol), batches, math.ceil(len(labels) / protocol.batch_size), loss,
-                       protocol, autocast, validate and (lambda: validate(predict)), bar)
+    figures = optimise(model, make_optimizer(model, protocol), batches,
+                       math.ceil(len(labels) / protocol.batch_size),
+                       loss, protocol, autocast, validate=validate and (lambda: validate(predict)), bar=bar)
     return predict, {**figures, "examples_per_second": protocol.epochs * len(labels) / figures["seconds"],
                      "padding_efficiency": float(tokens / places)}  # tokens that are not padding
 
 
-def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAIN, validate=None, bar=None):
-    """Train for protocol.epochs, under its schedule and clipping -> figures of the run.
+def optimise(model, optimizer, batches, per_epoch, loss, budget, autocast=PLAIN, validate=None, bar=None):
+    """Train for budget.epochs, under its schedule and clipping -> figures of the run.
 
-    batches   a function from the epoch to an iterable of at least `per_epoch` pairs (input of the model, targets)
+    batches   a function from the epoch to an iterable of at least `per_epoch` pairs (input of the model,
+              targets)
     loss      a function of the model's scores and the targets: a mean over them
-    validate  with protocol.best_epoch: a function of nothing to a number; the weights with the highest are kept
+    validate  with budget.best_epoch: a function of nothing to a number; the weights with the highest are kept
     A parameter group's learning rate is its own peak.
     """
     peaks = [group["lr"] for group in optimizer.param_groups]
-    steps, step, best, kept = protocol.epochs * per_epoch, 0, -math.inf, None
-    preparing, running, start = 0.0, torch.zeros((), device=next(model.parameters()).device), time.perf_counter()
-    for epoch in range(protocol.epochs):
+    steps, step, best, kept = budget.epochs * per_epoch, 0, -math.inf, None
+    running = torch.zeros((), device=next(model.parameters()).device)
+    preparing, start = 0.0, time.perf_counter()
+    for epoch in range(budget.epochs):
         model.train()
         ready = iter(batches(epoch))
         for _ in range(per_epoch):
@@ -132,15 +141,15 @@ def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAI
             batch, wanted = next(ready)
             preparing += time.perf_counter() - clock
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * warm_cosine((step + 0.5) / steps, protocol.warmup)
-            cuts = parts(len(wanted), protocol.micro_batch)
+                group["lr"] = peak * warm_cosine((step + 0.5) / steps, budget.warmup)
+            cuts = parts(len(wanted), budget.micro_batch)
             for a, b in cuts:
                 with autocast:
                     scores = model(batch if len(cuts) == 1 else batch.part(a, b))
                 error = loss(scores, wanted[a:b]) * ((b - a) / len(wanted))
                 error.backward()
                 running += error.detach()
-            clip_gradients(model, protocol.clip)
+            clip_gradients(model, budget.clip)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -149,14 +158,15 @@ def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAI
         mean_loss = running.item() / per_epoch
         running.zero_()
         if not math.isfinite(mean_loss):
-            raise BadInput(f"the loss is {mean_loss} in epoch {epoch + 1}; try a smaller --lr than {protocol.lr:g}")
+            raise BadInput(f"the loss is {mean_loss} in epoch {epoch + 1}; try a smaller --lr than "
+                           f"{budget.lr:g}")
         if bar is not None:
             bar.set_postfix_str(f"loss {mean_loss:.3f}")
-        if protocol.best_epoch and validate and (score := validate()) > best:
+        if budget.best_epoch and validate and (score := validate()) > best:
             best, kept = score, (epoch + 1, copy.deepcopy(model.state_dict()))
     seconds = time.perf_counter() - start
     figures = {"train_loss": mean_loss, "seconds": seconds,
-               "input_share": preparing / seconds}                 # of the time: making batches and moving them
+               "input_share": preparing / seconds}  # of the time, for making batches and moving them
     if kept:
         figures["best_epoch"] = kept[0]
         model.load_state_dict(kept[1])
@@ -164,8 +174,8 @@ def optimise(model, optimizer, batches, per_epoch, loss, protocol, autocast=PLAI
 
 
 @torch.no_grad()
-def predictions(model, batches, count, autocast):
-    """The scores (count, outputs) of all examples, in order; `batches` gives pairs (row numbers, Batch)."""
+def class_scores(model, batches, count, autocast):
+    """The scores (count, outputs) of all examples, in order; `batches`: pairs (row numbers, TextBatch)."""
     model.eval()
     scores = None
     for rows, batch in batches:
@@ -176,37 +186,74 @@ def predictions(model, batches, count, autocast):
     return scores
 
 
-def dev_scores(dataset, dev_inputs, predict):
-    """{metric and suffix: score} on every dev part."""
+# ---------------------------------------------------------------------------- a data set
+
+class Outcome(NamedTuple):
+    """What one seed came to."""
+
+    scores: dict      # {metric and suffix: score} on the dev parts
+    predicted: dict   # {suffix: class numbers (N,), or scores (N,)} of the dev parts
+    figures: dict     # of the run
+    predict: object   # a function Inputs -> class numbers or scores
+
+
+def fine_tune_once(run, dataset, inputs, protocol, seed, autocast=PLAIN, quiet=True):
+    """Fine-tune with one seed on a Dataset whose Inputs are {"train": .., suffix: ..} -> Outcome."""
+    def on_dev(predict):
+        return {suffix: predict(inputs[suffix]) for suffix in dataset.dev}
+
+    def first_score(predict):
+        return next(iter(score_dev(dataset, on_dev(predict)).values()))
+
+    steps = protocol.epochs * math.ceil(len(dataset.train.labels) / protocol.batch_size)
+    outputs = 1 if dataset.classes is None else len(dataset.classes)
+    with progress(quiet=quiet, total=steps, unit="step", desc=f"{dataset.name} seed {seed}") as bar:
+        predict, figures = fine_tune(run, inputs["train"], dataset.train.labels, outputs, protocol, seed,
+                                     autocast,
+                                     validate=first_score, bar=bar)
+    predicted = on_dev(predict)
+    return Outcome(score_dev(dataset, predicted), predicted, figures, predict)
+
+
+def score_dev(dataset, predicted):
+    """{metric and suffix: score} of predictions {suffix: (N,)} on the dev parts."""
+    return {metric + suffix: glue.METRICS[metric](predicted[suffix], part.labels)
+            for suffix, part in dataset.dev.items() for metric in dataset.metrics}
+
+
+def dev_examples(dataset, predicted):
+    """What --json says of each dev example, for paired comparisons; `predicted` is {suffix: one array (N,) a
+    seed}.
+
+    labels (N,), predictions (seeds, N) and, of classes, correct (seeds, N) as 0 and 1, each with the part's
+    suffix.
+    """
     found = {}
     for suffix, part in dataset.dev.items():
-        predicted = predict(dev_inputs[suffix])
-        found |= {metric + suffix: glue.METRICS[metric](predicted, part.labels) for metric in dataset.metrics}
+        found["labels" + suffix] = part.labels.tolist()
+        found["predictions" + suffix] = [values.tolist() for values in predicted[suffix]]
+        if dataset.classes is not None:
+            found["correct" + suffix] = [correctness(values, part.labels) for values in predicted[suffix]]
     return found
 
 
-def fine_tune_once(run, dataset, inputs, protocol, seed, autocast, quiet=True):
-    """One seed on a Dataset whose Inputs are {"train": .., suffix: ..} -> scores on dev, figures, prediction function."""
-    steps = protocol.epochs * math.ceil(len(dataset.train.labels) / protocol.batch_size)
-    outputs = 1 if dataset.classes is None else len(dataset.classes)
-    with tqdm(total=steps, unit="step", desc=f"{dataset.name} seed {seed}", leave=False,
-              disable=quiet or not sys.stderr.isatty()) as bar:
-        predict, figures = fine_tune(run, inputs["train"], dataset.train.labels, outputs, protocol, seed, autocast,
-                                     lambda predict: next(iter(dev_scores(dataset, inputs, predict).values())), bar)
-    return dev_scores(dataset, inputs, predict), figures, predict
+def correctness(predicted, true):
+    """Which class numbers (N,) are right -> list of 0 and 1."""
+    return (np.asarray(predicted) == np.asarray(true)).astype(int).tolist()
 
 
 def tokenize_dataset(run, dataset, quiet=True):
     """{"train": Inputs, suffix: Inputs}."""
-    return {key: tokenize(run, part.texts, quiet) for key, part in {"train": dataset.train, **dataset.dev}.items()}
+    parts = {"train": dataset.train, **dataset.dev}
+    return {key: tokenize(run, part.texts, quiet) for key, part in parts.items()}
 
 
-def tell(figures):
+def tell_figures(figures):
     return (f"{figures['seconds']:.0f} s, {figures['input_share']:.1%} of them for making batches; "
             f"{figures['padding_efficiency']:.0%} of the places hold tokens")
 
 
-def spread(values):
+def over_seeds(values):
     """Seeds summed up. The standard deviation is that of a sample; None for one seed."""
-    return {"seeds": values, "mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
-            "median": statistics.median(values)}
+    return {"seeds": values, "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None, "median": statistics.median(values)}

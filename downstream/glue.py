@@ -2,8 +2,8 @@
 
     DIR/CoLA/train.tsv   DIR/SST-2/train.tsv   DIR/MNLI/dev_matched.tsv   DIR/AX/AX.tsv   ...
 
-The files are split at line feeds and tabs and nowhere else: quotation marks in them are text and need not balance, and
-some sentences contain other characters that Python counts as line ends. Official address: https://gluebenchmark.com/tasks
+Quotation marks in them are text and need not balance, and some sentences contain characters that Python
+counts as line ends: tables.py reads them as they are. Official address: https://gluebenchmark.com/tasks
 (Wang et al. 2018). Labels of the test parts are not public; scores here are those of the dev parts.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from downstream.tables import read_table
 from support.cli import BadInput
 
 ADDRESS = "https://gluebenchmark.com/tasks"
@@ -21,8 +22,9 @@ ADDRESS = "https://gluebenchmark.com/tasks"
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `labels` are the label strings in the order of their class numbers, or None where the label is a score in
-    0..5. The first of `metrics` is that of Table 2. `parts` is {suffix: (dev file, test file)}."""
+    """One task. `labels` are the label strings in the order of their class numbers, or None where the label
+    is a score in 0..5. The first of `metrics` is that of Table 2. `parts` is {suffix: (dev file, test
+    file)}."""
 
     folder: str                 # also the name of the file for the server
     text: tuple                 # the one or two columns of text
@@ -35,8 +37,6 @@ class Task:
 
 
 PAIR = ("sentence1", "sentence2")
-
-
 NLI = ("entailment", "neutral", "contradiction")
 
 
@@ -46,17 +46,21 @@ TASKS = {
     "sst2": Task("SST-2", ("sentence",)),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), label="Quality", metrics=("f1", "accuracy")),
     "stsb": Task("STS-B", PAIR, label="score", labels=None, metrics=("pearson", "spearman")),
-    "qqp": Task("QQP", ("question1", "question2"), label="is_duplicate", metrics=("f1", "accuracy"), ragged=True),
-    "mnli": Task("MNLI", PAIR, label="gold_label", labels=NLI, parts=(("-m", "dev_matched.tsv", "test_matched.tsv"),
-                                                                      ("-mm", "dev_mismatched.tsv", "test_mismatched.tsv"))),
+    "qqp": Task("QQP", ("question1", "question2"), label="is_duplicate", metrics=("f1", "accuracy"),
+                ragged=True),
+    "mnli": Task("MNLI", PAIR, label="gold_label", labels=NLI,
+                 parts=(("-m", "dev_matched.tsv", "test_matched.tsv"),
+                        ("-mm", "dev_mismatched.tsv", "test_mismatched.tsv"))),
     "qnli": Task("QNLI", ("question", "sentence"), labels=("entailment", "not_entailment")),
     "rte": Task("RTE", PAIR, labels=("entailment", "not_entailment")),
     "wnli": Task("WNLI", PAIR),
-    "ax": Task("AX", PAIR, labels=NLI, parts=(("", None, "AX.tsv"),)),  # no training part: an MNLI model predicts it
+    # no training part: an MNLI model predicts it
+    "ax": Task("AX", PAIR, labels=NLI, parts=(("", None, "AX.tsv"),)),
 }
 
 
-TABLE2 = ("mnli", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola")  # the paper's columns, and what --tasks all means
+# the paper's columns, and what --tasks all means
+TABLE2 = ("mnli", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola")
 
 
 def choose_tasks(text):
@@ -70,95 +74,28 @@ def choose_tasks(text):
 
 # ---------------------------------------------------------------------------- reading
 
-@dataclass(frozen=True)
-class Examples:
-    """Texts, each a tuple of one or two str, and their labels as the file writes them (None: the file has none)."""
-
-    path: Path
-    texts: list
-    labels: list
-    lines: list   # line numbers, from 1
-    skipped: int  # rows left out because they have a wrong number of columns
-
-    def classes(self, labels):
-        """The labels as class numbers, int64 (N,)."""
-        number = {label: k for k, label in enumerate(labels)}
-        for label, line in zip(self.labels, self.lines):
-            if label not in number:
-                raise BadInput(f"{self.path}, line {line}: the label {label!r} is not one of {', '.join(labels)}")
-        return np.array([number[label] for label in self.labels], np.int64)
-
-    def scores(self, low=-math.inf, high=math.inf):
-        """The labels as numbers in low..high, float64 (N,)."""
-        values = []
-        for label, line in zip(self.labels, self.lines):
-            try:
-                values.append(float(label))
-            except ValueError:
-                values.append(math.nan)
-            if not (math.isfinite(values[-1]) and low <= values[-1] <= high):
-                raise BadInput(f"{self.path}, line {line}: the label {label!r} is not a number"
-                               + (f" from {low:g} to {high:g}" if high < math.inf else ""))
-        return np.array(values)
-
-
-def read_table(path, text, label=None, columns=None, ragged=False):
-    """The examples of a tab-separated file with these columns of text and this column of labels.
-
-    `columns` are the names where the file has no header line. Byte-order mark and CRLF are taken off, empty lines skipped,
-    bytes that are not UTF-8 become U+FFFD.
-    """
-    texts, labels, lines, skipped, places = [], [], [], 0, None
-    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:  # splits at \n only, translates nothing
-        for number, line in enumerate(file, 1):
-            row = line.removesuffix("\n").removesuffix("\r").split("\t")
-            if row == [""]:
-                continue
-            if columns is None:
-                columns = row
-            if places is None:
-                wanted = (*text, label) if label else text
-                missing = [name for name in wanted if name not in columns]
-                if missing:
-                    raise BadInput(f"{path} has no column {missing[0]!r}, only {', '.join(columns)}; tabs separate columns")
-                places = [columns.index(name) for name in wanted]
-                if columns is row:
-                    continue
-            if len(row) != len(columns):
-                if not ragged:
-                    raise BadInput(f"{path}, line {number}: {len(row)} columns where there should be {len(columns)}")
-                skipped += 1
-                continue
-            cells = [row[k] for k in places]
-            texts.append(tuple(cells[:len(text)]))
-            labels += cells[len(text):]
-            lines.append(number)
-    if not texts:
-        raise BadInput(f"{path} has no rows")
-    return Examples(Path(path), texts, labels if label else None, lines, skipped)
-
-
-def find(glue_dir, name, file):
+def find_file(glue_dir, name, file):
     """The path of one file of a task, which must exist."""
     folder = Path(glue_dir) / TASKS[name].folder
     # the usual download script calls the diagnostic set by other names
-    others = [Path(glue_dir, "diagnostic", "diagnostic.tsv"), folder / "diagnostic.tsv"] if name == "ax" else []
-    for path in (folder / file, *others):
+    diagnostic = (Path(glue_dir, "diagnostic", "diagnostic.tsv"), folder / "diagnostic.tsv")
+    for path in (folder / file, *(diagnostic if name == "ax" else ())):
         if path.is_file():
             return path
-    hint = "; make it from the msr_paraphrase files as the GLUE download script does" if name == "mrpc" else ""
+    hint = "; make it from the msr_paraphrase files as the GLUE download script does" * (name == "mrpc")
     raise BadInput(f"{folder / file} does not exist; it is part of {TASKS[name].folder} from {ADDRESS}{hint}")
 
 
-def read(glue_dir, name, file):
-    """One file of a task: "train.tsv", or a dev or test file of its `parts`. Test files are read without labels."""
+def read_task(glue_dir, name, file):
+    """One file of a task: "train.tsv", or a dev or test file of its `parts`. Test files are read without
+    labels."""
     task = TASKS[name]
     labelled = file not in [test for _, _, test in task.parts]
-    return read_table(find(glue_dir, name, file), task.text, task.label if labelled else None,
+    return read_table(find_file(glue_dir, name, file), task.text, task.label if labelled else None,
                       task.columns if labelled else None, task.ragged and labelled)
 
 
-def targets(name, examples):
+def task_labels(name, examples):
     """Class numbers, or the scores of STS-B."""
     labels = TASKS[name].labels
     return examples.scores(0, 5) if labels is None else examples.classes(labels)
@@ -178,7 +115,8 @@ def f1(predicted, true):
 
 
 def matthews(predicted, true):
-    """Matthews correlation, for any number of classes (Gorodkin 2004). 0 where all are predicted, or are, of one class."""
+    """Matthews correlation, for any number of classes (Gorodkin 2004). 0 where all are predicted, or are, of
+    one class."""
     K = 1 + max(predicted.max(), true.max())
     p, t = (np.bincount(x, minlength=K).astype(float) for x in (predicted, true))
     N = len(true)
@@ -210,11 +148,15 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 
 # ---------------------------------------------------------------------------- Table 2
 
-def table2(scores):
-    """{task: {metric and suffix: score}} -> ({column: score}, their mean), as in the paper's Table 2: the first metric of
-    each task, and MNLI's two parts count as two in the mean."""
-    row = {TASKS[name].folder + suffix: scores[name][TASKS[name].metrics[0] + suffix]
-           for name in TABLE2 if name in scores for suffix, *_ in TASKS[name].parts}
+def average_row(scores):
+    """{task: {metric and suffix: score}} -> ({column: score}, their mean), as in the paper's Table 2: the
+    first metric of each task, and MNLI's two parts count as two in the mean."""
+    row = {}
+    for name in TABLE2:
+        task = TASKS[name]
+        if name in scores:
+            for suffix, *_ in task.parts:
+                row[task.folder + suffix] = scores[name][task.metrics[0] + suffix]
     return row, (sum(row.values()) / len(row) if row else None)
 
 
@@ -231,13 +173,21 @@ def write_predictions(path, name, predicted):
     labels = TASKS[name].labels
     cells = [f"{min(max(x, 0), 5):.3f}" if labels is None else labels[x] for x in predicted]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("index\tprediction\n" + "".join(f"{i}\t{cell}\n" for i, cell in enumerate(cells)), newline="\n")
+    path.write_text("index\tprediction\n" + "".join(f"{i}\t{cell}\n" for i, cell in enumerate(cells)),
+                    newline="\n")
 
 
-def pack(folder, names):
-    """Zip these files of a folder beside it, DIR/seed0 -> DIR/seed0.zip, without the folder's name. Returns the path."""
+def pack(folder, rows):
+    """Zip the files of a folder that the keys of `rows` name beside it, DIR/seed0 -> DIR/seed0.zip, without
+    the folder's name. Returns the path. BadInput where a file does not have as many rows as its test part,
+    the value in `rows`."""
+    for name, count in rows.items():
+        found = Path(folder, name).read_bytes().count(b"\n") - 1
+        if found != count:
+            raise BadInput(f"{Path(folder, name)} has {found:,} predictions, and the test part {count:,} "
+                           "texts; remove it")
     target = Path(f"{folder}.zip")
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in names:
+        for name in rows:
             archive.write(Path(folder, name), name)
     return target

@@ -2,48 +2,51 @@
 
     python evaluate.py reconstruct CKPT [CKPT ...] --data DIR --picture pictures.png
 
-The generation task of the image side. Every checkpoint gets the same images with the same patches hidden, and predicts
-from what it was trained to predict from:
+The generation task of the image side. Every checkpoint gets the same images with the same patches hidden, and
+predicts from what it was trained to predict from:
 
     mae           all patches that are known by then; the decoder shows [MASK] at the others
-    mlm, vl in two streams   all patches that are known by then; the others are not seen
-    ar, dar       the known patches before the predicted one in raster order, under the group index in which it is first of
-                  its group; in a random order, earlier patches that are still unknown are left out (f = 0)
+    two streams without an order (mlm, vl, ..)   all patches that are known by then; the others are not seen
+    ar, dar       the known patches before the predicted one in raster order, under the group index in which
+                  it is first of its group; in a random order, earlier patches that are still unknown are left
+                  out (f = 0)
 
 The very first patch is never hidden: left-to-right objectives do not predict it.
 """
 
+import functools
 import math
-import sys
 import time
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
+from downstream.finetune import PLAIN
 from downstream.hub import open_run
+from engine.runs import UNTRAINED, about
 from images.patches import order
 from images.pixels import contact_sheet, crop, denormalise, normalise, patchify, unpatchify, write_png
 from images.sets import load_images
 from objectives import describe, scores_next
-from support.cli import BadInput, import_optional, output_file, positive, seed
+from support.cli import BadInput, import_optional, output_file, positive, progress, real, seed
 
 
 def hidden_patches(count, length, share, order="raster", seed=0):
-    """Which patches of `count` images are hidden, in the order in which they are predicted -> LongTensor (count, n).
+    """Which patches of `count` images are hidden, in the order in which they are predicted -> LongTensor
+    (count, n).
 
     round(share (S - 1)) of the patches 1 .. S - 1, every subset being equally likely.
     """
     if not 0 < share < 1:
         raise BadInput(f"--hide {share:g} is not between 0 and 1")
     n = max(1, round(share * (length - 1)))
-    hidden = 1 + torch.rand(count, length - 1, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, :n]
+    hidden = 1 + torch.rand(count, length - 1,
+                            generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, :n]
     return hidden.sort(dim=1).values if order == "raster" else hidden
 
 
 @torch.no_grad()
 def reconstruct(run, patches, hidden, bar=None):
-    """Predict patches (N, S, values) at `hidden` (N, n), one after another -> a copy with the predictions in their place.
+    """Predict patches (N, S, values) at `hidden` (N, n), one after another -> a copy with the predictions.
 
     What stands at a hidden patch is never read.
     """
@@ -54,20 +57,21 @@ def reconstruct(run, patches, hidden, bar=None):
     known = torch.ones(N, S, dtype=torch.bool, device=patches.device)
     known[row, hidden] = False
     filled = patches.masked_fill(~known[..., None], 0)
-    masked = run.objective.one_stream == "mask"
+    passes = run.objective.left_to_right(S, path) if run.objective.one_stream != "mask" else None
     if path == "causal" and not torch.equal(hidden, hidden.sort(dim=1).values):
-        raise BadInput(f"{run.name} runs as one causal stream, which reads every earlier patch; --order random would show it "
-                       "patches that are not known yet: use --order raster")
-    if not masked:  # the pass of each target in which its context is exactly what is before it
-        *_, passes = run.objective.left_to_right(S, path).values()
+        raise BadInput(f"{run.name} runs as one causal stream, which reads every earlier patch; --order "
+                       "random would show it patches that are not known yet: use --order raster")
+    if passes:  # the pass of each target in which its context is exactly what is before it
+        *_, passes = passes.values()
         first = torch.stack([scores_next(f) for f in passes]).long().argmax(0).to(patches.device)     # (S,)
         passes = passes.to(patches.device)
     for target in hidden.T[..., None]:                                                   # (N, 1)
-        if masked:
+        if passes is None:
             groups = known.long() + 2 * (~known).long() * (path == "mae")
             groups[row, target] = 2
         else:
-            # One causal stream reads the patches before the target; those after it cannot be kept out, but are not read.
+            # One causal stream reads the patches before the target; those after it cannot be kept out, but
+            # are not read.
             groups = passes[first[target[:, 0]]]                                         # (N, S)
             groups = groups if path == "causal" else torch.where(known | (positions == target), groups, 0)
         filled[row, target] = model.pixels(model(filled, groups, target, path)).to(filled)
@@ -79,45 +83,28 @@ def reconstruct(run, patches, hidden, bar=None):
 
 # ---------------------------------------------------------------------------- measures
 
-def ssim(x, y):
-    """Structural similarity of images (N, C, H, W) in 0..1 -> (N,): Gaussian windows of deviation 1.5 and 11 pixels inside
-    the image, sample moments without correction, K1 = 0.01, K2 = 0.03, the mean over windows and channels (Wang et al. 2004)."""
-    line = torch.exp(-(torch.arange(11) - 5.0).square() / (2 * 1.5 ** 2)).to(x)
-    line = line / line.sum()
-
-    def blur(z):
-        z = F.conv2d(z.flatten(0, 1)[:, None], line[None, None, None, :])
-        return F.conv2d(z, line[None, None, :, None]).unflatten(0, x.shape[:2])[:, :, 0]
-
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    value = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4))
-    return value.mean(dim=(1, 2, 3))
-
-
 def measures(config, patches, filled, hidden, perceptual=None):
     """{name: (N,)} of reconstructions `filled` of `patches` (N, S, values).
 
-    l2     squared error, the mean over the numbers of the hidden patches, in units of the data's standard deviation: the
-           training loss, which guessing the data's mean brings to about 1
+    l2     squared error, the mean over the numbers of the hidden patches, in units of the data's standard
+           deviation: the training loss, which guessing the data's mean brings to about 1
     psnr   of the completed image in 0..1, in decibels; predictions outside that range are cut
-    ssim   of the completed image
     lpips  of the completed image, where `perceptual` is given
     """
     row = torch.arange(len(patches))[:, None]
-    x, y = (picture(config, p) for p in (patches, filled))
+    x, y = (to_pictures(config, p) for p in (patches, filled))
     results = {"l2": (filled - patches)[row, hidden].square().mean(dim=(1, 2)),
                "psnr": -10 * (x - y).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()}
-    if config.size >= 11:
-        results["ssim"] = ssim(x, y)
     if perceptual:
-        results["lpips"] = torch.cat([perceptual(a * 2 - 1, b * 2 - 1).flatten() for a, b in zip(x.split(100), y.split(100))])
+        pairs = zip(x.split(100), y.split(100))
+        results["lpips"] = torch.cat([perceptual(a * 2 - 1, b * 2 - 1).flatten() for a, b in pairs])
     return results
 
 
-def picture(config, patches):
+def to_pictures(config, patches):
     """Patches (N, S, values) -> images (N, 3, H, W) in 0..1."""
-    return denormalise(unpatchify(patches, config.patch, len(config.mean)), config.mean, config.std).clamp(0, 1)
+    images = unpatchify(patches, config.patch, len(config.mean))
+    return denormalise(images, config.mean, config.std).clamp(0, 1)
 
 
 def perceptual_distance(net):
@@ -150,12 +137,12 @@ def in_grey(patches, hidden):
 def image_run(args, checkpoint):
     """hub.open_run, for checkpoints of images: -> Run, autocast context."""
     run, autocast = open_run(args, checkpoint)
-    if not getattr(run.settings, "images", False):
+    if run.text:
         raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")
     return run, autocast
 
 
-def complete(config, images, numbers, hidden, fill, keep, perceptual=None):
+def complete(config, images, numbers, hidden, fill, keep, perceptual=None, autocast=PLAIN):
     """Read the images `numbers`, a few at a time, and fill them by fill(patches, hidden).
     -> {name: (N,)} of `measures`, the first `keep` as pictures (keep, 3, H, W) in 0..1."""
     found, kept = [], []
@@ -163,57 +150,59 @@ def complete(config, images, numbers, hidden, fill, keep, perceptual=None):
         part = slice(start, start + 250)
         uint8 = images.batch(numbers[part])[0]
         patches = patchify(normalise(crop(uint8, None, config.size), config.mean, config.std), config.patch)
-        filled = fill(patches, hidden[part])
+        with autocast:
+            filled = fill(patches, hidden[part])
         found.append(measures(config, patches, filled, hidden[part], perceptual))
-        kept.append(picture(config, filled[:max(0, keep - start)]))
+        kept.append(to_pictures(config, filled[:max(0, keep - start)]))
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(kept)
 
 
 def reconstruct_command(args):
-    perceptual, rows, pictures, shown = perceptual_distance(args.lpips), [], [], None
+    perceptual, first, rows, columns = perceptual_distance(args.lpips), None, [], []
     for checkpoint in args.checkpoints:
         run, autocast = image_run(args, checkpoint)
         config = run.model.config
         if config.norm_pix:
-            raise BadInput(f"{checkpoint} was trained with --norm-pix: it predicts neither the brightness nor the contrast of a "
-                           "patch, so it cannot fill an image")
-        if shown is None:
-            shown, source = config, args.data or run.settings.data
+            raise BadInput(f"{checkpoint} was trained with --norm-pix: it predicts neither the brightness "
+                           "nor the contrast of a patch, so it cannot fill an image")
+        if first is None:
+            first, source = config, args.data or run.settings.data
             images = load_images(source, config.size).val
             numbers = order(len(images), args.seed, 0, min(args.max_images, len(images)))
             hidden = hidden_patches(len(numbers), config.length, args.hide, args.order, args.seed)
-            for fill in (lambda patches, _: patches, in_grey):
-                pictures.append(complete(config, images, numbers[:args.rows], hidden[:args.rows], fill, args.rows)[1])
+            for title, fill in (("original", lambda patches, _: patches), ("hidden", in_grey)):
+                _, kept = complete(config, images, numbers[:args.rows], hidden, fill, args.rows)
+                columns.append((title, kept))
             found, _ = complete(config, images, numbers, hidden, with_mean, 0, perceptual)
-            rows.append({"checkpoint": None, "label": "mean colour", **summary(found)})
-        elif (config.size, config.patch) != (shown.size, shown.patch):
-            raise BadInput(f"{checkpoint} cuts images of {config.size} pixels into patches of {config.patch}, "
-                           f"{args.checkpoints[0]} of {shown.size} into {shown.patch}: compare those that see alike")
-        start = time.perf_counter()
-        with tqdm(total=hidden.numel(), unit="patch", desc=describe(run.objective), leave=False,
-                  disable=not sys.stderr.isatty()) as bar:
-            def predicted(patches, hidden, run=run, autocast=autocast, bar=bar):
-                with autocast:
-                    return reconstruct(run, patches, hidden, bar)
-
-            found, kept = complete(config, images, numbers, hidden, predicted, args.rows, perceptual)
-        rows.append({"checkpoint": checkpoint, "label": f"{describe(run.objective)} ({run.path})", "step": run.step,
-                     "objective": describe(run.objective), "path": run.path, "seconds": time.perf_counter() - start, **summary(found),
-                     **{f"{name}_of_images": values.tolist() for name, values in found.items()}})  # for paired comparisons
-        pictures.append(kept)
+            rows.append({"checkpoint": None, "label": "mean colour", **mean_and_stderr(found)})
+        elif (config.size, config.patch) != (first.size, first.patch):
+            raise BadInput(f"{checkpoint} cuts images of {config.size} pixels into patches of "
+                           f"{config.patch}, {args.checkpoints[0]} of {first.size} into {first.patch}: "
+                           "compare those that see alike")
+        start, label = time.perf_counter(), f"{describe(run.objective)} ({run.path})"
+        label = "untrained " + label if checkpoint.startswith(UNTRAINED) else label
+        with progress(quiet=False, total=hidden.numel(), unit="patch", desc=label) as bar:
+            fill = functools.partial(reconstruct, run, bar=bar)
+            found, kept = complete(config, images, numbers, hidden, fill, args.rows, perceptual, autocast)
+        rows.append({"checkpoint": checkpoint, "label": label, **about(run),
+                     "seconds": time.perf_counter() - start,
+                     **mean_and_stderr(found),
+                     # for paired comparisons
+                     **{f"{name}_of_images": values.tolist() for name, values in found.items()}})
+        columns.append((label, kept))
     if args.json != "-":
-        print(f"{len(numbers):,} validation images of {source}, {hidden.shape[1]} of {shown.length} patches hidden, predicted in "
-              f"{args.order} order; mean ± standard error over images\n")
-        print_rows(rows)
+        print(f"{len(numbers):,} validation images of {source}, {hidden.shape[1]} of {first.length} patches "
+              f"hidden, predicted in {args.order} order; mean ± standard error over images\n")
+        print_reconstructions(rows)
     if args.picture:
-        sheet = torch.stack(pictures, dim=1).permute(0, 1, 3, 4, 2)                      # (rows, columns, H, W, 3)
-        write_png(args.picture, contact_sheet((sheet * 255).round().byte().numpy()))
+        save_grid(args.picture, columns)
         if args.json != "-":
-            print(f"\n{args.picture}: original, hidden (grey), " + ", ".join(row["label"] for row in rows[1:]))
-    return {"data": source, "images": len(numbers), "hidden": hidden.shape[1], "patches": shown.length, "rows": rows}, None
+            print(f"\n{args.picture}: {', '.join(title for title, _ in columns)}")
+    return {"data": source, "images": len(numbers), "hidden": hidden.shape[1], "patches": first.length,
+            "rows": rows}, None
 
 
-def summary(values):
+def mean_and_stderr(values):
     """{name: (N,)} -> {name: mean, name_stderr: standard error}."""
     result = {}
     for name, value in values.items():
@@ -222,22 +211,50 @@ def summary(values):
     return result
 
 
-def print_rows(rows):
-    names = [name for name in ("l2", "psnr", "ssim", "lpips") if name in rows[0]]
+def print_reconstructions(rows):
+    names = [name for name in ("l2", "psnr", "lpips") if name in rows[0]]
     width = max(len(row["label"]) for row in rows)
     print(" " * width + "".join(f"{name + (' (dB)' if name == 'psnr' else ''):>19s}" for name in names))
     for row in rows:
-        print(f"{row['label']:{width}s}" + "".join(f"{row[name]:10.4f} ± {row[name + '_stderr']:.4f}" for name in names))
+        cells = (f"{row[name]:10.4f} ± {row[name + '_stderr']:.4f}" for name in names)
+        print(f"{row['label']:{width}s}" + "".join(cells))
+
+
+def save_grid(path, columns, inches=1.6):
+    """A picture of images side by side, a title over each column; `columns` is [(title, (rows, 3, H, W) in
+    0..1)]. Without matplotlib the titles are left out."""
+    # (rows, columns, H, W, 3)
+    images = torch.stack([images for _, images in columns], dim=1).permute(0, 1, 3, 4, 2)
+    pixels = (images * 255).round().byte().numpy()
+    try:
+        pyplot = import_optional("matplotlib.pyplot")
+    except BadInput:
+        write_png(path, contact_sheet(pixels))
+        return
+    high, wide = pixels.shape[:2]
+    figure, cells = pyplot.subplots(high, wide, figsize=(inches * wide, inches * high + 0.4), squeeze=False,
+                                    layout="constrained")
+    for row, images in zip(cells, pixels):
+        for cell, image in zip(row, images):
+            cell.imshow(image, interpolation="nearest")
+            cell.set_axis_off()
+    for cell, (title, _) in zip(cells[0], columns):
+        cell.set_title(title.replace(" (", "\n("), fontsize="medium")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def add_reconstruct_command(command):
     """Register `reconstruct` with evaluate.py."""
-    sub = command("reconstruct", reconstruct_command, "predict hidden patches one at a time (Table 8)", many=True)
+    sub = command("reconstruct", reconstruct_command, "predict hidden patches one at a time (Table 8)",
+                  many=True)
     sub.add_argument("--data", help="images (default: the validation images of the first checkpoint's data)")
-    sub.add_argument("--hide", type=float, default=0.25, help="share of the patches to hide")
-    sub.add_argument("--order", choices=("raster", "random"), default="raster", help="in which hidden patches are predicted")
-    sub.add_argument("--max-images", type=positive, default=1000, help="validation images, the same for every checkpoint")
+    sub.add_argument("--hide", type=real, default=0.25, help="share of the patches to hide")
+    sub.add_argument("--order", choices=("raster", "random"), default="raster", help="of predicting")
+    sub.add_argument("--max-images", type=positive, default=1000, help="the same for every checkpoint")
     sub.add_argument("--seed", type=seed, default=0, help="of the images and the hidden patches")
-    sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network (pip install lpips)")
+    sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network (pip install "
+                                                              "lpips)")
     sub.add_argument("--rows", type=positive, default=8, help="images in the picture")
-    sub.add_argument("--picture", type=output_file, metavar="FILE", help="picture: original, hidden input, each checkpoint's reconstruction")
+    sub.add_argument("--picture", type=output_file, metavar="FILE",
+                     help="picture: original, hidden input, each checkpoint's reconstruction")

@@ -1,83 +1,95 @@
-"""What a pretrained image encoder is good for: linear probe, fine-tuning and transfer (paper, Tables 3, 4 and 6).
+"""What an image encoder is good for: linear probe, fine-tuning and transfer (paper, Tables 3, 4 and 6).
 
-    python evaluate.py probe CKPT                                        frozen features of the run's own images
+    python evaluate.py probe CKPT                                        frozen features of its own images
     python evaluate.py probe CKPT --data DIR --classifier sgd --pixels   MAE's protocol; raw pixels beside it
     python evaluate.py finetune CKPT --data DIR --label-fraction 0.1 --seeds 3
     python evaluate.py transfer CKPT --data A B C
 
-Stated once, for all three: an image is cropped to its centre, resized to the model's size and normalised by the mean and
-deviation of the images the model was pretrained on; the encoder sees all patches, under causal attention for ar and dar
-and under full attention for the others (--attention); its features of the last layer, after the final norm (--layer),
-are averaged over the patches (--pool). Training images are the set's train part, scores are on its val part.
+Stated once, for all three: an image is cropped to its centre, resized to the model's size and normalised by
+the mean and deviation of the images the model was pretrained on; the encoder sees all patches, under causal
+attention for ar and dar and under full attention for the others (--attention); its features of the last
+layer, after the final norm (--layer), are averaged over the patches (--pool). Training images are the set's
+train part, scores are on its val part.
 
-The probe computes each feature once, from the image as it is: MAE's protocol, which --classifier sgd follows otherwise,
-draws a new crop in every epoch and uses LARS for its batch of 16,384.
+The probe computes each feature once, from the image as it is: MAE's protocol, which --classifier sgd follows
+otherwise, draws a new crop in every epoch and uses LARS for its batch of 16,384.
 """
 
 import copy
-import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from downstream.finetune import PLAIN, Classifier, Protocol, optimise, predictions
-from downstream.labelled import Batch, label_subset
-from downstream.options import attention_and_pool
+from downstream.encoding import TextBatch
+from downstream.finetune import PLAIN, Budget, Classifier, Protocol, class_scores, optimise
+from downstream.labelled import label_subset
 from downstream.probe import encode_all, probe_figures
 from engine.steps import ahead
 from images.files import FileSet
 from images.patches import Patches
 from images.pixels import mix, patchify, random_erase, soft_targets, unpatchify
 from images.sets import load_images
-from support.cli import BadInput
+from support.cli import BadInput, progress
 
 # ---------------------------------------------------------------------------- labelled images
 
-def load_labelled(source, size, fraction=1.0, max_train=None):
-    """load_images, with training images for `fraction` of the labels or for about max_train of them, of every class alike.
+def load_labelled(source, size, choose=label_subset, max_train=None, max_test=None):
+    """load_images, with the training images of which `choose` takes the row numbers by their labels, about
+    max_train of these, and about max_test validation images, of every class alike.
 
-    Images in memory of another size than the model's remain as they are: they are resized whenever they are read.
+    Images in memory of another size than the model's remain as they are: they are resized whenever they are
+    read.
     """
     try:
         images = load_images(source, size)
     except BadInput:
         images = load_images(source)  # complains again if it was not the size
-    labels = images.train.labels
-    present = len(np.unique(labels))
+    present = len(np.unique(images.train.labels))
     if present < 2:
-        raise BadInput(f"{source} has training images of {present} class only; there is nothing to tell apart")
-    if max_train is not None and max_train < present:
-        raise BadInput(f"--max-train {max_train} is less than one image for each of the {present} classes of {source}")
-    rows = label_subset(labels, fraction, seed=0)
-    if max_train is not None and max_train < len(rows):
-        rows = rows[label_subset(labels[rows], max_train / len(rows), seed=0)]
-    return images if len(rows) == len(labels) else replace(images, train=subset(images.train, rows))
+        raise BadInput(f"{source} has training images of {present} class only: nothing to tell apart")
+    train = image_subset(images.train, choose(images.train.labels))
+    return replace(images, train=thin_out(source, train, "--max-train", max_train),
+                   val=thin_out(source, images.val, "--max-test", max_test))
 
 
-def subset(images, rows):
+def thin_out(source, images, flag, count):
+    """About that many images, of every class alike; None: all."""
+    present = len(np.unique(images.labels))
+    if count is not None and count < present:
+        raise BadInput(f"{flag} {count} is less than one image for each of the {present} classes of {source}")
+    if count is None or count >= len(images):
+        return images
+    return image_subset(images, label_subset(images.labels, count / len(images)))
+
+
+def image_subset(images, rows):
     """The images of these numbers, as a set of the same kind."""
+    if len(rows) == len(images):
+        return images
     if isinstance(images, FileSet):
-        return replace(images, files=tuple(images.files[i] for i in rows), labels=images.labels[rows], corrupt=set())
+        return replace(images, files=tuple(images.files[i] for i in rows), labels=images.labels[rows],
+                       corrupt=set())
     return replace(images, images=images.images[rows], labels=images.labels[rows])
 
 
-def as_batch(patches):
-    """Patches (B, S, values) as a Batch without padding."""
-    return Batch(patches, torch.full((len(patches),), patches.shape[1], device=patches.device), None, None)
+def patch_batch(patches):
+    """Patches (B, S, values) as a TextBatch without padding."""
+    lengths = torch.full((len(patches),), patches.shape[1], device=patches.device)
+    return TextBatch(patches, lengths, padding=None, segments=None)
 
 
-def in_order(images, config, device, labels, size=128):
-    """Every image once, as it is -> pairs (row numbers, Batch). Writes the labels into `labels` (N,): a file that stands in
-    for a corrupt one comes with its own."""
+def image_batches(images, config, device, labels, size=128):
+    """Every image once, as it is -> pairs (row numbers, TextBatch). Writes the labels into `labels` (N,): a
+    file that stands in for a corrupt one comes with its own."""
     source = Patches(images, config, device=device)
 
     def make(start):
         rows = np.arange(start, min(start + size, len(images)))
         patches, labels[rows] = source.labelled(start, len(rows))
-        return rows, as_batch(patches)
+        return rows, patch_batch(patches)
 
     return ahead(make, range(0, len(images), size))
 
@@ -85,23 +97,31 @@ def in_order(images, config, device, labels, size=128):
 # ---------------------------------------------------------------------------- features and linear probe
 
 def image_features(run, images, pool="mean", causal=False, layer=None, autocast=PLAIN, quiet=True):
-    """Features of a frozen encoder -> {layer: float32 (N, D)}, labels (N,), all in memory. See encode_all for `layer`."""
+    """Features of a frozen encoder -> {layer: float32 (N, D)}, labels (N,), all in memory. See encode_all for
+    `layer`."""
     labels = np.empty(len(images), np.int64)
-    batches = in_order(images, run.model.config, run.model.query.device, labels)
+    batches = image_batches(images, run.model.config, run.model.query.device, labels)
     return encode_all(run, batches, len(images), pool, causal, layer, autocast, quiet), labels
 
 
-def pixels(run, images):
+def both_features(run, images, pool, attention, layer=None, autocast=PLAIN, quiet=True):
+    """image_features of the training and of the validation images."""
+    return [image_features(run, part, pool, attention == "causal", layer, autocast, quiet)
+            for part in (images.train, images.val)]
+
+
+def raw_pixels(run, images):
     """The baseline: the numbers that go into the model -> float32 (N, 3 * size * size), labels (N,)."""
     labels = np.empty(len(images), np.int64)
-    parts = [batch.tokens.flatten(1).cpu() for _, batch in in_order(images, run.model.config, torch.device("cpu"), labels)]
-    return torch.cat(parts), labels
+    batches = image_batches(images, run.model.config, torch.device("cpu"), labels)
+    return torch.cat([batch.tokens.flatten(1) for _, batch in batches]), labels
 
 
-def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90, batch_size=256, base=0.1):
-    """MAE's linear probe (He et al. 2021, A.1) on features (N, D) and class numbers (N,): batch norm without affine map, then
-    a linear layer; rate base * batch / 256, 10 of 90 epochs of warm-up, cosine to 0, no weight decay, momentum 0.9. With plain
-    SGD in place of LARS the batch is small. Returns figures as probe.probe."""
+def sgd_probe(train_x, train_y, test_x, test_y, seed=0, quiet=True, epochs=90, batch_size=256, base=0.1):
+    """MAE's linear probe (He et al. 2021, A.1) on features (N, D) and class numbers (N,): batch norm without
+    affine map, then a linear layer; rate base * batch / 256, 10 of 90 epochs of warm-up, cosine to 0, no
+    weight decay, momentum 0.9. With plain SGD in place of LARS the batch is small. Returns figures as
+    probe.fit_probe."""
     train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     N, D = train_x.shape
     classes, size = int(max(train_y.max(), test_y.max())) + 1, min(batch_size, N)
@@ -109,23 +129,27 @@ def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90, batch_size=25
     model = nn.Sequential(nn.BatchNorm1d(D, eps=1e-6, affine=False), nn.Linear(D, classes))
     nn.init.normal_(model[1].weight, std=0.01, generator=generator)
     nn.init.zeros_(model[1].bias)
-    protocol = Protocol(base * size / 256, "mean", "full", epochs, size, size, warmup=10 / 90, clip=0)
+    budget = Budget(lr=base * size / 256, epochs=epochs, batch_size=size, micro_batch=size, warmup=10 / 90,
+                    clip=0)
 
     def batches(epoch):
         return ((train_x[rows], train_y[rows]) for rows in torch.randperm(N, generator=generator).split(size))
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=protocol.lr, momentum=0.9)
-    optimise(model, optimizer, batches, N // size, F.cross_entropy, protocol)     # what is left over of an epoch is dropped
+    optimizer = torch.optim.SGD(model.parameters(), lr=budget.lr, momentum=0.9)
+    with progress(quiet=quiet, total=epochs * (N // size), unit="step", desc="probe") as bar:
+        # drops what is left of an epoch
+        optimise(model, optimizer, batches, N // size, F.cross_entropy, budget, bar=bar)
     model.eval()
     with torch.no_grad():
         train_predicted, test_predicted = (model(x).argmax(1) for x in (train_x, test_x))
-    return probe_figures(train_predicted, train_y, test_predicted, test_y, epochs=epochs, batch_size=size, lr=protocol.lr)
+    return probe_figures(train_predicted, train_y, test_predicted, test_y, epochs=epochs, batch_size=size,
+                         lr=budget.lr)
 
 
 # ---------------------------------------------------------------------------- fine-tuning
 
-@dataclass(frozen=True)
-class Recipe(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class ImageProtocol(Protocol):
     """MAE's fine-tuning (He et al. 2021, A.1) without RandAugment."""
 
     clip: float = 0.0
@@ -134,7 +158,7 @@ class Recipe(Protocol):
     beta2: float = 0.999
     dropout: float = 0.0
     layer_decay: float = 0.65  # learning rate of a layer as a share of that of the next one
-    drop_path: float = 0.1     # rate at which either branch of the last block is dropped for a sample; 0 in the first
+    drop_path: float = 0.1     # share of samples that skip a branch of the last block; 0 in the first
     mixup: float = 0.8
     cutmix: float = 1.0
     smoothing: float = 0.1     # of the labels
@@ -142,7 +166,7 @@ class Recipe(Protocol):
     crop: float = 0.08         # least share of the area that a random crop keeps
 
 
-BUDGETS = {  # by preset: epochs, batch, base rate for a batch of 256
+IMAGE_BUDGETS = {  # by preset: epochs, batch, base rate for a batch of 256
     "vit-tiny": {"epochs": 10, "batch_size": 128, "base": 2e-3, "crop": 0.2},
     "vit-small": {"epochs": 100, "batch_size": 1024, "base": 5e-4},
     "vit-base": {"epochs": 100, "batch_size": 1024, "base": 5e-4},
@@ -150,8 +174,8 @@ BUDGETS = {  # by preset: epochs, batch, base rate for a batch of 256
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training a branch is left out for a share `rate` of the samples, and grows for
-    the others so that its expectation stays."""
+    """Stochastic depth (Huang et al. 2016): in training a branch is left out for a share `rate` of the
+    samples, and grows for the others so that its expectation stays."""
 
     def __init__(self, rate):
         super().__init__()
@@ -170,14 +194,15 @@ def image_classifier(run, classes, recipe, seed):
     for block, rate in zip(encoder.blocks, torch.linspace(0, recipe.drop_path, len(encoder.blocks)).tolist()):
         block.dropout = DropPath(rate)
     width = run.model.config.width
-    model = Classifier(encoder, width, classes, recipe.pool, recipe.attention == "causal", recipe.dropout, seed)
+    model = Classifier(encoder, width, classes, recipe.pool, recipe.attention == "causal", recipe.dropout,
+                       seed)
     model.head = nn.Sequential(nn.LayerNorm(width), model.head)
     return model.to(run.model.query.device)
 
 
 def layer_groups(model, recipe):
-    """Parameter groups with layer-wise rates: lr * decay^(L + 1 - l), where l = L + 1 for the head and the final norm, l = 1
-    .. L for the blocks and l = 0 for what comes before them. Vectors do not decay."""
+    """Parameter groups with layer-wise rates: lr * decay^(L + 1 - l), where l = L + 1 for the head and the
+    final norm, l = 1 .. L for the blocks and l = 0 for what comes before them. Vectors do not decay."""
     top, groups = len(model.encoder.blocks) + 1, {}
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.blocks."):
@@ -186,13 +211,16 @@ def layer_groups(model, recipe):
             layer = top if name.startswith(("head.", "encoder.norm.")) else 0
         groups.setdefault((layer, parameter.dim() >= 2), []).append(parameter)
     return [{"params": parameters, "lr": recipe.lr * recipe.layer_decay ** (top - layer),
-             "weight_decay": recipe.weight_decay * matrices} for (layer, matrices), parameters in groups.items()]
+             "weight_decay": recipe.weight_decay * matrices}
+            for (layer, matrices), parameters in groups.items()]
 
 
 def fine_tune_images(run, images, recipe, seed, autocast=PLAIN, bar=None):
-    """Fine-tune a copy of run.model on images.train -> accuracy on images.val, figures of the run.
+    """Fine-tune a copy of run.model on images.train -> class numbers (N,) that it predicts for images.val,
+    their true ones (N,), figures of the run.
 
-    The new layer, the order and crops of the images, mixing and erasing, and drop path have seeds of their own, from `seed`.
+    The new layer, the order and crops of the images, mixing and erasing, and drop path have seeds of their
+    own, from `seed`.
     """
     head_seed, order_seed, mix_seed, drop_seed = np.random.SeedSequence(seed).generate_state(4).tolist()
     config, device, classes = run.model.config, run.model.query.device, len(images.classes)
@@ -204,57 +232,30 @@ def fine_tune_images(run, images, recipe, seed, autocast=PLAIN, bar=None):
         patches, labels = source.labelled(step * size, size)
         generator = torch.Generator().manual_seed(mix_seed * 1_000_003 + step)
         x = random_erase(unpatchify(patches, config.patch), generator, recipe.erase)
-        x, targets = mix(x, soft_targets(source.moved(labels), classes, recipe.smoothing), generator, recipe.mixup, recipe.cutmix)
-        return as_batch(patchify(x, config.patch)), targets
+        targets = soft_targets(source.moved(labels), classes, recipe.smoothing)
+        x, targets = mix(x, targets, generator, recipe.mixup, recipe.cutmix)
+        return patch_batch(patchify(x, config.patch)), targets
+
+    def on_val():
+        labels = np.empty(len(images.val), np.int64)
+        batches = image_batches(images.val, config, device, labels)
+        return class_scores(model, batches, len(labels), autocast).argmax(1), labels
 
     def accuracy():
-        labels = np.empty(len(images.val), np.int64)
-        scores = predictions(model, in_order(images.val, config, device, labels), len(labels), autocast)
-        return float((scores.argmax(1) == labels).mean())
+        predicted, labels = on_val()
+        return float((predicted == labels).mean())
 
     torch.manual_seed(drop_seed)
-    optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, recipe.beta2), fused=device.type in ("cuda", "cpu"))
-    figures = optimise(model, optimizer, lambda epoch: ahead(draw, range(epoch * per_epoch, (epoch + 1) * per_epoch)), per_epoch,
-                       F.cross_entropy, recipe, autocast, accuracy, bar)
-    return accuracy(), {**figures, "examples_per_second": recipe.epochs * per_epoch * size / figures["seconds"]}
+    optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, recipe.beta2),
+                                  fused=device.type in ("cuda", "cpu"))
+    figures = optimise(model, optimizer,
+                       lambda epoch: ahead(draw, range(epoch * per_epoch, (epoch + 1) * per_epoch)),
+                       per_epoch, F.cross_entropy, recipe, autocast, validate=accuracy, bar=bar)
+    return *on_val(), {**figures,
+                       "examples_per_second": recipe.epochs * per_epoch * size / figures["seconds"]}
 
 
 def batch_and_steps(count, recipe):
-    """Images per step, at most all of them, and steps per epoch; the images left over begin the next epoch."""
+    """Images per step, at most all of them, and steps per epoch; what is left over begins the next epoch."""
     size = min(recipe.batch_size, count)
     return size, max(1, round(count / size))
-
-
-def recipe_from(args, run):
-    """The Recipe that the flags describe, for a model of this preset."""
-    attention, pool = attention_and_pool(run, args.attention, args.pool or "mean")
-    values = dict(BUDGETS[run.settings.preset])
-    base = values.pop("base")
-    values.update((f.name, value) for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None)
-    values.setdefault("lr", base * values["batch_size"] / 256)
-    recipe = Recipe(**{**values, "attention": attention, "pool": pool})
-    for name, fits, text in (("lr", lambda x: 0 < x < math.inf, "a positive number"),
-                             ("layer_decay", lambda x: 0 < x <= 1, "in 0..1, 0 excluded"),
-                             ("drop_path", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
-                             ("mixup", lambda x: 0 <= x < math.inf, "a number of at least 0"),
-                             ("cutmix", lambda x: 0 <= x < math.inf, "a number of at least 0"),
-                             ("smoothing", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
-                             ("erase", lambda x: 0 <= x <= 1, "in 0..1"),
-                             ("weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0")):
-        if not fits(getattr(recipe, name)):
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(recipe, name):g} is not {text}")
-    return recipe
-
-
-# ---------------------------------------------------------------------------- command line
-
-def shown(images, config):
-    """The data set in words."""
-    note = "" if images.size == config.size else f", resized from {images.size} to {config.size} pixels"
-    return f"{len(images.train):,} training and {len(images.val):,} validation images of {images.name}{note}"
-
-
-def both_features(run, images, pool, attention, layer, autocast):
-    """image_features of the training and of the validation images."""
-    return [image_features(run, part, pool, attention == "causal", layer, autocast, quiet=False)
-            for part in (images.train, images.val)]

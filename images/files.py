@@ -1,4 +1,5 @@
-"""images.files."""
+"""Image sets in memory and on disk, and the decoding of their files: JPEG, PNG, CIFAR's and MNIST's
+formats."""
 import contextlib
 import functools
 import gzip
@@ -23,15 +24,9 @@ from tqdm import tqdm
 from support.cli import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-
-
 JUNK = {"thumbs.db", "desktop.ini"}  # and everything that starts with a dot
-
-
 LABEL = np.dtype(np.int64)
 
-
-# ---------------------------------------------------------------------------- image sets
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -76,13 +71,15 @@ class FileSet:
         part = math.ceil(len(files) / (4 * os.cpu_count()))
         parts = [files[i:i + part] for i in range(0, len(files), part)]
         try:
-            return list(itertools.chain.from_iterable(pool().map(decode_all, parts, itertools.repeat(self.size))))
+            return list(itertools.chain.from_iterable(pool().map(decode_all, parts,
+                                                                 itertools.repeat(self.size))))
         except BrokenProcessPool:  # somebody killed a worker; the next call starts others
             pool.cache_clear()
             return decode_all(files, self.size)
 
     def batch(self, indices):
-        """As ImageSet.batch. The next file stands in for a corrupt one, with its label; more than 1% are refused."""
+        """As ImageSet.batch. The next file stands in for a corrupt one, with its label; more than 1% are
+        refused."""
         indices = np.array(indices)
         images = self.read(indices)
         for row, image in enumerate(images):
@@ -99,7 +96,8 @@ class FileSet:
 
 @dataclass(frozen=True)
 class Images:
-    """A training and a validation set of the same classes, and the channels' mean and deviation over the former, 0..1."""
+    """A training and a validation set of the same classes, and the channels' mean and deviation over the
+    former, 0..1."""
 
     name: str
     size: int
@@ -119,14 +117,14 @@ def chunks(rows, size):
 
 @functools.cache
 def pool():
-    """Worker processes that decode. Threads would wait for each other from about five cores on: pillow gives up the
-    interpreter's lock for 80% of the time that a photograph of 500 x 375 takes."""
+    """Worker processes that decode. Threads would wait for each other from about five cores on: pillow gives
+    up the interpreter's lock for 80% of the time that a photograph of 500 x 375 takes."""
     methods = multiprocessing.get_all_start_methods()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's processes share them
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(["images"])
+        context.set_forkserver_preload(["images.files"])
     executor = ProcessPoolExecutor(workers, context, initializer=start_worker)
     if hasattr(signal, "pthread_sigmask"):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by what starts now
@@ -157,18 +155,21 @@ def pillow():
 def decode(path, size):
     """A JPEG or PNG file as RGB -> uint8 (size, size, 3); a str that names file and reason if it is corrupt.
 
-    Turned as its EXIF orientation says. Grey is repeated to three channels, 16 bits are cut to the upper 8, palettes are
-    resolved, CMYK is converted without colour profile, what is transparent is laid over white. The shorter side is resized
-    to `size` (bicubic, antialiased) and the centre cut out; an image of that size already is left as it is.
+    Turned as its EXIF orientation says. Grey is repeated to three channels, 16 bits are cut to the upper 8,
+    palettes are resolved, CMYK is converted without colour profile, what is transparent is laid over white.
+    The shorter side is resized to `size` (bicubic, antialiased) and the centre cut out; an image of that size
+    already is left as it is.
     """
     Image, ImageOps = pillow()
     try:
         with Image.open(path) as image:
-            image.draft(None, (2 * size, 2 * size))  # a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8
+            # a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8
+            image.draft(None, (2 * size, 2 * size))
             with contextlib.suppress(Exception):  # damaged EXIF data; damaged pixels fail again below
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0,
+                                                                                       255).astype(np.uint8))
             elif image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -178,7 +179,8 @@ def decode(path, size):
                 wide, high = image.size
                 side = min(wide, high)
                 left, top = (wide - side) / 2, (high - side) / 2
-                image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+                image = image.resize((size, size), Image.Resampling.BICUBIC,
+                                     (left, top, left + side, top + side))
             return np.array(image)
     except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
         return f"{path} is corrupt ({' '.join(str(error).split())[:200]})"
@@ -186,7 +188,8 @@ def decode(path, size):
 
 def check_corrupt(corrupt, count, example):
     if corrupt * 100 > count:
-        raise BadInput(f"{corrupt} of {count} files cannot be decoded, more than 1%: {example}; remove or replace them")
+        raise BadInput(f"{corrupt} of {count} files cannot be decoded, more than 1%: {example}; remove or "
+                       "replace them")
 
 
 def visible(folder):
@@ -200,14 +203,27 @@ def folders(parent):
     return sorted(Path(entry.path) for entry in visible(parent) if entry.is_dir())
 
 
+def all_files(folder):
+    """The paths of all files in a folder and below, without hidden ones, hidden folders and junk."""
+    for parent, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name[0] != ".")
+        yield from (os.path.join(parent, name) for name in names if name[0] != "."
+                    and name.lower() not in JUNK)
+
+
+def is_image(path):
+    """Whether this is a JPEG or PNG file by its name."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES
+
+
 def image_files(folder):
     """The JPEG and PNG files in a folder and below, sorted; other files are passed over."""
-    return sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names
-                  if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES)
+    return sorted(filter(is_image, all_files(folder)))
 
 
 def is_pickled(root):
-    """Whether this folder holds CIFAR-10 or CIFAR-100 as Python pickles, told by a byte that begins no UTF-8 text."""
+    """Whether this folder holds CIFAR-10 or CIFAR-100 as Python pickles, told by a byte that begins no UTF-8
+    text."""
     for path in (root / "data_batch_1", root / "train"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -229,7 +245,8 @@ def idx_files(root):
     """{"train": (images, labels), "val": (images, labels)} of MNIST's idx files, or nothing."""
     found = {}
     for side, prefix in (("train", "train"), ("val", "t10k")):
-        pair = [next((root / (name + end) for end in ("", ".gz") for name in (f"{prefix}-{kind}-idx{dims}-ubyte",
+        pair = [next((root / (name + end) for end in ("", ".gz")
+                      for name in (f"{prefix}-{kind}-idx{dims}-ubyte",
                 f"{prefix}-{kind}.idx{dims}-ubyte") if (root / (name + end)).is_file()), None)
                 for kind, dims in (("images", 3), ("labels", 1))]
         if None in pair:
@@ -239,8 +256,9 @@ def idx_files(root):
 
 
 def read_idx(path, dims):
-    """An idx file of bytes -> uint8 array of `dims` dimensions. Header: 0, 0, 8 (bytes), dims, then each length in 4 bytes,
-    big-endian. The lengths are checked against the size of the file before anything is allocated."""
+    """An idx file of bytes -> uint8 array of `dims` dimensions. Header: 0, 0, 8 (bytes), dims, then each
+    length in 4 bytes, big-endian. The lengths are checked against the size of the file before anything is
+    allocated."""
     with open(path, "rb") as file:
         if zipped := path.suffix == ".gz":
             file.seek(-min(4, path.stat().st_size), os.SEEK_END)
@@ -255,7 +273,8 @@ def read_idx(path, dims):
             if magic != 0x0800 + dims or count == 0:
                 raise BadInput(f"{path} is not an idx file of bytes in {dims} dimensions")
             if count + 4 + 4 * dims != size:
-                raise BadInput(f"{path} should have {count + 4 + 4 * dims} bytes by its header, but has {size}")
+                raise BadInput(f"{path} should have {count + 4 + 4 * dims} bytes by its header, but has "
+                               f"{size}")
             data = content.read(count)
         except (EOFError, OSError, struct.error, zlib.error) as error:
             raise BadInput(f"{path} is not a whole idx file: {error}") from None

@@ -27,7 +27,8 @@ def polygon(*corners):
 
 def turned(count, *radii):
     """Corners at these distances in turn, evenly around the centre."""
-    steps = [(radii[i % len(radii)], 2 * math.pi * i / (count * len(radii))) for i in range(count * len(radii))]
+    steps = [(radii[i % len(radii)], 2 * math.pi * i / (count * len(radii)))
+             for i in range(count * len(radii))]
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in steps]
 
 
@@ -46,24 +47,29 @@ SHAPES = {  # class: signed distance of (x, y), y down, within about the unit ci
     "square": square,
     "triangle": polygon(*turned(3, 1.0)),
     "star": polygon(*turned(5, 1.0, 0.42)),
-    "cross": polygon((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3),
+    "cross": polygon((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1),
+                     (-0.3, 1), (-0.3, 0.3),
                      (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
     "ring": lambda x, y: np.abs(disc(x, y, r=0.72)) - 0.2,
     "frame": lambda x, y: np.abs(square(x, y) + 0.1) - 0.17,
     "bar": polygon((-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)),
     "crescent": lambda x, y: np.maximum(disc(x, y, r=0.95), -disc(x, y, 0.45, 0, 0.8)),
-    "heart": lambda x, y: np.minimum(np.minimum(disc(x, y, -0.46, -0.35, 0.54), disc(x, y, 0.46, -0.35, 0.54)), point(x, y)),
+    "heart": lambda x, y: np.minimum(np.minimum(disc(x, y, -0.46, -0.35, 0.54),
+                                                disc(x, y, 0.46, -0.35, 0.54)), point(x, y)),
     "arrow": polygon((-1, -0.22), (0.05, -0.22), (0.05, -0.7), (1, 0), (0.05, 0.7), (0.05, 0.22), (-1, 0.22)),
-    "angle": polygon((-0.75, -0.85), (-0.25, -0.85), (-0.25, 0.35), (0.75, 0.35), (0.75, 0.85), (-0.75, 0.85)),
+    "angle": polygon((-0.75, -0.85), (-0.25, -0.85), (-0.25, 0.35), (0.75, 0.35), (0.75, 0.85),
+                     (-0.75, 0.85)),
 }
 
 
 def shapes(count, size=32, seed=0):
-    """Draw `count` images of the SHAPES, classes balanced and shuffled -> uint8 (count, size, size, 3), int64 (count,).
+    """Draw `count` images of the SHAPES, classes balanced and shuffled -> uint8 (count, size, size, 3), int64
+    (count,).
 
-    Each shows one shape of random place, scale, rotation and colour on a background of another, both with a texture of
-    waves, and a little noise. Trained on the pixels of 8,000, logistic regression gets at most 14% of 2,000 others right (the
-    best of three strengths; chance is 8%), four layers of convolution 89% after 8 epochs.
+    Each shows one shape of random place, scale, rotation and colour on a background of another, both with a
+    texture of waves, and a little noise. Trained on the pixels of 8,000, logistic regression gets at most 14%
+    of 2,000 others right (the best of three strengths; chance is 8%), four layers of convolution 89% after 8
+    epochs.
     """
     rng = np.random.default_rng([seed, 0])
     labels = rng.permutation(np.arange(count) % len(SHAPES)).astype(np.int64)
@@ -86,7 +92,8 @@ def draw(distance, count, size, rng):
     radius, angle = uniform(0.26, 0.44, 1, 1), uniform(0, 2 * np.pi, 1, 1)
     dx, dy = ((axis - radius - (1 - 2 * radius) * uniform(0, 1, 1, 1)) / radius for axis in (x, y))
     cos, sin = np.cos(angle), np.sin(angle)
-    pixels = distance(cos * dx + sin * dy, cos * dy - sin * dx) * radius * size  # distance to the outline, (count, size, size)
+    # distance to the outline, (count, size, size)
+    pixels = distance(cos * dx + sin * dy, cos * dy - sin * dx) * radius * size
     cover = np.clip(0.5 - pixels, 0, 1)[..., None]
 
     colour = uniform(0, 1, 3)
@@ -98,7 +105,8 @@ def draw(distance, count, size, rng):
         """(count, 3) -> (count, size, size, 3): the colour, varied along a wave or the product of two."""
         waves = []
         for _ in range(2):
-            cycles, direction, phase = np.exp(uniform(-1, 1.8, 1, 1)), uniform(0, 2 * np.pi, 1, 1), uniform(0, 2 * np.pi, 1, 1)
+            cycles, direction, phase = np.exp(uniform(-1, 1.8, 1, 1)), uniform(0, 2 * np.pi, 1,
+                                                                               1), uniform(0, 2 * np.pi, 1, 1)
             waves.append(np.sin(2 * np.pi * cycles * (x * np.cos(direction) + y * np.sin(direction)) + phase))
         wave = waves[0] * np.where(uniform(0, 1, 1, 1) < 0.5, waves[1], 1)
         return colour[:, None, None] + wave[..., None] * uniform(-0.15, 0.15, 1, 1, 3)

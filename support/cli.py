@@ -1,13 +1,18 @@
-"""support.cli."""
+"""The command line of every file: reading it, bad input in one line, and --json."""
+
 import argparse
+import functools
 import importlib
 import json
+import math
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
-# ---------------------------------------------------------------------------- command line, here and in every other file
+from tqdm import tqdm
+
 
 class BadInput(ValueError):
     """Something the user gave is wrong; the message names the value and what is allowed."""
@@ -17,40 +22,50 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """--help with defaults, where there are any."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default or action.default == 0 and action.type else action.help
+        shown = action.default or action.default == 0 and action.type
+        return super()._get_help_string(action) if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports a wrong use as BadInput and shows defaults in --help."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
+        epilog = "Errors are one line; with TRACEBACK=1 in the environment they show where they arose."
+        kwargs = {"formatter_class": Help, "allow_abbrev": False, "epilog": epilog, **kwargs}
+        super().__init__(*args, **kwargs)
 
     def error(self, message):
         raise BadInput(message)
 
 
 def command_line(main):
-    """Run `main`; bad input ends with one line `error: ...` on standard error and exit status 2, no traceback."""
-    sys.stdout.reconfigure(errors="replace")  # where the locale has no sign for a character, a question mark
+    """Run `main`. Bad input, a file that fails and memory that runs out end with one line `error: ...` on
+    standard error and exit status 2; with TRACEBACK=1 in the environment the traceback comes before it."""
+    if hasattr(sys.stdout, "reconfigure"):        # a notebook's cannot
+        sys.stdout.reconfigure(errors="replace")  # a question mark for what the locale has no sign for
     try:
         sys.exit(main())
     except BrokenPipeError:  # somebody piped the output into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (BadInput, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:  # NumPy raises the former, PyTorch the latter
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        print(f"error: not enough memory ({str(error).splitlines()[0] if str(error) else 'no details'}); "
-              "use smaller batches, a smaller model or less data", file=sys.stderr)
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        if not isinstance(error, (BadInput, OSError)):
+            no_memory = "out of memory|can't allocate memory"  # PyTorch's RuntimeError; NumPy has MemoryError
+            if not isinstance(error, MemoryError) and not re.search(no_memory, message):
+                raise
+            message = (f"not enough memory ({str(error).partition(chr(10))[0] or 'no details'}); use smaller "
+                       "batches, a smaller model or less data")
+        if os.environ.get("TRACEBACK", "0") != "0":
+            traceback.print_exc()
+        print("error: " + message, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
+
+# ---------------------------------------------------------------------------- types of flags
 
 def positive(text):
     """An argparse type: an integer of at least 1."""
@@ -70,10 +85,35 @@ def seed(text):
     return int(text)
 
 
+def real(text):
+    """An argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
 def group_size(text):
     """An argparse type for --t: '2' -> 2, '1,2' -> (1, 2)."""
     sizes = tuple(positive(part) for part in text.split(","))
     return sizes if len(sizes) > 1 else sizes[0]
+
+
+def ratios(text):
+    """An argparse type for --mask: '0.15' -> (0.15,), '0.15,0.3' -> (0.15, 0.3)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"{text!r} is neither a ratio like 0.15 nor a range like 0.15,0.3"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def dashed(name):
+    """The flag of a field or of an argument: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
 
 
 def output_file(text):
@@ -83,13 +123,7 @@ def output_file(text):
     return text
 
 
-def ratios(text):
-    """An argparse type for --mask: '0.15' -> (0.15,), '0.15,0.3' -> (0.15, 0.3)."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a ratio like 0.15 nor a range like 0.15,0.3") from None
-
+# ---------------------------------------------------------------------------- what commands share
 
 def import_optional(name):
     """Import a package, or a module of one, that only some commands need."""
@@ -100,8 +134,6 @@ def import_optional(name):
         raise BadInput(f"this needs the {package} package: pip install {package}") from None
 
 
-# ---------------------------------------------------------------------------- command line
-
 def write_json(target, content):
     """The --json convention of all commands: one object, to a file or to standard output (-)."""
     text = json.dumps(content, indent=1)
@@ -109,3 +141,14 @@ def write_json(target, content):
         print(text)
     elif target:
         Path(target).write_text(text + "\n")
+
+
+@functools.cache
+def note_once(text):
+    """A line on standard error, the first time only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress(steps=None, quiet=False, **options):
+    """A tqdm bar over `steps` on standard error, gone when done; hidden where that is a file or a pipe."""
+    return tqdm(steps, leave=False, disable=quiet or not sys.stderr.isatty(), **options)

@@ -1,4 +1,8 @@
-"""support.kernels."""
+"""What the Transformer computes with: products, attention and its masks, cross-entropy over a vocabulary.
+
+Each has one plain formula, which the tests compare it with; what is added here is speed.
+"""
+
 import contextlib
 import functools
 import math
@@ -12,24 +16,26 @@ from masks import content_mask, query_mask
 
 LONG = 1024  # tokens from which two streams on CUDA do without an S x S mask
 
+# ---------------------------------------------------------------------------- matrix products
 
 def product(a, b):
     """a b^T: (..., I) and (O, I) -> (..., O). No gradient through oneDNN: see Linear."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if takes_onednn(a) else F.linear(a, b)
+    if not takes_onednn(a):
+        return F.linear(a, b)
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def takes_onednn(x):
-    """PyTorch multiplies float32 by MKL, which leaves half of an AMD processor's width unused; oneDNN does not."""
-    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == compute_dtype(x) == torch.float32
-            and on_amd())
+    """PyTorch multiplies float32 by MKL, which uses half of an AMD processor's width; oneDNN uses all."""
+    return (not torch.compiler.is_compiling() and x.device.type == "cpu"
+            and x.dtype == compute_dtype(x) == torch.float32 and on_amd())
 
 
 @functools.cache
 def on_amd():
-    """Whether this is an AMD processor with AVX-512 and PyTorch has oneDNN: a fixed rule, so that runs repeat."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return "AuthenticAMD" in cpu_info() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether this is an AMD processor with AVX-512 and PyTorch has oneDNN: fixed, so that runs repeat."""
+    return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and "AuthenticAMD" in cpu_info() and torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 def cpu_info():
@@ -64,12 +70,14 @@ class Linear(nn.Linear):
         return Product.apply(x, self.weight) if takes_onednn(x) else F.linear(x, self.weight)
 
 
+# ---------------------------------------------------------------------------- attention
+
 def attend(q, k, v, bias=None, causal=False):
-    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, N, d), k and v (B, H, S, d), bias broadcast to (B, H, N, S), or a
-    block mask."""
+    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, N, d), k and v (B, H, S, d), bias broadcast to (B, H,
+    N, S), or a block mask."""
     if not isinstance(bias, torch.Tensor | None):
         from torch.nn.attention.flex_attention import flex_attention
-        if q.device.type != "cpu" and not torch.compiler.is_compiling():  # inside a compiled step it is compiled with that
+        if q.device.type != "cpu" and not torch.compiler.is_compiling():  # else it is compiled with the step
             flex_attention = compiled_flex_attention()
         return flex_attention(q, k, v, block_mask=bias)
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
@@ -93,10 +101,12 @@ def additive(mask, dtype):
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
-def two_stream_bias(groups, targets, dtype):
-    """The masks of Eq. 24 for S content rows and then one query row for each target (B, n) -> (B, 1, S + n, S)."""
-    see_h, see_g = content_mask(groups), take(query_mask(groups), targets)               # (B, S, S), (B, n, S)
-    # Softmax over nothing is NaN, so a row that sees nothing sees itself instead. It is never scored.
+def two_stream_bias(groups, targets, cuts, dtype):
+    """The masks of Eq. 24 for S content rows, then n queries, targets and cuts (B, n) -> (B, 1, S + n, S)."""
+    see_h = content_mask(groups)                                                         # (B, S, S), M_h
+    see_g = query_mask(groups, cuts)                                                     # (B, n, S), M_g
+    # Softmax over nothing is NaN, so a row that sees nothing sees itself instead. It is never scored:
+    # draw_batch refuses an objective that would.
     own = torch.arange(groups.shape[1], device=groups.device)
     see_h = see_h | (~see_h.any(-1, keepdim=True) & (own == own[:, None]))
     see_g = see_g | (~see_g.any(-1, keepdim=True) & (own == targets[..., None]))
@@ -104,13 +114,14 @@ def two_stream_bias(groups, targets, dtype):
 
 
 def prefix_blocks(seen, length, size=128):
-    """FlexAttention's block mask for rows of which each sees the first `seen` (B, N) of `length` keys. Which blocks it sees
-    whole or in part follows from the least and the most in `size` rows, so that nothing of N x S is ever made."""
+    """FlexAttention's block mask for rows of which each sees the first `seen` (B, N) of `length` keys. Which
+    blocks it sees whole or in part follows from the least and the most in `size` rows: nothing of N x S is
+    ever made."""
     from torch.nn.attention.flex_attention import BlockMask
     B, N = seen.shape
     missing = -N % size
     tiles = torch.cat([seen, seen[:, -1:].expand(B, missing)], dim=1).view(B, 1, -1, size)
-    whole = tiles.amin(-1) // size                                                        # (B, 1, blocks of rows)
+    whole = tiles.amin(-1) // size                                                       # (B, 1, row blocks)
     part = (tiles.amax(-1) + size - 1) // size - whole
     keys = torch.arange((length + size - 1) // size, device=seen.device)
     return BlockMask.from_kv_blocks(
@@ -134,15 +145,16 @@ def take(x, index):
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i weight_i * -log softmax(x_i E^T)[y_i], one chunk of rows at a time.
 
-    The scores of all rows never exist at once, and each chunk's gradient is computed while its scores are in cache.
-    tests/test_objectives.py compares it with the plain formula.
+    The scores of all rows never exist at once, and each chunk's gradient is computed while its scores are in
+    cache. tests/test_objectives.py compares it with the plain formula.
     """
 
     @staticmethod
     def forward(ctx, x, embedding, labels, weight, chunk, differentiate=True):
         dtype = compute_dtype(x)
         x_low, E = x.to(dtype), embedding.to(dtype)
-        loss, dx, dE = x.new_zeros((), dtype=torch.float32), torch.empty_like(x_low), torch.zeros_like(embedding)
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx, dE = torch.empty_like(x_low), torch.zeros_like(embedding)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             y, w = labels[rows, None], weight[rows, None]
@@ -166,5 +178,5 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def rows_at_once(model):
-    """How many rows to send through the output layer at a time: on a CPU as many as keep their scores in cache (4 MB)."""
+    """How many rows to send through the output layer at once. On a CPU their scores stay in cache (4 MB)."""
     return max(1, (2 ** 20 if model.query.device.type == "cpu" else 2 ** 28) // model.config.vocab)

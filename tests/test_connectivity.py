@@ -8,13 +8,14 @@ import torch
 import evaluate
 import train as training
 from downstream import connectivity
-from engine.settings import Settings
+from engine.settings import resolve
 from support.cli import BadInput
 
 
 def all_pairs(x, texts):
     """Inner products of all pairs from different texts, descending, one at a time."""
-    return sorted((float(x[i] @ x[j]) for i in range(len(x)) for j in range(i) if texts[i] != texts[j]), reverse=True)
+    return sorted((float(x[i] @ x[j]) for i in range(len(x)) for j in range(i) if texts[i] != texts[j]),
+                  reverse=True)
 
 
 @pytest.mark.parametrize("block", (1, 7, 10, 29, 30, 64))
@@ -44,7 +45,8 @@ def test_connectivity_summarises_both_kinds_of_similarity():
     for name, rows in (("inner_product", x), ("cosine", unit)):
         products = all_pairs(rows, texts)
         top, found = np.array(products[:300]), result[name]
-        assert found["mean"] == pytest.approx(top.mean(), rel=1e-5) and found["least"] == pytest.approx(top[-1], rel=1e-5)
+        assert found["mean"] == pytest.approx(top.mean(),
+                                              rel=1e-5) and found["least"] == pytest.approx(top[-1], rel=1e-5)
         assert found["mean_of_all"] == pytest.approx(np.mean(products), abs=1e-5)
         for q, value in found["quantiles"].items():
             assert value == pytest.approx(np.quantile(top, float(q)), rel=1e-5)
@@ -61,13 +63,15 @@ def test_features_are_of_contexts_of_every_text(way, make_run, monkeypatch, coun
     objective, path = way
     run = make_run(objective, path, length=16)
     sequences = torch.randint(11, (6, 16), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(connectivity, "evaluation_sequences", lambda run, data, count: (sequences[:count], 1, "x"))
+    monkeypatch.setattr(connectivity, "evaluation_sequences", lambda run, data,
+                        count: (sequences[:count], 1, "x"))
     features, targets, texts = connectivity.features_of(run, None, count)
     assert features.shape == (len(texts), run.model.config.width)
     fewest = int((objective.groups(500, 16, torch.Generator().manual_seed(0)) > 1).sum(1).min())
     assert all(min(each, fewest) <= n <= each for n in texts.bincount(minlength=6))
     assert all(target in sequences[text] for target, text in zip(targets, texts))
-    if path == "causal":                                                         # f(X) of a prefix that the target follows
+    # f(X) of a prefix that the target follows
+    if path == "causal":
         f = torch.arange(1, 17).expand(6, -1)
         every = run.model(sequences, f, torch.arange(1, 16).expand(6, -1), path).float()
         for feature, target, text in zip(features, targets, texts):
@@ -84,7 +88,8 @@ def runs(tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     (base / "text.txt").write_text("".join(f"line {k} of {k * k % 97} words. " for k in range(3000)))
     for name, options in {"ar": {}, "vl": {"objective": "vl"}, "long": {"length": 32}}.items():
-        settings = Settings(**{"data": str(base / "text.txt"), "length": 16, "steps": 2, "batch_size": 4, **options})
+        settings = resolve(**{"data": str(base / "text.txt"), "length": 16, "steps": 2, "batch_size": 4,
+                              **options})
         training.train(settings, base / name, device="cpu", dtype="fp32", quiet=True)
     return base
 
@@ -105,7 +110,8 @@ def test_command(runs, capsys):
     text = call(capsys, runs / "ar", runs / "long", "--features", "60", "--top", "5")
     assert "ar ar" in text and "long ar" in text and "not the same cuts" in text
     alone = json.loads(call(capsys, runs / "vl", "--features", "200", "--top", "500", "--json", "-"))
-    assert alone["checkpoints"] == x["checkpoints"][1:]                          # a checkpoint's numbers are its own
+    # a checkpoint's numbers are its own
+    assert alone["checkpoints"] == x["checkpoints"][1:]
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -119,5 +125,6 @@ def test_wrong_uses_are_refused(runs, argv, says):
 
 def test_picture_extras(runs, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    call(capsys, runs / "ar", runs / "vl", "--features", "50", "--top", "100", "--plot", tmp_path / "figure2.png")
+    call(capsys, runs / "ar", runs / "vl", "--features", "50", "--top", "100", "--plot",
+         tmp_path / "figure2.png")
     assert (tmp_path / "figure2.png").read_bytes()[:4] == b"\x89PNG"

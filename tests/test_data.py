@@ -178,6 +178,136 @@ def test_hugging_face_data_sets_are_streamed(tmp_path):
     assert 200 <= len(corpus.train) + len(corpus.val) < 300
 
 
+def rows_of(count):
+    return [{"text": f"row {i} of the set has some words\n" * (1 + i % 3)} for i in range(count)]
+
+
+class Rows:
+    """A streamed dataset as `datasets` gives it, that breaks off after `until` rows of one session."""
+
+    def __init__(self, count, until=None):
+        self.rows, self.at, self.until, self.read = rows_of(count), 0, until, 0
+
+    def __iter__(self):
+        while self.at < len(self.rows):
+            if self.read == self.until:
+                raise ConnectionResetError("reset by peer")
+            self.at, self.read = self.at + 1, self.read + 1
+            yield self.rows[self.at - 1]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def stream(monkeypatch, rows):
+    """load_dataset gives these rows from the start, as often as it is called."""
+    def load_dataset(*args, **kwargs):
+        rows.at = 0
+        return rows
+    package = type("datasets", (), {"load_dataset": staticmethod(load_dataset)})
+    monkeypatch.setattr(sources, "import_optional", lambda name: package)
+
+
+def test_a_broken_connection_costs_what_was_not_yet_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "AT_ONCE", 300)
+    monkeypatch.setattr(folders, "COMMIT", 1000)
+    monkeypatch.setattr(folders.Recipe, "by_document", lambda self: True)  # which would read 20 rows more
+    stream(monkeypatch, Rows(400))
+    folders.prepare_text(["hf:set"], tmp_path / "whole", quiet=True, val_fraction=0.2)
+    sessions = [Rows(400, until) for until in (150, 60, 100, None)]
+    for number, rows in enumerate(sessions):
+        stream(monkeypatch, rows)
+        if number < 3:
+            with pytest.raises(BadInput, match=r"beyond document \d+.*reset by peer.*goes on"):
+                folders.prepare_text(["hf:set"], tmp_path / "tokens", quiet=True, val_fraction=0.2)
+            assert not (tmp_path / "tokens").exists()
+        else:
+            folders.prepare_text(["hf:set"], tmp_path / "tokens", quiet=True, val_fraction=0.2)
+    assert sum(rows.read for rows in sessions) < 400 + 4 * 30  # little is read twice
+    for name in ("train.bin", "val.bin", "tokenizer.json", "manifest.json"):
+        assert (tmp_path / "tokens" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "tokens.partial").exists()
+
+
+def test_another_recipe_does_not_go_on_from_the_same_folder(tmp_path, monkeypatch):
+    stream(monkeypatch, Rows(400, 100))
+    with pytest.raises(BadInput):
+        folders.prepare_text(["hf:set"], tmp_path / "tokens", quiet=True)
+    stream(monkeypatch, Rows(60))
+    manifest = folders.prepare_text(["hf:other"], tmp_path / "tokens", quiet=True)
+    assert sum(manifest[side]["documents"] for side in folders.SIDES) == 60
+
+
+def test_compressed_datasets_name_the_package_they_need(tmp_path, monkeypatch):
+    class Compressed(Rows):
+        def __iter__(self):
+            raise ValueError("Compression type zstd not supported")
+    stream(monkeypatch, Compressed(3))
+    with pytest.raises(BadInput, match="pip install zstandard"):
+        folders.prepare_text(["hf:set"], tmp_path / "tokens", quiet=True)
+
+
+def test_many_documents_in_one_call_are_encoded_as_one_by_one(folder):
+    pytest.importorskip("tokenizers")
+    texts = [read(path) for path in sorted(folder.glob("*.txt"))] + ["", "word " * 20_000]
+    for tokenizer in (ByteTokenizer(), tokenizers.TrainedTokenizer.train("wordpiece", 400, texts)):
+        for ids, text in zip(tokenizer.encode_all(texts), texts):
+            assert np.array_equal(ids, tokenizer.encode(text))
+
+
+def test_wordpiece_tells_the_share_of_unknown_words(folder, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    (folder / "book99.txt").write_text("\u65e5\u672c\u8a9e " * 40)
+    data.main(["text", str(folder), "--out", str(tmp_path / "tokens"), "--tokenizer", "wordpiece", "--vocab", "300",
+               "--val", str(folder / "book99.txt")])
+    val = json.loads((tmp_path / "tokens" / "manifest.json").read_text())["val"]
+    ids = folders.open_tokens(tmp_path / "tokens")
+    assert val["unknown"] == (ids.val == ids.tokenizer.unknown).sum()
+    assert "% of the tokens are [UNK]" in capsys.readouterr().out or val["unknown"] == 0
+
+
+def test_what_is_not_text_is_refused_or_left_out_with_the_count(folder, tmp_path, capsys):
+    noise = np.random.default_rng(0).bytes(5000)
+    (tmp_path / "photo.jpg").write_bytes(noise)
+    with pytest.raises(BadInput, match="1 of 1 files .*photo.jpg"):
+        data.load_corpus(str(tmp_path / "photo.jpg"), tmp_path / "cache")
+    (tmp_path / "wide.txt").write_text("text in another encoding", encoding="utf-16")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        data.load_corpus(str(tmp_path / "wide.txt"), tmp_path / "cache")
+    before = folders.prepare_text([str(folder)], tmp_path / "before", quiet=True)
+    (folder / "figure.png").write_bytes(noise)
+    assert folders.prepare_text([str(folder)], tmp_path / "after", quiet=True)["train"] == before["train"]
+    assert "1 of 41 files" in capsys.readouterr().err
+    for i in range(50):
+        (folder / f"{i}.bin").write_bytes(noise)
+    with pytest.raises(BadInput, match="51 of 91 files"):
+        folders.prepare_text([str(folder)], tmp_path / "none", quiet=True)
+
+
+def test_tokens_of_a_text_that_changed_are_not_taken_again(tmp_path):
+    text, cache = tmp_path / "book.txt", tmp_path / "cache"
+    text.write_text("one two three " * 50)
+    first = data.load_corpus(str(text), cache)
+    assert np.array_equal(data.load_corpus(str(text), cache).train, first.train)
+    text.write_text("four five six " * 50)  # of the same size
+    with pytest.raises(BadInput, match="as it was before it changed.*--overwrite"):
+        data.load_corpus(str(text), cache)
+    again = data.load_corpus(str(text), cache, replace=True)
+    assert "four" in again.tokenizer.decode(again.train) and np.array_equal(data.load_corpus(str(text), cache).train, again.train)
+
+
+def test_more_of_a_dataset_is_read_when_more_is_asked_for(tmp_path, monkeypatch):
+    stream(monkeypatch, Rows(400))
+    small = data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=500)
+    stream(monkeypatch, Rows(400))
+    assert len(data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=5000, resume=True).train) == len(small.train)
+    stream(monkeypatch, Rows(400))
+    assert len(data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=5000, replace=True).train) > 5 * len(small.train)
+
+
 def test_a_missing_package_is_named():
     with pytest.raises(BadInput, match="pip install no_such_package"):
         cli.import_optional("no_such_package")

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import data
-from images import files, patches, pixels, raw, sets, shapes
+from images import files, patches, raw, sets, shapes
+from images import pixels as px
+from images.raw import open_folder as folder_files
 from images.sets import load_images
 from images.sets import prepare_images as prepare
 from support.cli import BadInput
@@ -129,7 +131,7 @@ def zip_whole(root):
     (lambda r: (r.mkdir(), (r / "data_batch_1").write_bytes(b"\x80\x04")), "binary version"),
     (lambda r: (r.mkdir(), (r / "train").write_bytes(b"\x80\x02")), "binary version"),
     (lambda r: None, "is not a folder"),
-    (lambda r: (r.mkdir(), (r / "book.txt").write_text("text")), "no class folders"),
+    (lambda r: (r.mkdir(), (r / "book.txt").write_text("text")), "no JPEG or PNG files"),
 ])
 def test_spoilt_files_are_refused_in_one_line(tmp_path, spoil, message):
     spoil(tmp_path / "raw")
@@ -175,7 +177,8 @@ def touch(root, *names):
 @pytest.mark.parametrize("names, expected", [
     (["train/cat/1.jpg", "train/dog/1.PNG", "val/cat/1.JPEG", "README.md"], True),
     (["test/cat/1.jpg"], True), (["cat/1.jpg", "dog/1.jpg", ".DS_Store", "dog/Thumbs.db"], True),
-    (["train/1.jpg", "plane/1.jpg"], True), (["train/1.txt", "val/1.txt"], False), (["train/essays/1.txt", "val/essays/1.txt"], False),
+    (["train/1.jpg", "plane/1.jpg"], True), (["1.jpg", "2.JPG", "more/3.png"], True), (["1.jpg", "labels.csv"], True),
+    (["cat/1.jpg", "dog/1.jpg", "labels.csv", "cat/1.xml"], True), (["1.jpg", "notes.txt"], False), (["train/1.txt", "val/1.txt"], False), (["train/essays/1.txt", "val/essays/1.txt"], False),
     (["train/a/page.html", "train/a/figure.png", "train/a/figure2.png"], False),
     (["train/figures/1.png", "train/book.txt"], False), (["figures/1.png", "book.txt"], False),
     (["chapter/1.txt", "figures/1.png"], False), (["train/book.txt", "test/figures/1.png"], False),
@@ -252,7 +255,7 @@ def test_extras_a_share_of_each_class_is_held_out(tmp_path):
     pixels = class_folders(tmp_path / "raw", {"a": 20, "b": 4, ".hidden": 2})
 
     def held(seed):
-        found = raw.open_folder(tmp_path / "raw", val_fraction=0.2, seed=seed)
+        found = folder_files(tmp_path / "raw", val_fraction=0.2, seed=seed)
         assert [np.bincount(found[side].labels).tolist() for side in ("train", "val")] == [[16, 3], [4, 1]]
         both = found["train"].files + found["val"].files
         assert len(set(both)) == len(both) == 24 and not any("hidden" in path for path in both)
@@ -268,13 +271,43 @@ def test_extras_a_share_of_each_class_is_held_out(tmp_path):
     ({"train/cat": 2, "val/cat": 1, "val/dog": 1}, "class folder dog is in val/ but not in train/"),
     ({"train/cat": 2, "train/dog": 1, "test/cat": 1}, "class folder dog is in train/ but not in test/"),
     ({"train/cat": 2, "train/dog": 0, "val/cat": 1, "val/dog": 1}, "class dog .* no JPEG or PNG files for train"),
-    ({"train/cat": 2}, "no class folders in test/"), ({"val/cat": 2}, "no class folders in train/"),
-    ({"cat": 1, "dog": 5}, "class cat .* for train"), ({"cat": 0}, "no class folders with JPEG")])
+    ({"cat": 1, "dog": 5}, "class cat .* for train"), ({"cat": 0}, "no JPEG or PNG files")])
 def test_extras_classes_must_fit(tmp_path, sizes, message):
     pytest.importorskip("PIL")
     class_folders(tmp_path / "raw", sizes)
     with pytest.raises(BadInput, match=message):
         load_images(str(tmp_path / "raw"))
+
+
+@pytest.mark.parametrize("layout, beside", [({"": 20}, ["labels.csv"]), ({"2023": 20}, []), ({"": 4, "more/of/them": 16}, []),
+                                            ({"train": 20}, ["train/notes.md"]), ({"train": 16, "val": 4}, [])])
+def test_extras_images_without_classes_are_good_for_pretraining(tmp_path, capsys, layout, beside):
+    pytest.importorskip("PIL")
+    for folder in layout:
+        class_folders(tmp_path / "made", {folder or "own": layout[folder]})
+        target = tmp_path / "raw" / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for path in (tmp_path / "made" / (folder or "own")).iterdir():
+            path.rename(target / path.name)
+    touch(tmp_path / "raw", *beside)
+    source = str(tmp_path / "raw")
+    assert sets.is_images(source)
+    found = load_images(source)
+    held = 4 if "val" in layout else 2
+    assert (len(found.train), len(found.val), found.classes) == (20 - held, held, ())
+    assert f"{20 - held} training and {held} validation images without classes" in capsys.readouterr().err
+    manifest = prepare(source, tmp_path / "out", quiet=True)
+    assert manifest["classes"] == () and len(load_images(str(tmp_path / "out")).train) == 20 - held
+
+
+def test_extras_other_files_beside_class_folders(tmp_path):
+    pytest.importorskip("PIL")
+    class_folders(tmp_path / "raw", {"cat": 10, "dog": 10})
+    touch(tmp_path / "raw", "labels.csv", "annotations/1.xml", "cat/about.json")
+    assert sets.is_images(str(tmp_path / "raw")) and load_images(str(tmp_path / "raw")).classes == ("cat", "dog")
+    class_folders(tmp_path / "one", {"train/cat": 10, "train/dog": 10})  # a share is held out where there is no val/
+    found = load_images(str(tmp_path / "one"))
+    assert found.classes == ("cat", "dog") and (len(found.train), len(found.val)) == (18, 2)
 
 
 def test_extras_corrupt_files_are_skipped_and_counted(tmp_path, capsys):
@@ -289,7 +322,7 @@ def test_extras_corrupt_files_are_skipped_and_counted(tmp_path, capsys):
     assert np.array_equal(x.numpy(), np.concatenate([pixels["train/a"][:59], pixels["train/b"]]))
     assert y.tolist() == [0] * 59 + [1] * 60
 
-    train = raw.open_folder(raw)["train"]  # while training, the next file stands in
+    train = folder_files(raw)["train"]  # while training, the next file stands in
     for _ in range(2):
         x, y = train.batch([58, 59])
         assert np.array_equal(x.numpy(), [pixels["train/a"][58], pixels["train/b"][0]]) and y.tolist() == [0, 1]
@@ -401,37 +434,37 @@ def plain_crop(image, view, size):
 @pytest.mark.parametrize("H, W, size", [(7, 7, 7), (5, 9, 6), (12, 10, 4)])
 def test_crop_is_the_plain_loop(H, W, size):
     pixels = noise(4, H, W, 3)
-    views = pixels.random_views(4, generator(1))
+    views = px.random_views(4, generator(1))
     views[3] = torch.tensor([0.5, 0.5, 1, 1, -1])
-    found = pixels.crop(torch.from_numpy(pixels), views, size)
+    found = px.crop(torch.from_numpy(pixels), views, size)
     assert found.shape == (4, 3, size, size) and found.dtype == torch.float32
     for x, image, view in zip(found, pixels, views):
         assert np.abs(x.permute(1, 2, 0).numpy() - plain_crop(image / 255.0, view, size)).max() < 1e-5
 
 
 def test_crop_that_enlarges_is_grid_sample():
-    pixels, views = torch.from_numpy(noise(8, 16, 16, 3)), pixels.random_views(8, generator())
+    pixels, views = torch.from_numpy(noise(8, 16, 16, 3)), px.random_views(8, generator())
     theta = torch.zeros(8, 2, 3)
     theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = (
         views[:, 4] * views[:, 2], 2 * views[:, 0] - 1, views[:, 3], 2 * views[:, 1] - 1)
     grid = F.affine_grid(theta, (8, 3, 20, 20), align_corners=False)
     expected = F.grid_sample(pixels.permute(0, 3, 1, 2) / 255, grid, padding_mode="border", align_corners=False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (pixels.crop(pixels, views, 20) - expected).abs().max() < 1e-5
+        assert (px.crop(pixels, views, 20) - expected).abs().max() < 1e-5
 
 
 def test_crop_without_views_is_the_centre():
     pixels = torch.from_numpy(noise(3, 8, 8, 3))
-    assert torch.equal(pixels.crop(pixels, None, 8), pixels.permute(0, 3, 1, 2) / 255)
-    assert torch.allclose(pixels.crop(pixels, None, 4), pixels.crop(pixels, torch.tensor([[0.5, 0.5, 1, 1, 1]] * 3), 4))
+    assert torch.equal(px.crop(pixels, None, 8), pixels.permute(0, 3, 1, 2) / 255)
+    assert torch.allclose(px.crop(pixels, None, 4), px.crop(pixels, torch.tensor([[0.5, 0.5, 1, 1, 1]] * 3), 4))
     wide = torch.from_numpy(noise(3, 8, 14, 3))
-    assert torch.allclose(pixels.crop(wide, None, 8), wide[:, :, 3:11].permute(0, 3, 1, 2) / 255, atol=1e-6)
+    assert torch.allclose(px.crop(wide, None, 8), wide[:, :, 3:11].permute(0, 3, 1, 2) / 255, atol=1e-6)
 
 
 def test_extras_crop_resizes_as_pillow(tmp_path):
     Image = pytest.importorskip("PIL.Image")
-    pixels, views = noise(6, 40, 40, 3), pixels.random_views(6, generator(2), flip=False)
-    for x, image, (cx, cy, wide, high, _) in zip(pixels.crop(torch.from_numpy(pixels), views, 12), pixels, views.tolist()):
+    pixels, views = noise(6, 40, 40, 3), px.random_views(6, generator(2), flip=False)
+    for x, image, (cx, cy, wide, high, _) in zip(px.crop(torch.from_numpy(pixels), views, 12), pixels, views.tolist()):
         box = tuple(40 * edge for edge in (cx - wide / 2, cy - high / 2, cx + wide / 2, cy + high / 2))
         box = tuple(min(40, max(0, edge)) for edge in box)
         expected = np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BILINEAR, box))
@@ -439,7 +472,7 @@ def test_extras_crop_resizes_as_pillow(tmp_path):
 
 
 def test_random_views():
-    views = pixels.random_views(20_000, generator(), scale=(0.3, 0.9))
+    views = px.random_views(20_000, generator(), scale=(0.3, 0.9))
     cx, cy, wide, high, sign = views.unbind(1)
     for centre, extent in ((cx, wide), (cy, high)):
         assert (centre - extent / 2).min() > -1e-6 and (centre + extent / 2).max() < 1 + 1e-6
@@ -450,45 +483,45 @@ def test_random_views():
     assert abs(area.mean() - 0.6) < 0.01 and abs(area.std() - 0.6 / 12 ** 0.5) < 0.01
     assert ratio.abs().max() < math.log(4 / 3) + 1e-5 and abs(ratio.mean()) < 0.01 and ratio.std() > 0.1
     assert set(sign.tolist()) == {-1, 1} and abs(sign.mean()) < 0.03
-    assert torch.equal(pixels.random_views(5, generator(7)), pixels.random_views(5, generator(7)))
-    assert (pixels.random_views(99, generator(), flip=False)[:, 4] == 1).all()
-    assert torch.allclose(pixels.random_views(9, generator(), (1, 1), flip=False), torch.tensor([0.5, 0.5, 1, 1, 1]))
+    assert torch.equal(px.random_views(5, generator(7)), px.random_views(5, generator(7)))
+    assert (px.random_views(99, generator(), flip=False)[:, 4] == 1).all()
+    assert torch.allclose(px.random_views(9, generator(), (1, 1), flip=False), torch.tensor([0.5, 0.5, 1, 1, 1]))
     for arguments in ({"scale": (0, 1)}, {"scale": (0.5, 0.2)}, {"ratio": (1.2, 2)}):
         with pytest.raises(BadInput, match="crops need"):
-            pixels.random_views(2, generator(), **arguments)
+            px.random_views(2, generator(), **arguments)
 
 
 def test_normalise_and_back():
     x, mean, std = torch.rand(5, 3, 6, 6, generator=generator()), (0.1, 0.5, 0.6), (0.2, 0.25, 0.3)
-    y = pixels.normalise(x, mean, std)
+    y = px.normalise(x, mean, std)
     assert torch.allclose(y[:, 1], (x[:, 1] - 0.5) / 0.25) and torch.allclose(y[:, 2], (x[:, 2] - 0.6) / 0.3)
-    assert torch.allclose(pixels.denormalise(y, mean, std), x)
-    constant = pixels.channel_histogram(np.full((2, 4, 4, 3), 51, np.uint8))
-    assert np.allclose(pixels.moments(constant), [[0.2] * 3, [1 / 255] * 3])
+    assert torch.allclose(px.denormalise(y, mean, std), x)
+    constant = px.channel_histogram(np.full((2, 4, 4, 3), 51, np.uint8))
+    assert np.allclose(px.moments(constant), [[0.2] * 3, [1 / 255] * 3])
 
 
 # ---------------------------------------------------------------------------- patches
 
 def test_patches_are_in_raster_order_and_come_back():
     x = torch.randn(2, 3, 12, 12, generator=generator())
-    patches = pixels.patchify(x, 4)
+    patches = px.patchify(x, 4)
     assert torch.equal(patches, F.unfold(x, 4, stride=4).transpose(1, 2))
     assert torch.equal(patches[:, 5].reshape(2, 3, 4, 4), x[:, :, 4:8, 8:12])
-    assert torch.equal(pixels.unpatchify(patches, 4), x)
-    assert torch.equal(pixels.unpatchify(pixels.patchify(x[:, :1], 3), 3, channels=1), x[:, :1])
+    assert torch.equal(px.unpatchify(patches, 4), x)
+    assert torch.equal(px.unpatchify(px.patchify(x[:, :1], 3), 3, channels=1), x[:, :1])
     with pytest.raises(BadInput, match="12 x 12 pixels cannot be cut into patches of 5 x 5"):
-        pixels.patchify(x, 5)
+        px.patchify(x, 5)
     with pytest.raises(BadInput, match="6 patches"):
-        pixels.unpatchify(patches[:, :6], 4)
+        px.unpatchify(patches[:, :6], 4)
 
 
 # ---------------------------------------------------------------------------- mixing and erasing
 
 def test_soft_targets_are_those_of_label_smoothing():
     logits, labels = torch.randn(6, 5, generator=generator()), torch.tensor([0, 4, 2, 2, 1, 3])
-    soft = pixels.soft_targets(labels, 5, 0.1)
+    soft = px.soft_targets(labels, 5, 0.1)
     assert torch.allclose(F.cross_entropy(logits, soft), F.cross_entropy(logits, labels, label_smoothing=0.1))
-    assert torch.equal(pixels.soft_targets(labels, 5), F.one_hot(labels, 5).float())
+    assert torch.equal(px.soft_targets(labels, 5), F.one_hot(labels, 5).float())
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
@@ -497,7 +530,7 @@ def test_mixing_treats_images_and_targets_alike(mixup, cutmix):
     B, kinds = 6, set()
     x = torch.arange(B).float()[:, None, None, None].expand(B, 3, 16, 12)
     for seed in range(40):
-        mixed, soft = pixels.mix(x, torch.eye(B), generator(seed), mixup, cutmix)
+        mixed, soft = px.mix(x, torch.eye(B), generator(seed), mixup, cutmix)
         assert torch.allclose(soft.sum(dim=1), torch.ones(B)) and mixed.shape == x.shape
         means = mixed.mean(dim=(1, 2, 3))
         assert torch.allclose(means, soft @ torch.arange(B).float(), atol=1e-4)
@@ -509,27 +542,27 @@ def test_mixing_treats_images_and_targets_alike(mixup, cutmix):
             rows, columns = other[0, 0].any(dim=1).sum(), other[0, 0].any(dim=0).sum()
             assert rows * columns == other[0, 0].sum()
     assert kinds == ({"mixup"} if mixup else set()) | ({"cutmix"} if cutmix else set())
-    again = [pixels.mix(x, torch.eye(B), generator(5), mixup, cutmix) for _ in range(2)]
+    again = [px.mix(x, torch.eye(B), generator(5), mixup, cutmix) for _ in range(2)]
     assert torch.equal(again[0][0], again[1][0]) and torch.equal(again[0][1], again[1][1])
 
 
 def test_mixing_weights_are_beta():
     def shares(**kinds):
         x = torch.zeros(2, 1, 24, 24)
-        return torch.stack([pixels.mix(x, torch.eye(2), generator(seed), **kinds)[1][0, 0] for seed in range(1500)])
+        return torch.stack([px.mix(x, torch.eye(2), generator(seed), **kinds)[1][0, 0] for seed in range(1500)])
 
     found = shares(mixup=0.8, cutmix=0)
     assert abs(found.mean() - 0.5) < 0.03 and abs(found.var() - 1 / (4 * 2.6)) < 0.01  # variance of Beta(a, a): 1/(4(2a+1))
     assert shares(mixup=0, cutmix=1.0).mean() > 0.55  # boxes are cut off at the border
     x, eye = torch.rand(2, 3, 4, 4), torch.eye(2)
-    assert pixels.mix(x, eye, generator(), 0, 0)[0] is x
+    assert px.mix(x, eye, generator(), 0, 0)[0] is x
     with pytest.raises(BadInput, match="mixup and cutmix"):
-        pixels.mix(x, eye, generator(), -1, 1)
+        px.mix(x, eye, generator(), -1, 1)
 
 
 def test_random_erasing():
     x = torch.full((4000, 3, 16, 16), 9.0)
-    y = pixels.random_erase(x, generator(), 0.25)
+    y = px.random_erase(x, generator(), 0.25)
     changed = (y != 9).all(dim=1)
     assert torch.equal(changed, (y != 9).any(dim=1))  # all channels
     hit = changed.flatten(1).any(dim=1)
@@ -540,8 +573,8 @@ def test_random_erasing():
     assert 2 <= area.min() and area.max() < 0.4 * 256 and abs(area.float().mean() / 256 - 0.177) < 0.01
     erased = y[hit].permute(0, 2, 3, 1)[changed[hit]]
     assert abs(erased.mean()) < 0.02 and abs(erased.std() - 1) < 0.02
-    assert torch.equal(y, pixels.random_erase(x, generator(), 0.25)) and (x == 9).all()
-    assert torch.equal(pixels.random_erase(x[:50], generator(), 0), x[:50])
+    assert torch.equal(y, px.random_erase(x, generator(), 0.25)) and (x == 9).all()
+    assert torch.equal(px.random_erase(x[:50], generator(), 0), x[:50])
 
 
 # ---------------------------------------------------------------------------- shapes
@@ -586,7 +619,7 @@ def test_shapes_are_drawn_alike_balanced_and_no_task_for_a_linear_model():
 
 def test_the_default_set(monkeypatch):
     drawn = []
-    monkeypatch.setattr(shapes, "shapes", lambda count, size, seed: (
+    monkeypatch.setattr(sets, "shapes", lambda count, size, seed: (
         drawn.append((count, size, seed)), (noise(count, size, size, 3), np.arange(count) % 12))[1])
     found = load_images("shapes")
     assert drawn == [(8000, 32, 0), (2000, 32, 1)] and found.size == 32 and found.classes == tuple(shapes.SHAPES)
@@ -607,7 +640,7 @@ def unpack(path):
 def test_contact_sheet_of_any_set(tmp_path, capsys):
     (pixels, labels), _ = write_mnist(tmp_path / "raw")
     for options in ([], ["--views"]):
-        data.main([str(tmp_path / "raw"), "--out", str(tmp_path / "sheet.png"), "--columns", "3", *options])
+        data.main(["sheet", str(tmp_path / "raw"), "--out", str(tmp_path / "sheet.png"), "--columns", "3", *options])
         sheet = unpack(tmp_path / "sheet.png")
         assert sheet.shape == (10 * 60, 3 * 60, 3) and (sheet[:2] == 255).all()
         cell = sheet[2:58:2, 2:58:2]
@@ -618,7 +651,7 @@ def test_contact_sheet_of_any_set(tmp_path, capsys):
 def test_extras_png_files_can_be_read(tmp_path):
     Image = pytest.importorskip("PIL.Image")
     picture = noise(5, 8, 3)
-    pixels.write_png(tmp_path / "x.png", picture)
+    px.write_png(tmp_path / "x.png", picture)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), picture)
 
 

@@ -1,22 +1,30 @@
-"""reproduce.py and tables.py: stages, verdicts, and two targets from end to end."""
+"""reproduce.py and experiments/: stages, budgets, locks, pages, and two targets from end to end."""
 import importlib
+import itertools
 import json
 import math
-import re
+import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+
 import reproduce
-import spectral
 import train
-from downstream import reconstruct
+from downstream import by_length, commands, reconstruct
 from engine import machine, runs
-from experiments import tables
-from experiments.tables import SCALES, TARGETS, Cell, Claim, Measure, Place, Table
+from experiments import measures, ours, pages, running, stages, tables
+from experiments.scales import RISK, SCALES
+from experiments.stages import Model, Place, Stage
+from experiments.verdicts import LINKS, SUPPORTED, Cell, judge
+from objectives import OBJECTIVES
+from reproduce import TARGETS
 from support import cli
 from support.cli import BadInput
 from text import sources
@@ -24,8 +32,12 @@ from text import sources
 TABLE7 = "Masked (0.15)", "Masked (0.3)", "Variable-length [0.15, 0.3]"
 
 
-def place_at(scale, work, data="DATA"):
-    return Place(scale, Path(data).absolute(), work)
+def place_at(scale, work, data="DATA", **more):
+    return Place(scale, Path(data).absolute(), work, SCALES[scale], **more)
+
+
+def all_stages(place, *names, seeds=1):
+    return stages.with_needs([stage for name in names or TARGETS for stage in pages.stages_of(place, TARGETS[name](place), seeds)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,11 +50,11 @@ def little_text():
     patch.undo()
 
 
-def in_process(stage):
-    """What reproduce.run does in a process of its own."""
-    program, *rest = reproduce.command(stage)
-    assert not importlib.import_module(program.removesuffix(".py")).main(rest)
-    reproduce.write_record(stage, 1.5, "test machine", "abc123")
+def in_process(stage, launcher=(), environment=None, lock=None):
+    """What running.run does in a process of its own."""
+    name, *rest = running.command(stage)
+    assert not importlib.import_module(name.removesuffix(".py")).main(rest)
+    running.write_record(stage, 1.5, "test machine", "abc123")
 
 
 # ---------------------------------------------------------------------------- stages
@@ -56,64 +68,98 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
     def reached(*args, **kwargs):
         raise Reached
 
-    for module, name in ((hub, "load_run"), (evaluate, "load_run"), (data, "prepare"), (images, "prepare")):
-        monkeypatch.setattr(module, name, reached)
+    for name in ("data", "experiments.losses", "experiments.authors"):
+        importlib.import_module(name)
+    ours = [x for x in sys.modules.values() if str(getattr(x, "__file__", None)).startswith(str(running.HERE))]
+    for module, name in itertools.product(ours, ("open_run", "load_run", "prepare_text", "prepare_images", "label_authors")):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(cli, "import_optional", lambda name: None)
-    monkeypatch.setattr(reconstruct, "perceptual_distance", lambda net: None)
     monkeypatch.setattr(machine, "choose_dtype", lambda device, name: torch.float32)
-    stages = reproduce.with_needs([stage for target in TARGETS.values()
-                                   for stage in reproduce.stages_of(place_at(scale, tmp_path), target(place_at(scale, tmp_path)), 1)])
-    for program, *rest in {stage.line() for stage in stages}:
-        if program == "train.py":
+    for name in ("text", "work"):
+        (tmp_path / name).mkdir()
+    found = all_stages(place_at(scale, tmp_path / "work", tmp_path))
+    kinds = {(stage.argv[:2], *(word for word in stage.argv if word.startswith("--"))): stage.line() for stage in found}
+    for name, *rest in kinds.values():  # one of each command and set of flags
+        if name == "train.py":
             settings, args = train.parse(rest)
-            assert Path(args["out"]).parent == tmp_path and settings.task()
-        elif program == "spectral.py":
-            assert spectral.parse(rest).json
+            assert Path(args["out"]).parent == tmp_path / "work" and settings.task()
+        elif name == "spectral.py":
+            assert importlib.import_module("spectral").parse(rest).json
         else:
             with pytest.raises(Reached):
-                importlib.import_module(program.removesuffix(".py")).main(rest)
-    assert {stage.argv[0] for stage in stages} >= {"train.py", "evaluate.py", "spectral.py"}
+                importlib.import_module(name.removesuffix(".py")).main(rest)
+    assert {stage.argv[0] for stage in found} >= {"train.py", "evaluate.py", "spectral.py", "experiments.losses"}
 
 
 def test_stages_are_named_by_their_command(tmp_path):
     here, there = place_at("smoke", tmp_path / "a"), place_at("smoke", tmp_path / "b")
-    stages = [reproduce.stages_of(place, TARGETS["table7"](place), 2) for place in (here, there)]
-    assert [stage.out.name for stage in stages[0]] == [stage.out.name for stage in stages[1]]
-    assert len({stage.out for stage in stages[0]}) == len(stages[0]) == 2 * 3 * 2   # seeds, models, training and evaluation
-    assert all(need in stages[0][:k] for k, stage in enumerate(stages[0]) for need in stage.needs)
-    shared = {s.out for s in stages[0]} & {s.out for s in reproduce.stages_of(here, TARGETS["figure3"](here), 2)}
-    assert shared == {s.out for s in stages[0]}                                      # Figure 3 has what Table 7 has, and ar
-    assert {s.out for s in reproduce.stages_of(here, TARGETS["table7"](here), 1)} < {s.out for s in stages[0]}
+    found = [pages.stages_of(place, TARGETS["table7"](place), 2) for place in (here, there)]
+    assert [stage.out.name for stage in found[0]] == [stage.out.name for stage in found[1]]
+    assert len({stage.out for stage in found[0]}) == len(found[0]) == 2 * 3 * 2   # seeds, models, training and evaluation
+    assert all(need in found[0][:k] for k, stage in enumerate(found[0]) for need in stage.needs)
+    shared = {s.out for s in found[0]} & {s.out for s in pages.stages_of(here, TARGETS["figure3"](here), 2)}
+    assert shared == {s.out for s in found[0]}                                    # Figure 3 has what Table 7 has, and ar
+    assert {s.out for s in pages.stages_of(here, TARGETS["table7"](here), 1)} < {s.out for s in found[0]}
 
 
-def test_the_same_budget_for_all_models_of_a_table(tmp_path):
-    for scale in ("cpu", "paper"):
-        for name in ("table2", "table7", "ranges", "table8", "table9", "fourbytwo"):
-            place = place_at(scale, tmp_path)
-            runs = {}
-            for stage in reproduce.stages_of(place, TARGETS[name](place), 1):
-                if stage.argv[0] == "train.py":
-                    settings, _ = train.parse(stage.argv[1:])
-                    budget = {k: v for k, v in vars(settings).items() if k not in ("objective", "t", "mask", "streams", "mask_rule")}
-                    runs.setdefault(settings.images, []).append((budget, settings.task()[1]))
-            for found in runs.values():
-                assert all(run == found[0] for run in found), (scale, name)
+def test_models_as_text():
+    model = Model("untrained images x0.5: dar --t 2")
+    assert (model.kind, model.budget, model.flags, model.learned) == ("images", 0.5, "dar --t 2", False)
+    assert model.as_trained() == Model("images x0.5: dar --t 2") and model.times(2).text == "untrained images: dar --t 2"
+    assert Model("hf:gpt2").hub and Model("hf:gpt2").learned and Model("images100: ar").kind == "images100"
+
+
+def budgets_of(place, name):
+    """{kind: [(settings without the objective's own, path) of each training stage of a target]}."""
+    found, own = {}, ("objective", "options", "streams", "mask_rule")
+    for stage in pages.stages_of(place, TARGETS[name](place), 1):
+        if stage.argv[0] == "train.py":
+            settings, _ = train.parse(stage.argv[1:])
+            found.setdefault(settings.images, []).append(
+                ({key: value for key, value in vars(settings).items() if key not in own}, settings.task()[1]))
+    return found
+
+
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+@pytest.mark.parametrize("name", ["table2", "table7", "table8", "table9", "fourbytwo", "masked"])
+def test_the_same_budget_for_all_models_of_a_table(scale, name, tmp_path):
+    for found in budgets_of(place_at(scale, tmp_path), name).values():
+        assert all(one == found[0] for one in found)
+
+
+def test_variety_gives_equal_tokens_but_to_one(tmp_path):
+    place = place_at("cpu", tmp_path)
+    steps = [budget["steps"] for budget, _ in budgets_of(place, "variety")[False]]
+    assert steps[:-1] == [steps[0]] * (len(steps) - 1) and steps[-1] == pytest.approx(place.scale.longer * steps[0], abs=1)
+    assert steps[0] * 16 * 128 == pytest.approx(place.scale.tokens, rel=0.01)
 
 
 def test_budgets_of_the_paper(tmp_path):
     place = place_at("paper", tmp_path)
-    text, _ = train.parse(tables.pretrain(place, "text: dar --t 2", 0).argv[1:])
+
+    def settings(text, place=place):
+        return train.parse(stages.pretrain(place, Model(text), 0).argv[1:])[0]
+
+    text = settings("text: dar --t 2")
     assert (text.steps, text.batch_size, text.length, text.lr, text.mask_rule) == (100_000, 8192, 128, 1e-3, None)
-    image, _ = train.parse(tables.pretrain(place, "images: dar --t 2", 0).argv[1:])
-    assert (image.epochs, image.batch_size, image.lr) == (200, 4096, 5e-4 * 4096 / 256)
-    assert train.parse(tables.pretrain(place, "images half: dar --t 2", 0).argv[1:])[0].epochs == 100
-    assert train.parse(tables.pretrain(place, "text: mlm --mask 0.3", 0).argv[1:])[0].mask_rule == "bert"
+    image = settings("images: dar --t 2")
+    assert (image.epochs, image.batch_size, image.lr, image.clip) == (200, 4096, 5e-4 * 4096 / 256, 0)
+    assert settings("images x0.5: dar --t 2").epochs == 100
+    assert settings("text: mlm --mask 0.3").mask_rule == "bert"
+    safer = settings("images: dar --t 2", place_at("paper", tmp_path, safer=True))
+    assert safer.lr == 1.5e-4 * 4096 / 256 and safer.clip == 1
+    assert any(stage.argv[:2] == ("data.py", "images") for stage in stages.pretrain(place, Model("images: ar"), 0).needs)
+    assert any("--length 512" in " ".join(stage.argv) for stage in all_stages(place, "table1") if stage.argv[1] == "perplexity")
 
 
 def test_no_stage_of_the_gpu_scale_is_expected_to_take_eight_minutes(tmp_path):
     place = place_at("gpu", tmp_path)
-    for target in TARGETS.values():
-        assert max(reproduce.estimate(place, reproduce.stages_of(place, target(place), 1)).values()) < 480
+    found = all_stages(place)
+    seconds = running.estimate_seconds(found, place.scale.flops)
+    long = [stage for stage in found if seconds[stage.out] > 480]
+    assert all(stage.out.name.startswith("text-x6.7") for stage in long)  # `variety` trains one on purpose
+    assert max(seconds.values()) < 1200
 
 
 def test_the_papers_numbers():
@@ -122,215 +168,357 @@ def test_the_papers_numbers():
         *scores, average = row.values()
         assert len(scores) == 9 and sum(scores) / 9 == pytest.approx(average, abs=0.06)
     table9 = list(TARGETS["table9"](place).paper.values())
-    assert [tuple(row.values()) for row in table9[:4]] == list(spectral.TABLE_9.values())
     assert list(TARGETS["table5"](place).paper.values())[2:] == table9[:2]
+    [primary] = [claim for claim in TARGETS["table7"](place).claims if claim.primary]
+    assert primary.effect == pytest.approx(math.log(50.2 / 45.1)) and primary.unit == "factor"
     for target in TARGETS.values():  # every number stands in a row and a column that exist
         table = target(place)
         assert set(table.paper) <= set(table.rows)
         assert all(set(row) <= set(table.columns) for row in table.paper.values())
 
 
-def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scale", SCALES)
+def test_claims_are_contrasts_of_cells_that_exist(scale, tmp_path):
+    """One primary claim a table at most, all positive in the paper, and an untrained row beside every classification."""
+    place = place_at(scale, tmp_path)
+    for name, target in TARGETS.items():
+        table = target(place)
+        assert sum(claim.primary for claim in table.claims) == bool(table.claims), name
+        cells = {(row, column) for row, model in table.rows.items() for column, measure in table.columns.items()
+                 if measure.stages and measure.stages(place, model, 0)}
+        for claim in table.claims:
+            assert set(claim.contrast) <= cells and sum(claim.contrast.values()) == pytest.approx(0, abs=1e-9)
+            assert claim.effect is None or claim.effect > 0
+            for key, base in (claim.untrained or {}).items():
+                assert key in cells and base in cells
+                assert Model(table.rows[base[0]]).as_trained().kind == Model(table.rows[key[0]]).kind
+        classified = [row for row, column in cells if table.columns[column].classifies and not Model(table.rows[row]).hub]
+        assert not classified or any(row.startswith("Untrained") for row in table.rows), name
+
+
+def test_the_doubling_of_t_is_a_slope(tmp_path):
+    place = place_at("cpu", tmp_path)
+    [claim] = [claim for claim in TARGETS["dose"](place).claims if "doubling" in claim.text]
+    cells = {key: [Cell(30 + 2.5 * math.log2(int(key[0].split()[-1])))] * 2 for key in claim.contrast}
+    assert judge(claim, cells)["difference"] == pytest.approx(2.5)
+    assert claim.effect == pytest.approx(np.polyfit([0, 1, math.log2(3), 2], [56.2, 59.4, 59.6, 58.8], 1)[0])
+
+
+def test_all_text_objectives_of_the_registry_are_compared(tmp_path):
+    table = TARGETS["objectives"](place_at("cpu", tmp_path))
+    assert {row for row in table.rows if not row.startswith("Untrained")} == {
+        name for name, cls in OBJECTIVES.items() if not cls.images_only}
+    assert not table.claims
+
+
+# ---------------------------------------------------------------------------- running
+
+def stage_that(folder, name, code, *needs):
+    """A stage that runs Python code with the path of its result as OUT."""
+    return Stage(("spectral.py", code), folder / name, needs)
+
+
+def run_code(stage, environment, lock):
+    exec(stage.argv[1], {"OUT": stage.out, "ENV": environment, "time": time})
+    running.write_record(stage, 0.0, "", None)
+
+
+def test_stages_run_in_parallel_and_in_order_of_need(tmp_path):
+    order, mutex = [], threading.Lock()
+
+    def run_one(stage, environment, lock):
+        assert all(running.finished(need) for need in stage.needs)
+        time.sleep(0.05)
+        with mutex:
+            order.append((stage.out.name, environment["slot"]))
+        stage.out.write_text("{}")
+        running.write_record(stage, 0.0, "", None)
+
+    first = [stage_that(tmp_path, f"a{k}", "") for k in range(4)]
+    last = stage_that(tmp_path, "z", "", *first)
+    assert running.Worker([last], [{"slot": 0}, {"slot": 1}], run_one).run() == []
+    assert order[-1][0] == "z" and {name for name, _ in order} == {"a0", "a1", "a2", "a3", "z"} and len({s for _, s in order}) == 2
+
+
+def test_two_instances_share_the_work_and_do_none_twice(tmp_path):
+    todo, log = [stage_that(tmp_path, f"s{k}", "") for k in range(8)], []
+
+    def run_one(stage, environment, lock):
+        log.append(stage.out.name)
+        time.sleep(0.05)
+        stage.out.write_text("{}")
+        running.write_record(stage, 0.0, "", None)
+
+    instances = [threading.Thread(target=running.Worker(todo, [{}], run_one).slot, args=({}, 0.02)) for _ in range(2)]
+    for one in instances:
+        one.start()
+    for one in instances:
+        one.join(20)
+    assert sorted(log) == [f"s{k}" for k in range(8)]
+
+
+def test_a_lock_goes_with_its_holder(tmp_path):
+    stage = stage_that(tmp_path, "x", "")
+    code = ("import sys, time; from pathlib import Path; from experiments.running import claimed; from experiments.stages import Stage\n"
+            f"with claimed(Stage(('x',), Path({str(stage.out)!r}))) as lock:\n print(lock is not None, flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=running.HERE) as holder:
+        assert holder.stdout.readline() == "True\n"
+        with running.claimed(stage) as lock:
+            assert lock is None
+        holder.kill()
+    with running.claimed(stage) as lock:
+        assert lock is not None
+
+
+def test_a_failing_stage_stops_the_others_and_is_told(tmp_path):
+    def fail(stage, environment, lock):
+        raise BadInput("no luck")
+
+    worker = running.Worker([stage_that(tmp_path, f"s{k}", "") for k in range(4)], [{}, {}], fail)
+    with pytest.raises(BadInput, match="no luck"):
+        worker.run()
+    broken = Stage(("spectral.py", "nothing"), tmp_path / "x.json")
+    with pytest.raises(BadInput, match="exit status 2"):
+        running.run(broken)
+
+
+def test_launchers_and_slots(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert running.program("train.py", ("torchrun", "--nproc_per_node=8"))[:2] == ("torchrun", "--nproc_per_node=8")
+    assert running.program("evaluate.py", ("torchrun",))[0] == sys.executable
+    assert running.program("experiments.losses")[1:] == ("-m", "experiments.losses")
+    assert running.slots_for(1, 0) == [{}]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in running.slots_for(3, 3)] == ["0", "1", "2"]
+    assert len(running.slots_for(2, 0)) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in running.slots_for(2, 2)] == ["4", "6"]
+
+
+def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path):
     place = place_at("smoke", tmp_path / "work")
-    stage = tables.pretrain(place, "text: mlm --mask 0.3", 0)
+    stage = stages.pretrain(place, Model("text: mlm --mask 0.3"), 0)
     elsewhere = tmp_path / "runs" / "mine"
     train.main([*stage.argv[1:], "--no-report", "--out", str(elsewhere)])
-    reproduce.adopt(stage, tmp_path / "runs")
-    assert stage.out.resolve() == elsewhere and reproduce.finished(stage)
-    other = tables.pretrain(place, "text: mlm --mask 0.3", 1)
-    reproduce.adopt(other, tmp_path / "runs")
-    assert not other.out.exists() and not reproduce.finished(other)
+    running.adopt(stage, tmp_path / "runs")
+    assert stage.out.resolve() == elsewhere and running.finished(stage)
+    other = stages.pretrain(place, Model("text: mlm --mask 0.3"), 1)
+    running.adopt(other, tmp_path / "runs")
+    assert not other.out.exists() and not running.finished(other)
 
-    one, ar = (train.parse(line.split())[0] for line in ("--objective dar --t 1", "--objective ar --streams 2"))
-    assert reproduce.settings_of(vars(one)) == reproduce.settings_of(vars(ar)) != reproduce.settings_of(vars(train.parse([])[0]))
+    one, ar = (vars(train.parse(line.split())[0]) for line in ("--objective dar --t 1", "--objective ar --streams 2"))
+    assert running.settings_of(one) == running.settings_of(ar) != running.settings_of(vars(train.parse([])[0]))
     content = runs.load_checkpoint(elsewhere)
     torch.save({**content, "step": 30, "seen": 30 * 8}, elsewhere / "ckpt.pt")
     stage.record().unlink()
-    assert not reproduce.finished(stage)
+    assert not running.finished(stage)
     in_process(stage)
     assert runs.load_checkpoint(stage.out)["step"] == 40
-    assert reproduce.finished(stage)
+    assert running.finished(stage)
 
 
-# ---------------------------------------------------------------------------- verdicts
+# ---------------------------------------------------------------------------- every page, from made-up results
 
-def verdict(a, b, draws=2000):
-    cells = {("a", "x"): a, ("b", "x"): b}
-    return reproduce.judge(Claim("a more than b", lambda v: v["a", "x"] - v["b", "x"]), cells, draws)
-
-
-def test_verdicts_are_paired_over_seeds():
-    seeds = [10.0, 50.0, 90.0]  # seeds differ by much more than the models
-    higher = verdict([Cell(s + d) for s, d in zip(seeds, (1.0, 1.1, 0.9))], [Cell(s) for s in seeds])
-    assert higher["verdict"] == reproduce.CONFIRMED and higher["difference"] == pytest.approx(1)
-    low, high = higher["interval"]  # Student's interval: 4.303 * 0.1 / sqrt(3)
-    assert low == pytest.approx(1 - 0.248, abs=0.04) and high == pytest.approx(1 + 0.248, abs=0.04)
-    lower = verdict([Cell(s) for s in seeds], [Cell(s + d) for s, d in zip(seeds, (1.0, 1.1, 0.9))])
-    assert lower["verdict"] == reproduce.CONTRADICTED
-    mixed = verdict([Cell(s + d) for s, d in zip(seeds, (1.0, 0.2, 0.1))], [Cell(s) for s in seeds])
-    assert mixed["verdict"] == reproduce.NOT_SEEN and mixed["interval"][0] < 0 < mixed["interval"][1]
+def fake_nll(rng, model, n=12, length=32):
+    """By-length results of a regime."""
+    nll = 4 - 0.2 * ("ar" in model) + rng.normal(0, 0.1, (n, length - 1)) - 0.02 * np.arange(length - 1)
+    bins = [{"first": low, "last": high, "sequence_nll": nll[:, low - 1:high].mean(1).tolist()}
+            for low, high in by_length.length_bins(length - 1)]
+    return {"nll": nll.mean(), "perplexity": math.exp(nll.mean()), "bits_per_byte": nll.mean() / 3, "sequence_nll": nll.mean(1).tolist(),
+            "by_length": {"prefix": list(range(1, length)), "nll": nll.mean(0).tolist(), "stderr": [0.1] * (length - 1), "bins": bins}}
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_few_seeds_are_not_enough_to_confirm_noise(seeds):
-    rng = np.random.default_rng(0)
-    wrong = 0
-    for _ in range(200):
-        cells = {("a", "x"): [Cell(x) for x in rng.normal(size=seeds)], ("b", "x"): [Cell(x) for x in rng.normal(size=seeds)]}
-        wrong += reproduce.judge(Claim("", lambda v: v["a", "x"] - v["b", "x"]), cells, draws=300)["verdict"] != reproduce.NOT_SEEN
-    assert wrong <= 25  # 5% of 200 are 10; resampling seeds alone is wrong in 100, 50 and 25 of 200 or more
+def fake_result(stage, rng):
+    """What a command writes, as far as the tables read it."""
+    name, what, *rest = stage.argv
+    labels = rng.integers(0, 2, 40)
+    right = (rng.random(40) < 0.7).astype(int).tolist()
+    if name == "spectral.py":
+        return {"claims": [{"claim": "c", "printed": "p", "computed": "q", "verdict": "v"}], "results": {}}
+    if name == "experiments.losses":
+        values = {ratio: rng.normal(3, 0.1, 12).tolist() for ratio in rest[rest.index("--ratios") + 1].split(",")} if what == "ratios" else 0
+        return {"results": {"ratios": values, "length": 32, "regimes": {"unigram": {**fake_nll(rng, ""), "nll": 6}}}}
+    if what == "perplexity":
+        regimes = ("padded", "truncated") if any(x in rest[0] for x in ("mlm", "vl")) and "streams" not in rest[0] else ("next",)
+        return {"results": {"length": 32, "regimes": {regime: fake_nll(rng, rest[0]) for regime in regimes}}}
+    if what == "bound":
+        return {"results": {"any_order": {"bound": {"sequence_nll": rng.normal(4, 0.1, 12).tolist()}}}}
+    if what == "connectivity":
+        summary = {"mean": 1.0, "mean_of_all": 0.5, "sorted": [1.0, 0.5], "median": 0.4}
+        return {"checkpoints": [{"inner_product": summary, "cosine": summary, "curve": []}]}
+    if what == "reconstruct":
+        return {"rows": [{"l2": 0.5, "psnr": 12.0, "l2_of_images": rng.uniform(0.4, 0.6, 12).tolist(), "psnr_of_images": [12.0] * 12}]}
+    if what == "glue":
+        scores = {"predictions": rng.integers(0, 2, (3, 40)).tolist(), "labels": labels.tolist()}
+        return {"results": {"tasks": {task: {key + suffix: value for suffix, *_ in measures.glue.TASKS[task].parts
+                                             for key, value in scores.items()} for task in measures.glue.TABLE2}}}
+    if what == "transfer":
+        sets = [{"data": path, "correct": right} for path in rest[rest.index("--data") + 1:]]
+        return {"results": {"sets": sets}}
+    if what == "finetune":
+        return {"results": {"correct": [right], "data": "x", "dev": 40}}
+    layers = {"last": {"correct": right, "test": 40}} | ({"pixels": {"correct": right, "test": 40}} if "--pixels" in rest else {})
+    return {"results": {"layers": layers, "data": "x"}}
 
 
-def test_one_test_set_for_all_seeds_is_not_forgotten():
-    """Two equal models of three seeds, each scored on one test set that is one point off."""
-    rng = np.random.default_rng(0)
-    wrong = 0
-    for _ in range(200):
-        a, b = ([Cell(x, 1.0) for x in rng.normal() + 0.5 * rng.normal(size=3)] for _ in "ab")
-        wrong += verdict(a, b, 300)["verdict"] != reproduce.NOT_SEEN
-    assert wrong <= 20  # 5% of 200 are 10; the seeds alone are wrong in 50 or more
+def pretend(stage, *ignored):
+    """In place of running a stage."""
+    rng = np.random.default_rng(abs(hash(stage.out.name)) % 2 ** 32)
+    stage.out.parent.mkdir(parents=True, exist_ok=True)
+    if stage.argv[0] in ("train.py", "data.py", "experiments.authors"):
+        stage.out.mkdir(exist_ok=True)
+        (stage.out / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": 1.0, "tokens": 1000}) + "\n")
+    else:
+        stage.out.write_text(json.dumps(fake_result(stage, rng)))
+    running.write_record(stage, 1.0, "no machine", None)
 
 
-def test_seeds_with_samples_have_about_students_interval():
-    """Three seeds on the same 200 texts, the noise of which is not counted twice."""
-    rng, ratios = np.random.default_rng(0), []
-    for _ in range(40):
-        texts = rng.normal(5, 1, 200)
-        a, b = ([Cell(x.mean(), None, tuple(x)) for x in texts + rng.normal(0, 0.002, (3, 1)) + rng.normal(0, 0.1, (3, 200))]
-                for _ in "ab")
-        gaps = [x.value - y.value for x, y in zip(a, b)]
-        low, high = verdict(a, b, 300)["interval"]
-        ratios.append((high - low) / 2 / (4.303 * np.std(gaps, ddof=1) / math.sqrt(3)))
-    assert 0.9 < np.median(ratios) < 1.25
-
-
-def test_one_seed_is_judged_by_its_samples():
-    rng = np.random.default_rng(0)
-    easy, gain = rng.normal(5, 1, 400), rng.normal(0.02, 0.05, 400)  # texts differ by much more than the models
-    a, b = ([Cell(math.exp(x.mean()), 99.0, tuple(x), math.exp)] for x in (easy, easy - gain))
-    found = verdict(a, b)
-    assert found["verdict"] == reproduce.CONFIRMED
-    half = 1.96 * math.exp(easy.mean()) * gain.std() / 20  # delta method
-    assert (found["interval"][1] - found["interval"][0]) / 2 == pytest.approx(half, rel=0.15)
-
-
-def test_one_seed_without_samples_is_judged_by_standard_errors():
-    found = verdict([Cell(51.0, 0.6)], [Cell(50.0, 0.8)])
-    assert found["interval"] == pytest.approx([1 - 1.96, 1 + 1.96], abs=0.15) and found["verdict"] == reproduce.NOT_SEEN
-    assert verdict([Cell(53.0, 0.6)], [Cell(50.0, 0.8)])["verdict"] == reproduce.CONFIRMED
-    nothing = verdict([Cell(51.0)], [Cell(50.0)])
-    assert nothing["interval"] is None and nothing["verdict"] == reproduce.NOT_JUDGED
-
-
-def test_claims_follow_the_direction_of_the_measure_and_of_the_paper():
-    columns = {"accuracy": Measure(), "loss": Measure(lower=True)}
-    paper = {"a": {"accuracy": 2.0}, "b": {"accuracy": 1.0}}
-    accuracy, loss = tables.compare(columns, [("a", "b")], paper)
-    values = {("a", "accuracy"): 5.0, ("b", "accuracy"): 3.0, ("a", "loss"): 5.0, ("b", "loss"): 3.0}
-    assert accuracy.gap(values) == 2 and loss.gap(values) == -2
-    assert not accuracy.ours and loss.ours
-    assert [claim.text for claim in tables.compare(columns, [("b", "a")], paper)] == ["loss: b better than a"]
-
-
-def test_a_mean_column_and_the_rank_correlation(monkeypatch):
-    table = Table("", "", {"r": "m"}, {"p": Measure(lambda *a: SimpleNamespace(result=lambda: 4), lambda x: Cell(x, 3.0)),
-                                       "q": Measure(lambda *a: SimpleNamespace(result=lambda: 8), lambda x: Cell(x, 4.0)),
-                                       "mean": Measure(mean_of=("p", "q"))})
-    cells = reproduce.read_cells(None, table, 1)
-    assert cells["r", "mean"][0].value == 6 and cells["r", "mean"][0].stderr == 2.5
-    text = TARGETS["theory_practice"](place_at("smoke", Path("work"))).claims[0]
-    values = {(row, "tail sum"): float(k) for k, row in enumerate(text.rows)}
-    values |= {(row, "probe"): -float(k) ** 3 for k, row in enumerate(text.rows)}
-    assert text.gap(values, text.rows) == pytest.approx(1)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+def test_every_target_makes_its_page(scale, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "run", pretend)
+    monkeypatch.setattr(tables, "plot_similarity", lambda path, found: Path(path).write_text("picture"))
+    for name in ("text", "glue", "images", "images100", "wikitext2", "transfer/one", "transfer/two", "other",
+                 *(f"transfer/{name}" for name in measures.NINE)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    arguments = ["--scale", scale, "--data-dir", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert reproduce.main(["all", "--seeds", "2", *arguments]) == 0
+    for name in TARGETS:
+        text, x = ((tmp_path / "out" / f"{name}-{scale}{suffix}").read_text() for suffix in (".md", ".json"))
+        assert "nan" not in text and "NaN" not in x and "None" not in text
+        assert (tmp_path / "out" / f"{name}-{scale}.png").exists() == measures.matplotlib() or name in ("theory", "toy", "table8")
+        x = json.loads(x)
+        assert all(column["seeds"] == [] or column["mean"] is not None for row in x["rows"] for column in row["cells"].values())
+    reproduce.main(["report", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "README.md").read_text().count("\n## ") == len(TARGETS)
 
 
 # ---------------------------------------------------------------------------- from end to end
 
+def reproduce_in_process(patch, *arguments):
+    patch.setattr(reproduce, "run", in_process)
+    return reproduce.main(list(map(str, arguments)))
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Table 7 at smoke scale, one seed."""
+    """Table 7 at smoke scale, two seeds."""
     folder, patch = tmp_path_factory.mktemp("smoke"), pytest.MonkeyPatch()
-    arguments = ["table7", "--scale", "smoke", "--seeds", "1", "--work", str(folder / "work"), "--results", str(folder / "results")]
-    patch.setattr(reproduce, "run", in_process)
-    assert reproduce.main(arguments) == 0
+    arguments = ["table7", "--scale", "smoke", "--seeds", 2, "--work", folder / "work", "--out", folder / "results"]
+    assert reproduce_in_process(patch, *arguments) == 0
     patch.undo()
-    return folder, arguments
+    return folder, list(map(str, arguments))
 
 
 def test_table7_at_smoke_scale(smoke, monkeypatch, capsys):
     folder, arguments = smoke
     x = json.loads((folder / "results" / "table7-smoke.json").read_text())
-    assert [row["row"] for row in x["rows"]] == list(TABLE7) and x["seeds"] == 1
+    assert [row["row"] for row in x["rows"]] == list(TABLE7) and x["seeds"] == 2
     text = (folder / "results" / "table7-smoke.md").read_text()
     for row in x["rows"]:
-        [path] = (folder / "work").glob(f"perplexity-text-{row['model'][6:].replace(' --', '-').replace(' ', '-')}*.json")
-        regimes = json.loads(path.read_text())["results"]["regimes"]
+        flags = row["model"][6:].replace(" --", "-").replace(" ", "-")
+        found = [json.loads(path.read_text())["results"]["regimes"] for seed in range(2)
+                 for path in (folder / "work").glob(f"perplexity-text-{flags}-seed{seed}*.json")]
         for regime, cell in row["cells"].items():
-            assert cell["seeds"] == [regimes[regime]["perplexity"]] and f"{cell['mean']:.1f} (s.e." in text
+            assert cell["seeds"] == pytest.approx([one[regime]["perplexity"] for one in found])
+            assert f"{cell['mean']:.1f} ± {cell['std']:.1f}" in text
         assert row["tokens"] == 40 * 8 * 32
     assert x["rows"][2]["cells"]["padded"]["paper"] == 45.1 and "| 45.1 |" in text
     assert len(x["claims"]) == 6 and all(claim["interval"] and claim["verdict"] in text for claim in x["claims"])
     assert x["hardware"] == ["test machine"] and x["versions"]["torch"] == torch.__version__ and x["versions"]["code"] == "abc123"
-    assert len(x["commands"]) == 6 and all(str(folder) not in command for command in x["commands"])
-    assert (folder / "results" / "table7-smoke.png").exists() == (x["picture"] is not None) == tables.matplotlib()
+    assert len(x["commands"]) == 12 and all(str(folder) not in command for command in x["commands"])
+    assert (folder / "results" / "table7-smoke.png").exists() == (x["picture"] is not None) == measures.matplotlib()
+    assert "nan" not in text and "NaN" not in json.dumps(x)
 
-    monkeypatch.setattr(reproduce, "run", lambda stage: pytest.fail("it was there"))
+    monkeypatch.setattr(reproduce, "run", lambda *args: pytest.fail("it was there"))
     assert reproduce.main(arguments) == 0
-    again = json.loads((folder / "results" / "table7-smoke.json").read_text())
-    assert again == x
+    assert json.loads((folder / "results" / "table7-smoke.json").read_text()) == x
     capsys.readouterr()
     reproduce.main([*arguments, "--dry-run"])
     assert capsys.readouterr().out.strip() == ""
 
 
-def test_theory_in_processes_of_their_own_and_the_report(smoke, tmp_path, monkeypatch):
+def test_without_matplotlib_a_picture_stays(smoke, monkeypatch, capsys):
+    folder, arguments = smoke
+    picture = folder / "results" / "table7-smoke.png"
+    before = picture.read_bytes() if picture.exists() else None
+    picture.write_bytes(before or b"drawn elsewhere")
+    monkeypatch.setattr(pages, "matplotlib", lambda: False)
+    reproduce.main(arguments)
+    assert picture.read_bytes() == (before or b"drawn elsewhere") and "no new picture" in capsys.readouterr().err
+    assert json.loads((folder / "results" / "table7-smoke.json").read_text())["picture"] == picture.name
+
+
+def made_up(claims, name="table7", scale="cpu", seeds=3):
+    """A result of a target with these claims."""
+    row = {"row": "a row", "model": "text: ar", "tokens": 1000,
+           "cells": {"padded": {"paper": 45.1, "digits": 1, "seeds": [1.0, 2.0], "mean": 1.5, "std": 0.5}}}
+    return {"target": name, "scale": scale, "about": "little", "title": f"The title of {name}", "fair": "Fair.", "seeds": seeds, "rows": [row],
+            "claims": claims, "wall_seconds": 5.0, "hardware": ["a machine"], "versions": {"torch": "2", "code": "abc"}, "run": "run", "commands": [],
+            "picture": None}
+
+
+def test_the_report(tmp_path):
+    primary = {"claim": "one better than two", "ours": False, "primary": True, "unit": "factor", "effect": 0.4, "difference": 0.5,
+               "interval": [0.3, 0.7], "smallest_visible": 0.2, "seeds": 3, "gain_over_untrained": {}, "measured": True, "p_zero": 0.02,
+               "p_paper": 0.4, "verdict": SUPPORTED}
+    other = {**primary, "claim": "a secondary claim", "primary": False, "unit": "points", "interval": [-1.0, 2.0]}
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "table7-cpu.json").write_text(json.dumps(made_up([primary, other])))
+    (results / "figure3-cpu.json").write_text(json.dumps(made_up([{**primary, "p_zero": 0.03, "effect": None, "p_paper": None}], "figure3")))
+    (results / "table9-smoke.json").write_text(json.dumps(made_up([primary], "table9", "smoke")))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nOLD\n<!-- /results -->\nafter\n")
+    reproduce.main(["report", "--out", str(results), "--readme", str(readme)])
+    text, full = readme.read_text(), (results / "README.md").read_text()
+    assert text.startswith("before\n<!-- results -->") and text.endswith("<!-- /results -->\nafter\n") and "OLD" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "smallest visible" not in line]
+    assert [row.split("|")[1].strip() for row in rows] == [pages.HEADLINES["table7"], pages.HEADLINES["figure3"]]
+    assert "| x1.49 | x1.65 (x1.35 .. x2.01) | x1.22 | supported |" in rows[0] and "none printed" in rows[1]
+    assert "a secondary claim" in full and "secondary" not in text and "The title of table9" in full.splitlines()[-1]
+    assert (results / "forest.png").exists() == measures.matplotlib()
+    reproduce.main(["report", "--out", str(results), "--readme", str(readme)])
+    assert readme.read_text() == text
+
+    (results / "figure3-cpu.json").write_text(json.dumps(made_up([{**primary, "p_zero": 0.2}], "figure3")))
+    (results / "table7-cpu.json").write_text(json.dumps(made_up([{**primary, "p_zero": 0.03}])))
+    reproduce.main(["report", "--out", str(results), "--readme", str(readme)])
+    assert "supported" not in readme.read_text()  # 2 x 0.03 is not below 0.05
+
+
+def test_theory_in_processes_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert reproduce.main(["theory", "--scale", "smoke"]) == 0
-    results = tmp_path / "results"
-    x = json.loads((results / "theory-smoke.json").read_text())
+    x = json.loads((tmp_path / "results-mine" / "theory-smoke.json").read_text())
     assert len(x["printed_and_computed"]) > 20 and all(row["checked"] for row in x["printed_and_computed"])
     assert len(x["commands"]) == 1 and "spectral.py all" in x["commands"][0] and x["versions"]["python"]
-
-    seven = json.loads((smoke[0] / "results" / "table7-smoke.json").read_text())
-    (results / "table7-cpu.json").write_text(json.dumps({**seven, "scale": "cpu"}))
-    (results / "table7-smoke.json").write_text(json.dumps({**seven, "rows": [{**row, "row": "smoke"} for row in seven["rows"]]}))
-    (results / "table9-smoke.json").write_text(json.dumps({**seven, "target": "table9"}))
-    Path("README.md").write_text("before\n<!-- results -->\nOLD\n<!-- /results -->\nafter\n")
-    reproduce.main(["report"])
-    text = Path("README.md").read_text()
-    assert text.startswith("before\n<!-- results -->") and text.endswith("<!-- /results -->\nafter\n") and "OLD" not in text
-    assert "(results/theory-smoke.md)" in text and "no numbers here: [table9](results/table9-smoke.md)" in text and "| smoke |" not in text
-    assert "r(s-1), or plus 1" in (results / "theory-smoke.md").read_text()
-    for row in seven["rows"]:
-        assert f"| {row['row']} | {row['cells']['padded']['paper']} | {row['cells']['padded']['mean']:.1f} " in text
-    assert text.count(seven["claims"][0]["claim"]) == 1
-    for name in re.findall(r"\]\((results/[^)]+)\)", text):
-        assert Path(name).exists() or "table7" in name or "table9" in name  # which are made up here
-    reproduce.main(["report"])
-    assert Path("README.md").read_text() == text
+    reproduce.main(["report", "--out", "results-mine"])
+    assert "What" in (tmp_path / "results-mine" / "README.md").read_text() or "Theory" in (tmp_path / "results-mine" / "README.md").read_text()
 
 
-def test_a_glue_score_varies_with_its_dev_part_and_with_its_seeds(tmp_path):
-    """Against the spread of scores of simulated dev parts of 400 texts."""
-    (tmp_path / "glue").mkdir()
-    columns = tables.glue_columns(tables.Place("cpu", tmp_path, tmp_path))
+def test_passages_by_author(tmp_path, capsys):
+    from experiments import authors
     rng = np.random.default_rng(0)
-    x, noise = rng.standard_normal((2, 2000, 400))
-    labels, other = rng.random((2, 2000, 400)) < 0.4
-    simulated = {
-        "SST-2": ("sst2", "accuracy", np.mean(rng.random((2000, 400)) < 0.8, axis=1)),
-        "STS-B": ("stsb", "pearson", np.array([tables.glue.pearson(a, b) for a, b in zip(x, 0.5 * x + noise)])),
-        "CoLA": ("cola", "matthews", np.array([tables.glue.matthews(a | b, a) for a, b in zip(labels, other & (x > 1))]))}
-    for column, (name, metric, scores) in simulated.items():
-        mean = float(scores.mean())
-        one, three = (columns[column].read({"results": {"tasks": {name: {"dev": 400, metric: {
-            "mean": mean, "std": std, "seeds": [mean] * count}}}}}) for std, count in ((None, 1), (0.03, 3)))
-        assert one.value == 100 * mean and one.stderr == pytest.approx(100 * scores.std(), rel=0.2)
-        assert three.stderr == pytest.approx(math.hypot(one.stderr, 3 / math.sqrt(3)))
+    for author, words, titles in (("Ann", "red green blue", "AB"), ("Bob", "one two three", "ABC"), ("Cid", "alone", "A")):
+        for title in titles:
+            text = " ".join(rng.choice(words.split(), 3000)) + f"\r\n {title.lower() * 3}\t"
+            (tmp_path / f"{author}_{title}_1900.txt").write_text((text + " ") * 2, encoding="utf-8-sig")
+    authors.main([str(tmp_path), "--out", str(tmp_path / "out"), "--train", "5", "--dev", "3"])
+    train_rows, dev_rows = ([line.split("\t") for line in (tmp_path / "out" / f"{side}.tsv").read_text().splitlines()]
+                            for side in ("train", "dev"))
+    assert train_rows[0] == dev_rows[0] == ["text", "label"]
+    assert [row[1] for row in train_rows[1:]] == ["Ann"] * 5 + ["Bob"] * 5 and len(dev_rows) == 1 + 6
+    assert all(len(row) == 2 and 400 < len(row[0]) <= 600 for row in train_rows[1:])
+    assert set(train_rows[1][0].split()) <= {"red", "green", "blue", "aaa"}
+    with pytest.raises(BadInput, match="two or more"):
+        authors.label_authors(tmp_path / "out", tmp_path / "none")
 
 
-def test_bad_input(tmp_path, monkeypatch):
+# ---------------------------------------------------------------------------- the command line
+
+def test_usage_and_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    assert reproduce.main([]) == 0 and "usage" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(BadInput, match=r"text.*--data-dir"):
         reproduce.main(["table7", "--scale", "cpu"])
     (tmp_path / "mine" / "text").mkdir(parents=True)
@@ -340,20 +528,41 @@ def test_bad_input(tmp_path, monkeypatch):
         reproduce.main(["table3", "--scale", "cpu", "--data-dir", "nowhere"])
     with pytest.raises(BadInput, match="table12"):
         reproduce.main(["table12"])
+    with pytest.raises(BadInput, match="--tokens -5"):
+        reproduce.main(["table7", "--tokens", "-5"])
+    (tmp_path / "r").mkdir()
+    with pytest.raises(BadInput, match="holds no results"):
+        reproduce.main(["report", "--out", "r"])
+    (tmp_path / "r" / "table7-cpu.json").write_text(json.dumps(made_up([])))
     Path("README.md").write_text("no markers")
     with pytest.raises(BadInput, match="results"):
-        reproduce.main(["report"])
-    Path("README.md").write_text("\n".join(reproduce.MARKERS))
-    with pytest.raises(BadInput, match="holds no results"):
-        reproduce.main(["report"])
-    broken = tables.Stage(("spectral.py", "nothing"), tmp_path / "x.json")
-    with pytest.raises(BadInput, match="exit status 2"):
-        reproduce.run(broken)
+        reproduce.main(["report", "--out", "r", "--readme", "README.md"])
 
 
-def test_the_list_names_data_and_does_not_train(tmp_path, monkeypatch, capsys):
+def test_the_list_names_data_disk_and_risk_and_does_not_train(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     reproduce.main(["table2", "--list", "--scale", "cpu"])
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("table2") and "DATA/glue, DATA/text" in line and " h " in line
+    assert line.startswith("table2") and "DATA/glue, DATA/text" in line and line.count(" GB") == 2
+    reproduce.main(["table3", "--list", "--scale", "paper"])
+    text = capsys.readouterr().out
+    assert RISK in text and "one H100" in text and "images100" in text
+    disk = float(text.splitlines()[-2].split(" GB")[1].split()[-1].replace(",", ""))
+    assert disk > 1_281_167 * 3 * 224 ** 2 / 1e9
+    reproduce.main(["table3", "--list", "--scale", "paper", "--safer"])
+    assert RISK not in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_minutes_begin_no_stage_that_would_end_later(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def pretend(stage, launcher, environment, lock):
+        ran.append(stage)
+        stage.out.parent.mkdir(parents=True, exist_ok=True)
+        stage.out.write_text("{}")
+        running.write_record(stage, 500.0, "", None)
+
+    monkeypatch.setattr(reproduce, "run", pretend)
+    assert reproduce.main(["table7", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "r"), "--minutes", "1"]) == 1
+    assert len(ran) <= 2 and "stages are left" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,5 @@
-"""Probe, fine-tuning and transfer of image encoders, each against a plain computation, and end to end on shapes."""
+"""Probe, fine-tuning and transfer of image encoders, each against a plain computation, and end to end on
+shapes."""
 import dataclasses
 import json
 import math
@@ -6,21 +7,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from labelled_texts import call
 
 import evaluate
-import model
 import train as training
-from downstream import glue_runs, labelled, probe, vision
-from downstream.labelled import Batch
-from downstream.vision import DropPath, Recipe
+from downstream import encoding, glue_runs, probe, vision
+from downstream.encoding import TextBatch
+from downstream.labelled import label_subset
+from downstream.vision import DropPath, ImageProtocol
 from engine import runs
 from engine.runs import Run
-from engine.settings import Settings
+from engine.settings import Settings, resolve
 from images.files import FileSet, Images, ImageSet
 from images.pixels import write_png
 from images.sets import load_images
 from images.shapes import SHAPES, draw, shapes
-from model import Config
+from model import Config, Transformer
 from objectives import from_options
 from support.cli import BadInput
 
@@ -37,7 +39,8 @@ def write_images(folder, sets, classes=tuple(SHAPES)):
     for side, (images, labels) in sets.items():
         images.tofile(folder / f"{side}.bin")
         labels.tofile(folder / f"{side}.labels.bin")
-    manifest = {"format": "images", "size": sets["train"][0].shape[1], "classes": list(classes), "mean": [0.5] * 3, "std": [0.25] * 3,
+    manifest = {"format": "images", "size": sets["train"][0].shape[1], "classes": list(classes),
+                "mean": [0.5] * 3, "std": [0.25] * 3,
                 **{side: {"images": len(labels)} for side, (_, labels) in sets.items()}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -46,23 +49,25 @@ def write_images(folder, sets, classes=tuple(SHAPES)):
 @pytest.fixture(scope="module")
 def small_shapes(tmp_path_factory):
     """shapes of 16 x 16 pixels: 600 to train on, 300 to score."""
-    return write_images(tmp_path_factory.mktemp("shapes") / "data", {"train": shapes(600, 16, 0), "val": shapes(300, 16, 1)})
+    return write_images(tmp_path_factory.mktemp("shapes") / "data",
+                        {"train": shapes(600, 16, 0), "val": shapes(300, 16, 1)})
 
 
 @pytest.fixture
 def run(image_way, make_image_model):
     objective, path = image_way
-    return Run(make_image_model(path).float(), objective, path, None, Settings(preset="vit-tiny", data="shapes"), 0, "test")
+    return Run(make_image_model(path).float(), objective, path, None,
+               Settings(preset="vit-tiny", data="shapes"), 0, "test")
 
 
 # ---------------------------------------------------------------------------- features
 
-@pytest.mark.parametrize("pool", labelled.POOLS)
+@pytest.mark.parametrize("pool", encoding.POOLS)
 @pytest.mark.parametrize("size", [12, 20])
 def test_features_are_those_of_each_image_alone(run, pool, size, monkeypatch):
     """Normalised, cut into patches and averaged by hand, image by image."""
     images, model = image_set(5, size), run.model
-    monkeypatch.setattr(vision.in_order, "__defaults__", (2,))
+    monkeypatch.setattr(vision.image_batches, "__defaults__", (2,))
     for causal in (False, True):
         features, labels = vision.image_features(run, images, pool, causal, "all")
         assert list(features) == [0, 1, 2, 3] and np.array_equal(labels, images.labels)
@@ -84,7 +89,7 @@ def test_features_are_those_of_each_image_alone(run, pool, size, monkeypatch):
 
 def test_extras_a_file_that_stands_in_brings_its_label(make_image_model, tmp_path, monkeypatch):
     pytest.importorskip("PIL")
-    monkeypatch.setattr(vision.in_order, "__defaults__", (32,))  # which needs no worker processes
+    monkeypatch.setattr(vision.image_batches, "__defaults__", (32,))  # which needs no worker processes
     images = image_set(100, classes=2)
     for k in range(100):
         write_png(tmp_path / f"{k:03d}.png", images.images[k])
@@ -93,8 +98,9 @@ def test_extras_a_file_that_stands_in_brings_its_label(make_image_model, tmp_pat
     files = FileSet("test", tuple(sorted(map(str, tmp_path.iterdir()))), labels, ("a", "b"), 12)
     run = Run(make_image_model("causal").float(), from_options("ar"), "causal", None, None, 0, "test")
     features, found = vision.image_features(run, files)
-    assert np.flatnonzero(found != labels).tolist() == [7] and torch.equal(features["last"][7], features["last"][8])
-    part = vision.subset(files, np.array([3, 8]))
+    assert np.flatnonzero(found != labels).tolist() == [7] and torch.equal(features["last"][7],
+                                                                           features["last"][8])
+    part = vision.image_subset(files, np.array([3, 8]))
     again, found = vision.image_features(run, part)
     assert found.tolist() == [1, 0] and torch.allclose(again["last"], features["last"][[3, 8]], atol=1e-5)
 
@@ -102,7 +108,7 @@ def test_extras_a_file_that_stands_in_brings_its_label(make_image_model, tmp_pat
 def test_pixels_are_the_input_of_the_model(make_image_model):
     run = Run(make_image_model("causal"), from_options("ar"), "causal", None, None, 0, "test")
     images = image_set(5)
-    x, labels = vision.pixels(run, images)
+    x, labels = vision.raw_pixels(run, images)
     assert x.shape == (5, 432) and np.array_equal(labels, images.labels)
     expected = np.sort((images.images.reshape(5, -1) / 255 - 0.5) / 0.25)
     assert np.allclose(x.sort(1).values.numpy(), expected, atol=1e-5)
@@ -116,7 +122,7 @@ def test_both_classifiers_agree_on_separable_features():
     centres = 3 * torch.randn(3, 10)
     scale = torch.logspace(-3, 3, 10)  # taken away by batch norm
     x, test_x = ((centres[k] + torch.randn(len(k), 10)) * scale + 5 for k in (y, test_y))
-    lbfgs, sgd = (classify(x, y, test_x, test_y.numpy()) for classify in (probe.probe, vision.sgd_probe))
+    lbfgs, sgd = (classify(x, y, test_x, test_y.numpy()) for classify in (probe.fit_probe, vision.sgd_probe))
     assert lbfgs["accuracy"] > 0.97 and abs(sgd["accuracy"] - lbfgs["accuracy"]) < 0.015
     assert sgd["lr"] == 0.1 and sgd["train"] == 600 and sgd["interval"][0] < sgd["accuracy"] and sgd["epochs"] == 90
     assert vision.sgd_probe(x, y, test_x, test_y, seed=0) == sgd
@@ -126,23 +132,33 @@ def test_both_classifiers_agree_on_separable_features():
 
 
 def test_labels_are_chosen_alike_for_every_class(small_shapes):
-    images, everything = vision.load_labelled(small_shapes, 16, fraction=0.1), load_images(small_shapes)
+    def load(max_train=None, max_test=None, **choice):
+        return vision.load_labelled(small_shapes, 16, lambda labels: label_subset(labels, **choice),
+                                    max_train, max_test)
+
+    images, everything = load(fraction=0.1), load_images(small_shapes)
     assert np.bincount(images.train.labels).tolist() == [5] * 12 and len(images.val) == 300
     where = {image.tobytes(): label for image, label in zip(everything.train.images, everything.train.labels)}
-    assert all(where[image.tobytes()] == label for image, label in zip(images.train.images, images.train.labels))
-    assert np.array_equal(vision.load_labelled(small_shapes, 16, fraction=0.1).train.images, images.train.images)
-    for options, each in (({"max_train": 240}, 20), ({"fraction": 0.5, "max_train": 120}, 10), ({"fraction": 1e-6}, 1), ({}, 50),
-                          ({"max_train": 601}, 50)):
-        assert np.bincount(vision.load_labelled(small_shapes, 16, **options).train.labels).tolist() == [each] * 12
-    with pytest.raises(BadInput, match="--max-train 11 is less than one image for each of the 12 classes"):
-        vision.load_labelled(small_shapes, 16, max_train=11)
+    assert all(where[image.tobytes()] == label for image,
+               label in zip(images.train.images, images.train.labels))
+    assert np.array_equal(load(fraction=0.1).train.images, images.train.images)
+    for options, each in (({"max_train": 240}, 20), ({"fraction": 0.5, "max_train": 120}, 10),
+                          ({"fraction": 1e-6}, 1),
+                          ({}, 50), ({"max_train": 601}, 50), ({"per_class": 7}, 7), ({"per_class": 99}, 50)):
+        assert np.bincount(load(**options).train.labels).tolist() == [each] * 12
+    assert len(load(max_test=120).val) == pytest.approx(120, abs=6) and len(load(max_test=999).val) == 300
+    assert set(load(max_test=12).val.labels) == set(everything.val.labels)
+    for flag in ("max_train", "max_test"):
+        with pytest.raises(BadInput, match=f"--{flag.replace('_', '-')} 11 is less than one image for each "
+                                           "of the 12 cl"):
+            load(**{flag: 11})
     with pytest.raises(BadInput, match="--label-fraction 1.5"):
-        vision.load_labelled(small_shapes, 16, fraction=1.5)
+        load(fraction=1.5)
 
 
 # ---------------------------------------------------------------------------- fine-tuning
 
-RECIPE = Recipe(lr=1.0, pool="mean", attention="full")
+RECIPE = ImageProtocol(lr=1.0, pool="mean", attention="full")
 
 
 def test_every_parameter_has_the_rate_of_its_layer(run):
@@ -156,10 +172,13 @@ def test_every_parameter_has_the_rate_of_its_layer(run):
             assert names[id(parameter)] not in found
             found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
     assert found.keys() == set(names.values())
-    shares = {"head": 1, "encoder.norm": 1, "encoder.blocks.2": 1 / 2, "encoder.blocks.1": 1 / 4, "encoder.blocks.0": 1 / 8,
-              "encoder.embedding": 1 / 16, "encoder.embedding_norm": 1 / 16, "encoder.position_scale": 1 / 16, "encoder.query": 1 / 16}
+    shares = {"head": 1, "encoder.norm": 1, "encoder.blocks.2": 1 / 2, "encoder.blocks.1": 1 / 4,
+              "encoder.blocks.0": 1 / 8,
+              "encoder.embedding": 1 / 16, "encoder.embedding_norm": 1 / 16, "encoder.position_scale": 1 / 16,
+              "encoder.query": 1 / 16}
     for name, parameter in model.named_parameters():
-        [share] = [share for prefix, share in shares.items() if name.startswith(prefix + ".") or name == prefix]
+        [share] = [share for prefix, share in shares.items() if name.startswith(prefix + ".")
+                   or name == prefix]
         assert found[name] == (share, 0.3 if parameter.dim() == 2 else 0), name
 
 
@@ -186,11 +205,11 @@ def test_drop_path_rises_with_depth_and_skips_branches(run):
     x = torch.randn(6, 9, 16)
     assert torch.equal(block(x, 9), x)
     patches = torch.randn(4, 9, 48)
-    batch = vision.as_batch(patches)
+    batch = vision.patch_batch(patches)
     h = run.model.encode(patches).mean(1)
     h = torch.nn.functional.layer_norm(h, (16,))
     expected = h @ model.head[1].weight.T + model.head[1].bias
-    assert torch.allclose(model.eval()(batch), expected, atol=1e-5) and isinstance(batch, Batch)
+    assert torch.allclose(model.eval()(batch), expected, atol=1e-5) and isinstance(batch, TextBatch)
 
 
 def toy(count=96, size=12):
@@ -206,42 +225,51 @@ def toy(count=96, size=12):
 
 def toy_run(seed=0):
     torch.manual_seed(seed)
-    model = model.Transformer(Config(0, 9, 2, 16, 2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3)).eval()
-    return Run(model, from_options("ar"), "causal", None, Settings(preset="vit-tiny", data="shapes"), 0, "test")
+    model = Transformer(Config(0, 9, 2, 16, 2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3)).eval()
+    return Run(model, from_options("ar"), "causal", None, Settings(preset="vit-tiny", data="shapes"), 0,
+               "test")
 
 
 def test_fine_tuning_learns_repeats_and_leaves_the_model_alone():
     run, images = toy_run(), toy()
+
+    def tune(protocol, seed=0):
+        predicted, labels, figures = vision.fine_tune_images(run, images, protocol, seed)
+        assert np.array_equal(labels, images.val.labels) and predicted.shape == labels.shape
+        return (predicted == labels).mean(), figures
+
     before = glue_runs.fingerprint(run.model)
     recipe = dataclasses.replace(RECIPE, lr=1e-2, epochs=6, batch_size=16)
-    accuracy, figures = vision.fine_tune_images(run, images, recipe, 0)
+    accuracy, figures = tune(recipe)
     assert accuracy > 0.9 and glue_runs.fingerprint(run.model) == before
-    assert vision.fine_tune_images(run, images, dataclasses.replace(recipe, lr=1e-9, epochs=1), 0)[0] < 0.7
-    again = vision.fine_tune_images(run, images, recipe, 0)
+    assert tune(dataclasses.replace(recipe, lr=1e-9, epochs=1))[0] < 0.7
+    again = tune(recipe)
     assert again[0] == accuracy and again[1]["train_loss"] == figures["train_loss"]
-    assert vision.fine_tune_images(run, images, recipe, 1)[1]["train_loss"] != figures["train_loss"]
+    assert tune(recipe, seed=1)[1]["train_loss"] != figures["train_loss"]
     # soft targets cannot be met exactly: a smoothed label keeps at least its entropy
     share = 0.1 / 3
     entropy = -(1 - 2 * share) * math.log(1 - 2 * share) - 2 * share * math.log(share)
     assert figures["train_loss"] > entropy
-    plain = dataclasses.replace(recipe, mixup=0.0, cutmix=0.0, smoothing=0.0, erase=0.0, crop=1.0, drop_path=0.0)
-    assert vision.fine_tune_images(run, images, plain, 0)[1]["train_loss"] < entropy
-    best = vision.fine_tune_images(run, images, dataclasses.replace(recipe, best_epoch=True), 0)
+    plain = dataclasses.replace(recipe, mixup=0.0, cutmix=0.0, smoothing=0.0, erase=0.0, crop=1.0,
+                                drop_path=0.0)
+    assert tune(plain)[1]["train_loss"] < entropy
+    best = tune(dataclasses.replace(recipe, best_epoch=True))
     assert best[0] >= accuracy and 1 <= best[1]["best_epoch"] <= 6
     with pytest.raises(BadInput, match="smaller --lr than 1e"):
-        vision.fine_tune_images(run, images, dataclasses.replace(recipe, lr=1e30), 0)
+        tune(dataclasses.replace(recipe, lr=1e30))
 
 
 def test_steps_of_an_epoch():
-    for count, batch, expected in ((100, 16, (16, 6)), (10, 16, (10, 1)), (104, 16, (16, 6)), (105, 16, (16, 7))):
+    for count, batch, expected in ((100, 16, (16, 6)), (10, 16, (10, 1)), (104, 16, (16, 6)),
+                                   (105, 16, (16, 7))):
         assert vision.batch_and_steps(count, dataclasses.replace(RECIPE, batch_size=batch)) == expected
 
 
 # ---------------------------------------------------------------------------- on shapes, end to end
 
 def test_a_short_pretraining_beats_pixels(tmp_path):
-    """Circle, frame or bar: after 100 steps of a masked autoencoder 0.53, 0.52 and 0.56 of 1,200 are right with seeds 0, 1 and 2;
-    of raw pixels 0.36, 0.35 and 0.34, where chance is 0.33."""
+    """Circle, frame or bar: after 100 steps of a masked autoencoder 0.53, 0.52 and 0.56 of 1,200 are right
+    with seeds 0, 1 and 2; of raw pixels 0.36, 0.35 and 0.34, where chance is 0.33."""
     pretrained, raw = pretrained_and_pixels(tmp_path, seed=0)
     assert pretrained > raw + 0.1 and pretrained > 1 / 3 + 0.1
 
@@ -250,14 +278,16 @@ def pretrained_and_pixels(folder, seed):
     """Accuracies of a linear probe."""
     rng, sets = np.random.default_rng(seed), {}
     for side, count in (("train", 500), ("val", 400)):
-        sets[side] = (np.concatenate([draw(SHAPES[name], count, 16, rng) for name in ("circle", "frame", "bar")]),
+        sets[side] = (np.concatenate([draw(SHAPES[name], count, 16, rng)
+                                      for name in ("circle", "frame", "bar")]),
                       np.repeat(np.arange(3), count))
     write_images(folder / "data", sets, ["circle", "frame", "bar"])
-    settings = Settings(objective="mlm", mask=(0.5,), data=str(folder / "data"), size=16, steps=100, batch_size=64, crop=0.5, seed=seed)
+    settings = resolve(objective="mlm", mask=(0.5,), data=str(folder / "data"), size=16, steps=100,
+                       batch_size=64, crop=0.5, seed=seed)
     training.train(settings, folder / "run", device="cpu", dtype="fp32", quiet=True)
     run, images = runs.load_run(folder / "run"), vision.load_labelled(folder / "data", 16)
     (x, y), (test_x, test_y) = (vision.image_features(run, part) for part in (images.train, images.val))
-    raw = vision.sgd_probe(*vision.pixels(run, images.train), *vision.pixels(run, images.val))
+    raw = vision.sgd_probe(*vision.raw_pixels(run, images.train), *vision.raw_pixels(run, images.val))
     return vision.sgd_probe(x["last"], y, test_x["last"], test_y)["accuracy"], raw["accuracy"]
 
 
@@ -270,41 +300,56 @@ def trained(tmp_path_factory, small_shapes):
     folders = {}
     for name, options in {"mae": {"objective": "mlm"}, "dar": {"objective": "dar"}}.items():
         folders[name] = base / name
-        settings = Settings(data=str(small_shapes), size=16, steps=2, batch_size=8, **options)
+        settings = resolve(data=str(small_shapes), size=16, steps=2, batch_size=8, **options)
         training.train(settings, folders[name], device="cpu", dtype="fp32", quiet=True)
     folders["text"] = base / "text"
-    training.train(Settings(data=str(text), length=16, steps=1, batch_size=8), folders["text"], device="cpu", dtype="fp32", quiet=True)
+    training.train(resolve(data=str(text), length=16, steps=1, batch_size=8), folders["text"], device="cpu",
+                   dtype="fp32", quiet=True)
     return folders
 
 
-def call(capsys, *argv):
-    evaluate.main([*map(str, argv), "--device", "cpu", "--dtype", "fp32"])
-    return capsys.readouterr().out
-
-
 def test_probe_command(trained, small_shapes, capsys, tmp_path):
-    text = call(capsys, "probe", trained["mae"], "--max-train", 120, "--pixels", "--layer", "all", "--classifier", "sgd",
+    text = call(capsys, "probe", trained["mae"], "--max-train", 120, "--pixels", "--layer", "all",
+                "--classifier", "sgd",
                 "--json", tmp_path / "out.json")
     content = json.loads((tmp_path / "out.json").read_text())
     results = content["results"]
     assert results["data"] == str(small_shapes) and results["classes"] == list(SHAPES) and content["objective"] == "mlm 0.75"
     assert (results["pool"], results["attention"], results["classifier"]) == ("mean", "full", "sgd")
     assert list(results["layers"]) == ["0", "1", "2", "3", "4", "pixels"]
-    assert all(r["train"] == 120 and r["test"] == 300 and r["epochs"] == 90 for r in results["layers"].values())
+    assert all(r["train"] == 120 and r["test"] == 300 and r["epochs"] == 90
+               for r in results["layers"].values())
     assert "120 training and 300 validation images" in text and "pixels" in text and "majority class: 8.3" in text
-    last = json.loads(call(capsys, "probe", trained["dar"], "--data", small_shapes, "--label-fraction", 0.1, "--json", "-"))["results"]
-    assert last["layers"]["last"]["train"] == 60 and last["attention"] == "causal" and last["classifier"] == "lbfgs" and last["layers"]["last"]["l2"] in probe.L2
+    last = json.loads(call(capsys, "probe", trained["dar"], "--data", small_shapes, "--label-fraction", 0.1,
+                           "--json", "-"))["results"]
+    assert last["layers"]["last"]["train"] == 60 and last["attention"] == "causal" and last["classifier"] == "lbfgs"
+    assert last["layers"]["last"]["l2"] in probe.L2
+    few = json.loads(call(capsys, "probe", trained["dar"], "--labels-per-class", 2, "--max-test", 60,
+                          "--pixels", "--json", "-"))
+    for figures in few["results"]["layers"].values():
+        assert figures["train"] == 24 and len(figures["correct"]) == figures["test"] == pytest.approx(60,
+                                                                                                      abs=6)
+        assert sum(figures["correct"]) == pytest.approx(figures["accuracy"] * figures["test"])
+    untrained = json.loads(call(capsys, "probe", f"untrained:{trained['dar']}", "--max-test", 60, "--json",
+                                "-"))
+    assert untrained["step"] == 0 and untrained["results"]["attention"] == "causal"
 
 
 def test_finetune_command(trained, small_shapes, capsys):
-    text = call(capsys, "finetune", trained["mae"], "--data", small_shapes, "--label-fraction", 0.1, "--epochs", 1, "--seeds", 2)
+    text = call(capsys, "finetune", trained["mae"], "--data", small_shapes, "--label-fraction", 0.1,
+                "--epochs", 1, "--seeds", 2)
     assert "fine-tuned for 1 epochs" in text and "60 training and 300 validation images" in text and "accuracy" in text
-    content = json.loads(call(capsys, "finetune", trained["dar"], "--data", small_shapes, "--label-fraction", 0.05, "--epochs", 1,
-                              "--batch-size", 16, "--mixup", 0, "--layer-decay", 0.8, "--attention", "full", "--json", "-"))
+    content = json.loads(call(capsys, "finetune", trained["dar"], "--data", small_shapes, "--label-fraction",
+                              0.05, "--epochs", 1,
+                              "--batch-size", 16, "--mixup", 0, "--layer-decay", 0.8, "--attention", "full",
+                              "--json", "-"))
     protocol, results = content["protocol"], content["results"]
     assert protocol["mixup"] == 0 and protocol["layer_decay"] == 0.8 and protocol["lr"] == pytest.approx(2e-3 * 16 / 256)
     assert protocol["attention"] == "full" and protocol["pool"] == "mean" and protocol["cutmix"] == 1.0
     assert results["train"] == 12 * 2 and results["dev"] == 300 and len(results["accuracy"]["seeds"]) == 1
+    [correct], [predicted] = results["correct"], results["predictions"]
+    assert correct == [int(a == b) for a, b in zip(predicted, results["labels"])] and len(correct) == 300
+    assert results["accuracy"]["mean"] == pytest.approx(sum(correct) / 300)
 
 
 def test_transfer_command(trained, small_shapes, capsys, tmp_path):
@@ -318,27 +363,36 @@ def test_transfer_command(trained, small_shapes, capsys, tmp_path):
     assert content["results"]["mean"] == pytest.approx((first["accuracy"] + second["accuracy"]) / 2)
     text = call(capsys, *argv)
     assert f"{100 * content['results']['mean']:.1f}" in text and "16 x 16 pixels" in text
-    single = json.loads(call(capsys, "probe", trained["mae"], "--max-train", 120, "--json", "-"))["results"]["layers"]["last"]
+    single = json.loads(call(capsys, "probe", trained["mae"], "--max-train", 120, "--json",
+                             "-"))["results"]["layers"]["last"]
     assert single["accuracy"] == first["accuracy"]
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["transfer", "{text}", "--data", "shapes"], "was trained on text; this command needs a checkpoint of images"),
+    (["transfer", "{text}", "--data", "shapes"], "was trained on text; this command needs a checkpoint of "
+                                                 "images"),
     (["probe", "{text}", "--data", "shapes"], "was trained on text and shapes holds images"),
     (["probe", "{text}", "--classifier", "sgd"], "--classifier does not apply to a checkpoint of text"),
-    (["finetune", "{text}", "--data", "pydoc", "--mixup", "0"], "--mixup does not apply to a checkpoint of text"),
-    (["finetune", "{mae}", "--data", "{set}", "--regression"], "--regression does not apply to a checkpoint of images"),
+    (["finetune", "{text}", "--data", "pydoc", "--mixup", "0"], "--mixup does not apply to a checkpoint of "
+                                                                "text"),
+    (["finetune", "{mae}", "--data", "{set}", "--regression"], "--regression does not apply to a checkpoint "
+                                                               "of images"),
     (["probe", "{mae}", "--dev", "x.tsv"], "--dev does not apply to a checkpoint of images"),
     (["glue", "{mae}", "--glue-dir", "{tmp}"], "trained on images and GLUE is text"),
-    (["probe", "{mae}", "--data", "{tmp}/nowhere"], "nowhere is not a folder"), (["probe", "{mae}", "--layer", "5"], "not in 0..4"),
-    (["probe", "{dar}", "--pool", "first"], "--attention full"), (["probe", "{mae}", "--max-train", "3"], "--max-train 3"),
+    (["probe", "{mae}", "--data", "{tmp}/nowhere"], "nowhere is not a folder"),
+    (["probe", "{mae}", "--layer", "5"], "not in 0..4"),
+    (["probe", "{dar}", "--pool", "first"], "--attention full"),
+    (["probe", "{mae}", "--max-train", "3"], "--max-train 3"),
     (["finetune", "{mae}", "--data", "{set}", "--label-fraction", "2"], "--label-fraction 2"),
-    (["finetune", "{mae}", "--data", "{set}", "--lr", "0"], "--lr 0"), (["finetune", "{mae}", "--data", "{set}", "--mixup", "-1"], "--mixup -1"),
+    (["finetune", "{mae}", "--data", "{set}", "--lr", "0"], "--lr 0"),
+    (["finetune", "{mae}", "--data", "{set}", "--mixup", "-1"], "--mixup -1"),
     (["finetune", "{mae}", "--data", "{set}", "--drop-path", "1"], "--drop-path 1"),
     (["finetune", "{mae}", "--data", "{set}", "--layer-decay", "0"], "--layer-decay 0"),
-    (["finetune", "{mae}", "--data", "{one}"], "training images of 1 class only"), (["transfer", "{mae}", "--data", "{one}"], "1 class only")])
+    (["finetune", "{mae}", "--data", "{one}"], "training images of 1 class only"),
+    (["transfer", "{mae}", "--data", "{one}"], "1 class only")])
 def test_wrong_uses_are_refused(trained, small_shapes, tmp_path, argv, says):
-    one = write_images(tmp_path / "one", {side: (shapes(12, 16)[0], np.zeros(12, np.int64)) for side in ("train", "val")})
+    one = write_images(tmp_path / "one",
+                       {side: (shapes(12, 16)[0], np.zeros(12, np.int64)) for side in ("train", "val")})
     places = {**trained, "set": small_shapes, "tmp": tmp_path, "one": one}
     with pytest.raises(BadInput, match=says):
         evaluate.main([part.format(**places) for part in argv] + ["--device", "cpu", "--dtype", "fp32"])

@@ -1,4 +1,4 @@
-"""text.tokenizers."""
+"""From text to token ids and back: bytes, or WordPiece and BPE of the `tokenizers` package."""
 import itertools
 import json
 
@@ -8,17 +8,18 @@ from support.cli import BadInput, import_optional
 
 SEPARATOR, UNKNOWN = "[SEP]", "[UNK]"
 
-
-# ---------------------------------------------------------------------------- tokenizers
-
 class ByteTokenizer:
     """UTF-8 bytes as tokens, and a separator. Needs no package and no training."""
 
-    kind, vocab, separator = "byte", 257, 256
+    kind, vocab, separator, unknown = "byte", 257, 256, None
 
     def encode(self, text):
         """str -> uint16 array of ids."""
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
+
+    def encode_all(self, texts):
+        """A list of str -> a list of arrays."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         """Ids -> str; each separator becomes an empty line."""
@@ -30,8 +31,8 @@ class ByteTokenizer:
 
 
 class TrainedTokenizer:
-    """A WordPiece (lower-cased, accents stripped, as in the Cramming protocol) or byte-level BPE tokenizer of the
-    `tokenizers` package."""
+    """A WordPiece (lower-cased, accents stripped, as in the Cramming protocol) or byte-level BPE tokenizer of
+    the `tokenizers` package."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -39,6 +40,7 @@ class TrainedTokenizer:
         self.kind = type(tokenizer.model).__name__.lower()
         self.vocab = tokenizer.get_vocab_size()
         self.separator = tokenizer.token_to_id(SEPARATOR)
+        self.unknown = tokenizer.token_to_id(UNKNOWN)  # None where there is none, as in BPE
         if self.separator is None:
             raise BadInput(f"the tokenizer has no {SEPARATOR} token; make one with python data.py text")
 
@@ -64,10 +66,16 @@ class TrainedTokenizer:
         return cls(tokenizer)
 
     def encode(self, text):
-        """str -> array of ids. Encoded line group by line group, on all cores."""
-        pieces = list(cut_at_lines(text, 1 << 14))
-        encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        return np.fromiter(itertools.chain.from_iterable(e.ids for e in encoded), dtype=token_type(self.vocab))
+        """str -> array of ids."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts):
+        """A list of str -> a list of arrays, on all cores: many short texts, or few long ones cut at line
+        ends."""
+        pieces = [list(cut_at_lines(text, 1 << 14)) for text in texts]
+        encoded = iter(self.tokenizer.encode_batch_fast(sum(pieces, []), add_special_tokens=False))
+        ids = (itertools.chain.from_iterable(next(encoded).ids for _ in parts) for parts in pieces)
+        return [np.fromiter(one, dtype=token_type(self.vocab)) for one in ids]
 
     def decode(self, ids):
         """Ids -> str; each separator becomes an empty line."""

@@ -1,12 +1,16 @@
 """Kill training at random moments, resume it, and compare with a run that nobody disturbed.
 
-    python tests/crash.py --kills 50                     minutes
-    python tests/crash.py --kills 10 --processes 2       through torchrun
+    python tests/reliability/crash.py --kills 50                     minutes
+    python tests/reliability/crash.py --kills 10 --processes 2       through torchrun
 
-Signals, moments and the order of the cases come from --seed. A kill falls into the start of the process, into training, or into
-the writing of a checkpoint. Exit status 1 if a weight, the optimiser or a line of metrics.jsonl differs in the end.
+Signals, moments and the order of the cases come from --seed. A kill falls into the start of the process, into
+training, or into the writing of a checkpoint. Exit status 1 if a weight, the optimiser or a line of
+metrics.jsonl differs in the end.
 """
+
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import multiprocessing
@@ -14,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -21,7 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -33,10 +39,17 @@ from support.cli import command_line
 
 SAVE_EVERY = 5
 CASES = {  # name: what it adds to the command
-    "ar text": "--objective ar", "dar text": "--objective dar --t 2", "mlm text": "--objective mlm", "vl text": "--objective vl",
-    "permutation text": "--objective permutation", "vl text, two streams": "--objective vl --streams 2",
-    "ar images": "--objective ar", "dar images": "--objective dar --t 1,2", "mlm images": "--objective mlm --mask 0.5",
+    "ar text": "--objective ar",
+    "dar text": "--objective dar --t 2",
+    "mlm text": "--objective mlm",
+    "vl text": "--objective vl",
+    "permutation text": "--objective permutation",
+    "vl text, two streams": "--objective vl --streams 2",
+    "ar images": "--objective ar",
+    "dar images": "--objective dar --t 1,2",
+    "mlm images": "--objective mlm --mask 0.5",
     "vl images": "--objective vl --streams 2",
+    "vl text, large batches": "--objective vl",
 }
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 
@@ -48,19 +61,33 @@ def write_inputs(folder):
     for prefix, count, seed in (("train", 150, 0), ("t10k", 40, 1)):
         pixels, labels = shapes.shapes(count, 8, seed)
         (folder / "shapes" / f"{prefix}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4I", 0x803, count, 8, 8) + pixels[..., 0].tobytes())
+            struct.pack(">4I", 0x803, count, 8, 8) + pixels[..., 0].tobytes()
+        )
         (folder / "shapes" / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2I", 0x801, count) + labels.astype("uint8").tobytes())
+            struct.pack(">2I", 0x801, count) + labels.astype("uint8").tobytes()
+        )
 
 
 def command(case, folder, out, resume=False, steps=60):
-    """Arguments of train.py: with gradient accumulation and a batch ramp, and more than one epoch of the images."""
-    data = f"--data {folder}/shapes --size 8 --patch 4" if "images" in case else f"--data {folder}/text.txt --length 16"
-    return [*f"{CASES[case]} {data} --batch-size 32 --micro-batch 12 --batch-ramp 0.5 --steps {steps} --log-every 3 --eval-every 25 "
-            f"--save-every {SAVE_EVERY} --device cpu --dtype fp32 --no-report".split(), *["--resume"] * resume, "--out", str(out)]
+    """Arguments of train.py: with gradient accumulation, a batch ramp, more than one epoch of the images."""
+    data = (
+        f"--data {folder}/shapes --size 8 --patch 4"
+        if "images" in case
+        else f"--data {folder}/text.txt --length 16"
+    )
+    batch = 64 if "large" in case else 32
+    return [
+        *f"{CASES[case]} {data} --batch-size {batch} --micro-batch 12 --batch-ramp 0.5 --steps {steps} "
+        f"--log-every 3 --eval-every 25 "
+        f"--save-every {SAVE_EVERY} --device cpu --dtype fp32 --no-report".split(),
+        *["--resume"] * resume,
+        "--out",
+        str(out),
+    ]
 
 
 # ---------------------------------------------------------------------------- processes
+
 
 def child(argv, log, environment):
     """What a process does that `start` started: train.py's command line, output into a file."""
@@ -73,9 +100,11 @@ def child(argv, log, environment):
 
 
 def start(argv, log, **environment):
-    """Train in a process of its own -> (its id, function that gives its exit status or None). The process is forked from
+    """Train in a process of its own -> (its id, function that gives its exit status or None). It is forked from
     one that has imported PyTorch already."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH")])
+    )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["crash"])
     process = context.Process(target=child, args=(argv, str(log), environment))
@@ -87,9 +116,49 @@ def start_torchrun(argv, log, processes):
     """The same through torchrun."""
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py", *argv],
-            stdout=file, stderr=file, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+                ROOT / "train.py",
+                *argv,
+            ],
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     return process.pid, process.poll
+
+
+def start_group(argv, log, processes):
+    """The same in several processes, joined as torchrun joins them -> (the id of one of them, poll). Where one
+    ends badly the others are ended, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        several = {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+    members = [start(argv, log, **several, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    since = []
+
+    def poll():
+        states = [member() for _, member in members]
+        if any(state is not None for state in states) and None in states:
+            since.append(time.monotonic())
+            bad = any(state not in (None, 0, 130) for state in states)
+            if bad or since[-1] - since[0] > 10:
+                for (pid, _), state in zip(members, states):
+                    if state is None:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+        return None if None in states else max(states, key=abs)
+
+    return random.Random(log.name).choice(members)[0], poll
 
 
 def wait(poll, seconds=300):
@@ -103,6 +172,7 @@ def wait(poll, seconds=300):
 
 
 # ---------------------------------------------------------------------------- kills
+
 
 def strike(pid, poll, out, rng, seconds, group):
     """Send a random signal at a random moment -> its name, or None where the process ended before that."""
@@ -146,28 +216,35 @@ def differences(whole, other):
     """What differs between two finished runs, as a list of words."""
     a, b = (runs.load_checkpoint(out) for out in (whole, other))
     found = [f"weight {name}" for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
-    found += [f"optimiser {i} {name}" for i, entry in a["optimizer"]["state"].items() for name, value in entry.items()
-              if not torch.equal(value, b["optimizer"]["state"][i][name])]
+    found += [
+        f"optimiser {i} {name}"
+        for i, entry in a["optimizer"]["state"].items()
+        for name, value in entry.items()
+        if not torch.equal(value, b["optimizer"]["state"][i][name])
+    ]
     found += [name for name in ("step", "seen", "skipped") if a[name] != b[name]]
     clocked = ("seconds", "tokens_per_second", "images_per_second", "mfu")
-    lines = [[{key: value for key, value in json.loads(line).items() if key not in clocked}
-              for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, other)]
+    lines = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in clocked}
+            for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
+        for out in (whole, other)
+    ]
     if lines[0] != lines[1]:
         pair = next(pair for pair in itertools.zip_longest(*lines) if pair[0] != pair[1])
         found.append(f"metrics.jsonl {pair[1]} instead of {pair[0]}")
     return found
 
 
-def crash(kills, cases, folder, seed=0, processes=1, each=5, steps=60, say=print):
+def crash(kills, cases, folder, seed=0, launch=start, each=5, steps=60, say=print):
     """Disturb runs of these cases in turn, `each` kills at most per run, until that many kills are done.
     -> {"kills", "resumes", "lost": steps at most, "differences": list}."""
     folder, rng, reference = Path(folder), random.Random(seed), {}
     write_inputs(folder)
     total = {"kills": 0, "resumes": 0, "lost": 0, "differences": []}
 
-    def launch(argv, log):
-        return start(argv, log) if processes == 1 else start_torchrun(argv, log, processes)
-
+    group = getattr(launch, "func", None) is start_torchrun  # whose processes end together
     for number, case in enumerate(itertools.cycle(cases)):
         if total["kills"] >= kills:
             return total
@@ -183,16 +260,20 @@ def crash(kills, cases, folder, seed=0, processes=1, each=5, steps=60, say=print
             if saved == steps:
                 break
             resumes += saved > 0
-            pid, poll = launch(command(case, folder, out, resume=saved > 0, steps=steps), folder / f"log {number}")
+            pid, poll = launch(
+                command(case, folder, out, resume=saved > 0, steps=steps), folder / f"log {number}"
+            )
             if len(used) < min(each, kills - total["kills"]):
-                used += filter(None, [strike(pid, poll, out, rng, seconds, group=processes > 1)])
+                used += filter(None, [strike(pid, poll, out, rng, seconds, group)])
             status = wait(poll)
-            if status not in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT) and processes == 1:
+            if status not in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT) and launch is start:
                 raise RuntimeError(f"exit status {status}: " + (folder / f"log {number}").read_text())
             lost = max(lost, steps_in(out)[1] - steps_in(out)[0])
         found = differences(whole, out)
-        say(f"{case:22s} {len(used)} kills ({', '.join(used)}), {resumes} resumes, {lost} steps lost at most, "
-            + (f"DIFFERENT: {'; '.join(found[:3])}" if found else "no difference"))
+        say(
+            f"{case:22s} {len(used)} kills ({', '.join(used)}), {resumes} resumes, {lost} steps lost, "
+            + (f"DIFFERENT: {'; '.join(found[:3])}" if found else "no difference")
+        )
         total["kills"] += len(used)
         total["resumes"] += resumes
         total["lost"] = max(total["lost"], lost)
@@ -201,15 +282,21 @@ def crash(kills, cases, folder, seed=0, processes=1, each=5, steps=60, say=print
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--processes", type=int, default=1, help="more than one: through torchrun")
     parser.add_argument("--seed", type=int, default=0, help="of signals and moments")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        total = crash(args.kills, CASES, folder, args.seed, args.processes)
-    print(f"\n{total['kills']} kills, {total['resumes']} resumes, {total['lost']} steps lost at most (a checkpoint every {SAVE_EVERY}), "
-          f"{len(total['differences'])} differences")
+        launch = functools.partial(start_torchrun, processes=args.processes) if args.processes > 1 else start
+        total = crash(args.kills, CASES, folder, args.seed, launch)
+    print(
+        f"\n{total['kills']} kills, {total['resumes']} resumes, {total['lost']} steps lost at most "
+        f"(a checkpoint every {SAVE_EVERY}), "
+        f"{len(total['differences'])} differences"
+    )
     return int(bool(total["differences"]))
 
 

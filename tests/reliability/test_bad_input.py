@@ -1,4 +1,5 @@
-"""Every wrong use ends with status 2 and one line that names the value and the remedy, and changes no file."""
+"""Every wrong use ends with status 2 and a line that names the value and the remedy, and changes no file."""
+
 import gzip
 import json
 import pickle
@@ -9,25 +10,24 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+import bench
 import data
 import evaluate
+import objectives
+import spectral
+import train
 from engine import runs
-from engine import settings as settings_module
+from engine.settings import resolve
 from images import sets
 from model import Config, Transformer
 from support import cli
 from text import folders, tokenizers
-import bench
-import masks
-import spectral
-import train
-from images import sets as images
 
 # command: [(arguments, words of the message: what was given, what to do)]
 WRONG = {
-    masks: [
-        ("", "objective required"),
-        ("bert", "'bert' choose from"),
+    objectives: [
+        ("", "name an objective --all"),
+        ("bert", "'bert' choose one of"),
         ("ar --length 0", "'0' at least 1"),
         ("ar --length 1", "length 1 of 2 or more"),
         ("ar --length 201", "--length 201 at most 200"),
@@ -36,9 +36,9 @@ WRONG = {
         ("ar --seed -1", "'-1' from 0 to"),
         ("ar --t 2", "--t belongs to dar leave out"),
         ("ar --mask 0.15", "--mask leave out"),
-        ("ar more", "unrecognized more"),
+        ("ar more", "'more' choose one of"),
         ("dar --t 0", "'0' at least 1"),
-        ("dar --t 8", "--t 8 1..7"),
+        ("dar --t 8 --length 8", "--t 8 1..7"),
         ("dar --t 1,x", "'x' whole number"),
         ("mlm --mask 1.5", "--mask 1.5 such as --mask 0.15"),
         ("mlm --mask nan", "--mask nan such as --mask 0.15"),
@@ -62,19 +62,25 @@ WRONG = {
         ("--steps 0", "'0' at least 1"),
         ("--steps 100000001", "--steps 1e+08 at most 100 million"),
         ("--epochs 0", "--epochs 0 positive number"),
-        ("--epochs nan", "--epochs nan positive number"),
+        ("--epochs nan", "--epochs 'nan' not a number"),
+        ("--epochs 1e9", "--epochs 1e+09 100 million"),
         ("--steps 5 --epochs 1", "--steps 5 --epochs 1 give one of them"),
         ("--batch-size 1.5", "'1.5' whole number"),
         ("--micro-batch 0", "'0' at least 1"),
         ("--batch-ramp 1", "--batch-ramp 1 in 0..1"),
         ("--lr 0", "--lr 0 positive number"),
-        ("--lr nan", "--lr nan positive number"),
-        ("--lr fast", "'fast' invalid float"),
+        ("--lr nan", "--lr 'nan' not a number"),
+        ("--lr fast", "--lr 'fast' not a number"),
         ("--schedule linear", "'linear' choose from cosine"),
         ("--warmup 1", "--warmup 1 in 0..1"),
         ("--weight-decay -1", "--weight-decay -1 at least 0"),
         ("--beta2 1", "--beta2 1 in 0..1"),
         ("--clip -1", "--clip -1 at least 0"),
+        ("--optimizer sgd", "'sgd' choose from adamw muon"),
+        ("--threads 0", "'0' at least 1"),
+        ("--objective mlm --t 2", "--t belongs to dar --mask leave out"),
+        ("--objective vl --mask 0.15", "--mask 0.15 type --mask 0.15,0.3"),
+        ("--objective vl --mask a,b", "'a,b' a range like"),
         ("--seed 2147483648", "'2147483648' from 0 to 2147483647"),
         ("--device gpu", "--device gpu not usable here"),
         ("--device cuda:77", "--device cuda:77 not usable here"),
@@ -85,13 +91,16 @@ WRONG = {
         ("--fsdp --data text.txt", "--fsdp torchrun"),
         ("--out text.txt --data text.txt", "text.txt is a file another --out"),
         ("--data none.txt", "none.txt does not exist give"),
-        ("--data ''", "empty give"),
+        ("--data ''", "empty name does not exist give"),
         ("--data hf:", "empty give"),
         ("--data shapes --length 64", "--length does not go with vit-tiny"),
         ("--data shapes --preset tiny", "--preset tiny is for text"),
         ("--data shapes --size 30", "--patch 4 does not divide --size 30"),
         ("--data shapes --crop 0", "--crop 0 in 0..1"),
-        ("--data shapes --objective mlm --mask 0.5 --mask-rule bert", "--mask-rule does not go with vit-tiny"),
+        (
+            "--data shapes --objective mlm --mask 0.5 --mask-rule bert",
+            "--mask-rule does not go with vit-tiny",
+        ),
         ("--data text.txt --patch 4", "--patch does not go with tiny"),
         ("--data text.txt --preset vit-tiny", "--preset vit-tiny is for images"),
         ("--data tokens-cut", "train.bin manifest says anew"),
@@ -111,7 +120,10 @@ WRONG = {
         ("--resume --out text --lr 0.5", "text other settings --lr 0.002, not 0.5"),
         ("--resume --out text --objective dar", "text other settings --objective ar, not dar"),
         ("--resume --out text --length 64", "text other settings --length 16, not 64"),
-        ("--resume --out text --data other.txt --device cpu --dtype fp32", "data holds the tokens not of other.txt choose another"),
+        (
+            "--resume --out text --data other.txt --device cpu --dtype fp32",
+            "data holds the tokens not of other.txt choose another",
+        ),
         ("--resume --out damaged", "damaged not a whole checkpoint mv damaged/ckpt.prev.pt damaged/ckpt.pt"),
         ("--resume --out otherversion", "otherversion another version colour train anew"),
         ("--resume --out garbage", "garbage not a whole checkpoint"),
@@ -141,7 +153,7 @@ WRONG = {
         ("images none --out new", "none not a folder give"),
         ("images text.txt --out new", "text.txt not a folder give"),
         ("images tokens-large --out new", "tokens-large prepared already train.py --data"),
-        ("images glue --out new", "glue no class folders JPEG"),
+        ("images glue --out new", "glue no JPEG"),
         ("images pickled --out new", "pickled pickles binary version"),
         ("images cifar --out tokens", "tokens not an empty folder another --out"),
         ("images cifar --out cifar/new", "new inside the input another folder"),
@@ -153,14 +165,12 @@ WRONG = {
         ("images idx-huge --out new", "train-images-idx3-ubyte should have by its header"),
         ("images idx-labels --out new", "2 images 3 labels"),
         ("images idx-empty --out new", "train-images-idx3-ubyte not"),
-    ],
-    images: [
-        ("", "required DATA"),
-        ("none", "none not a folder give"),
-        ("text.txt", "text.txt not a folder give"),
-        ("pictures --size 16", "pictures 8 x 8 --size 16"),
-        ("pictures --columns 0", "'0' at least 1"),
-        ("pictures --out none/sheet.png", "none/sheet.png no such folder"),
+        ("sheet", "required INPUT"),
+        ("sheet none", "none not a folder give"),
+        ("sheet text.txt", "text.txt not a folder give"),
+        ("sheet pictures --size 16", "pictures 8 x 8 --size 16"),
+        ("sheet pictures --columns 0", "'0' at least 1"),
+        ("sheet pictures --out none/sheet.png", "none/sheet.png no such folder"),
     ],
     evaluate: [
         ("", "required command"),
@@ -187,7 +197,7 @@ WRONG = {
         ("generate text --tokens 0", "'0' at least 1"),
         ("generate text --samples 0", "'0' at least 1"),
         ("generate text --order right", "'right' choose from left"),
-        ("generate text --order confident", "--order confident checkpoint is ar leave it out"),
+        ("generate text --order confident", "ar left to right leave out --order confident"),
         ("generate text --at-once", "--at-once checkpoint is ar leave it out"),
         ("generate masked --order confident --tokens 100", "--tokens 100 more than the model's 16"),
         ("connectivity", "required CKPT"),
@@ -205,12 +215,21 @@ WRONG = {
         ("glue text --glue-dir glue --tasks sst2", "SST-2/train.tsv no column 'label' only sentence"),
         ("glue text --glue-dir glue --tasks cola --seeds 0", "'0' at least 1"),
         ("glue text --glue-dir glue --tasks cola --lr 0", "--lr 0 positive number"),
-        ("glue text --glue-dir glue --tasks cola --pool first", "--pool first --attention full another --pool"),
-        ("glue text --glue-dir glue --tasks cola --results none/x.json", "--results none/x.json no such folder"),
-        ("glue text --glue-dir glue --tasks cola --results text.txt", "text.txt not a file of GLUE results another --results"),
+        (
+            "glue text --glue-dir glue --tasks cola --pool first",
+            "--pool first --attention full another --pool",
+        ),
+        (
+            "glue text --glue-dir glue --tasks cola --results none/x.json",
+            "--results none/x.json no such folder",
+        ),
+        (
+            "glue text --glue-dir whole --tasks cola --results text.txt",
+            "text.txt not a file of GLUE results another --results",
+        ),
         ("glue picture --glue-dir glue", "picture trained on images GLUE is text"),
         ("probe text --data none.tsv", "none.tsv does not exist columns text and label"),
-        ("probe text --data text.txt", "text.txt no column 'text'"),
+        ("probe text --data text.txt", "text.txt no line of column names --text-column"),
         ("probe text --data empty.txt", "empty.txt"),
         ("probe text --data good.tsv --dev none.tsv", "none.tsv does not exist give"),
         ("probe text --data one.tsv", "one.tsv only one label 'a'"),
@@ -227,7 +246,7 @@ WRONG = {
         ("probe text --data good.tsv --label-fraction 2", "--label-fraction 2 0 excluded"),
         ("finetune text", "required --data"),
         ("finetune text --data good.tsv --label-fraction 0", "--label-fraction 0 0 excluded"),
-        ("finetune text --data good.tsv --label-fraction nan", "--label-fraction nan 0 excluded"),
+        ("finetune text --data good.tsv --label-fraction nan", "--label-fraction 'nan' not a number"),
         ("finetune text --data good.tsv --mixup 1", "--mixup does not apply text leave it out"),
         ("finetune text --data good.tsv --regression", "'a' not a number"),
         ("finetune text --data good.tsv --epochs 0", "'0' at least 1"),
@@ -239,7 +258,7 @@ WRONG = {
         ("reconstruct text", "text trained on text images"),
         ("reconstruct none", "none does not exist train.py writes it"),
         ("reconstruct picture --hide 0", "--hide 0 between 0 and 1"),
-        ("reconstruct picture --hide nan", "--hide nan between 0 and 1"),
+        ("reconstruct picture --hide nan", "--hide 'nan' not a number"),
         ("reconstruct picture --order random --hide 0.7", "--order random use --order raster"),
         ("reconstruct picture --order up", "'up' choose from raster"),
         ("reconstruct picture --max-images 0", "'0' at least 1"),
@@ -277,7 +296,7 @@ WRONG = {
         ("trained text --features 3", "3 features give"),
     ],
     bench: [
-        ("--objectives bert", "'bert' choose one of"),
+        ("--objectives bert", "'bert' choose from"),
         ("--objectives ar --t 2", "--t 2 for dar --objectives ar"),
         ("--objectives dar --t 500", "--t 500 1..127"),
         ("--streams 3", "3 choose from 1, 2"),
@@ -291,21 +310,34 @@ WRONG = {
         ("--json none/x.json", "--json none/x.json no such folder"),
     ],
 }
-ROWS = [pytest.param(module, shlex.split(argv), words.split(), id=f"{module.__name__} {argv}")
-        for module, rows in WRONG.items() for argv, words in rows]
+ROWS = [
+    pytest.param(module, shlex.split(argv), words.split(), id=f"{module.__name__} {argv}")
+    for module, rows in WRONG.items()
+    for argv, words in rows
+]
 
 
 def write_run(folder, damage=None, config=None, **settings):
     """A run folder of a tiny model that never trained."""
-    settings = settings_module.Settings(batch_size=4, **settings)
+    settings = resolve(batch_size=4, **settings)
     config = config or Config(257, settings.length, 2, 16, 2)
     tokenizer = None if config.patch else tokenizers.ByteTokenizer().to_json()
-    content = {"settings": asdict(settings), "model_config": asdict(config), "model": Transformer(config).state_dict(),
-               "optimizer": {}, "step": 1, "seen": 4, "seconds": 0.0, "dtype": "fp32", "tokenizer": tokenizer, "train_total": 1}
+    content = {
+        "settings": asdict(settings),
+        "model_config": asdict(config),
+        "model": Transformer(config).state_dict(),
+        "optimizer": {},
+        "step": 1,
+        "seen": 4,
+        "seconds": 0.0,
+        "dtype": "fp32",
+        "tokenizer": tokenizer,
+        "train_total": 1,
+    }
     if damage:
         damage(content)
     folder.mkdir()
-    runs.save(folder / "ckpt.pt", content)
+    runs.save_checkpoint(folder / "ckpt.pt", content)
 
 
 def copied(folder, name, **changes):
@@ -322,14 +354,26 @@ def place(tmp_path_factory):
     """A folder with a few right and many wrong inputs."""
     root, rng = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
     text = b"the cat sat on the mat\n" * 100
-    for name, content in {"text.txt": text, "other.txt": text[::-1], "short.txt": b"one", "empty.txt": b"",
-                          "cut.gz": gzip.compress(rng.bytes(5000))[:-100], "noise.xz": rng.bytes(500),
-                          "good.tsv": b"text\tlabel\n" + b"x\ta\ny\tb\n" * 9, "one.tsv": b"text\tlabel\nx\ta\ny\ta\n",
-                          "scores.tsv": b"text\tlabel\nx\t0.5\ny\t1.5\n", "single.tsv": b"text\tlabel\nx\ta\n",
-                          "glue/CoLA/train.tsv": b"a\t1\t\tGood.\na\t7\t\tBad.\n", "glue/CoLA/dev.tsv": b"a\t1\t\tGood.\n",
-                          "glue/SST-2/train.tsv": b"sentence\nfine\n", "glue/SST-2/dev.tsv": b"sentence\tlabel\nfine\t1\n",
-                          "glue/WNLI/train.tsv": b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
-                          "glue/WNLI/dev.tsv": b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"}.items():
+    for name, content in {
+        "text.txt": text,
+        "other.txt": text[::-1],
+        "short.txt": b"one",
+        "empty.txt": b"",
+        "cut.gz": gzip.compress(rng.bytes(5000))[:-100],
+        "noise.xz": rng.bytes(500),
+        "good.tsv": b"text\tlabel\n" + b"x\ta\ny\tb\n" * 9,
+        "one.tsv": b"text\tlabel\nx\ta\ny\ta\n",
+        "scores.tsv": b"text\tlabel\nx\t0.5\ny\t1.5\n",
+        "single.tsv": b"text\tlabel\nx\ta\n",
+        "glue/CoLA/train.tsv": b"a\t1\t\tGood.\na\t7\t\tBad.\n",
+        "glue/CoLA/dev.tsv": b"a\t1\t\tGood.\n",
+        "whole/CoLA/train.tsv": b"a\t1\t\tGood.\na\t0\t\tBad.\n",
+        "whole/CoLA/dev.tsv": b"a\t1\t\tGood.\na\t0\t\tBad.\n",
+        "glue/SST-2/train.tsv": b"sentence\nfine\n",
+        "glue/SST-2/dev.tsv": b"sentence\tlabel\nfine\t1\n",
+        "glue/WNLI/train.tsv": b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
+        "glue/WNLI/dev.tsv": b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n",
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
 
@@ -341,7 +385,11 @@ def place(tmp_path_factory):
     copied(tokens, "tokens-large", train_bin=(ids + 300).astype(np.uint16).tobytes())
     copied(tokens, "tokens-damaged", manifest_json=b'{"dtype": ')
     copied(tokens, "tokens-deep", manifest_json=b"[" * 100_000)
-    copied(tokens, "tokens-infinite", manifest_json=json.dumps({**manifest, "val": {"tokens": 1, "bytes": float("inf")}}).encode())
+    copied(
+        tokens,
+        "tokens-infinite",
+        manifest_json=json.dumps({**manifest, "val": {"tokens": 1, "bytes": float("inf")}}).encode(),
+    )
 
     cifar = root / "cifar"
     cifar.mkdir()
@@ -360,10 +408,15 @@ def place(tmp_path_factory):
         folder = root / name
         folder.mkdir()
         for prefix in ("train", "t10k"):
-            (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, *header) + bytes(pixels))
-            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, labels) + bytes(labels))
+            (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+                struct.pack(">4I", 0x803, *header) + bytes(pixels)
+            )
+            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+                struct.pack(">2I", 0x801, labels) + bytes(labels)
+            )
+
     idx("idx-cut", 30)
-    idx("idx-huge", 32, (2 ** 32 - 1, 2 ** 32 - 1, 2 ** 32 - 1))
+    idx("idx-huge", 32, (2**32 - 1, 2**32 - 1, 2**32 - 1))
     idx("idx-labels", 32, labels=3)
     idx("idx-empty", 0, (0, 4, 4), labels=0)
 
@@ -376,11 +429,20 @@ def place(tmp_path_factory):
     write_run(root / "damaged", **word)
     whole = (root / "damaged" / "ckpt.pt").read_bytes()
     (root / "damaged" / "ckpt.prev.pt").write_bytes(whole)
-    (root / "damaged" / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
+    (root / "damaged" / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
     (root / "garbage").mkdir()
     (root / "garbage" / "ckpt.pt").write_bytes(rng.bytes(3000))
     pixel = {"data": str(root / "pictures"), "size": 8, "patch": 4}
-    shape = {"vocab": 0, "length": 4, "layers": 2, "width": 16, "heads": 2, "patch": 4, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    shape = {
+        "vocab": 0,
+        "length": 4,
+        "layers": 2,
+        "width": 16,
+        "heads": 2,
+        "patch": 4,
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+    }
     write_run(root / "picture", config=Config(**shape), **pixel)
     write_run(root / "relative", config=Config(**shape, norm_pix=True), norm_pix=True, **pixel)
     return root
@@ -415,8 +477,12 @@ def test_there_are_enough_of_them():
 def test_the_right_inputs_are_right(place, monkeypatch, capsys):
     """Otherwise a row could fail for another reason than the one it is for."""
     monkeypatch.chdir(place)
-    for command in ("perplexity text --max-sequences 4", "generate masked --order confident --tokens 3",
-                    "reconstruct picture --max-images 4", "probe text --data good.tsv"):
+    for command in (
+        "perplexity text --max-sequences 4",
+        "generate masked --order confident --tokens 3",
+        "reconstruct picture --max-images 4",
+        "probe text --data good.tsv",
+    ):
         evaluate.main([*command.split(), "--device", "cpu", "--dtype", "fp32"])
-    data.main(["cifar", "--out", str(place / "sheet.png"), "--rows", "2", "--columns", "2"])
+    data.main(["sheet", "cifar", "--out", str(place / "sheet.png"), "--columns", "2"])
     assert "perplexity" in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Several processes compute what one computes, and a run goes on with another number of them."""
+
 import json
 import os
 import shutil
-import socket
 
 import crash
 import pytest
@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 import train
-from engine import machine, runs
+from engine import runs
 from support import cli
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo"
+)
 STEPS = 10
 
 
@@ -26,14 +28,9 @@ def folder(tmp_path_factory):
 
 def launch(folder, case, out, processes, *more):
     """Train in that many processes at once, joined as torchrun joins them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = [*crash.command(case, folder, folder / out, steps=STEPS), *more]
-    several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
-    polls = [crash.start(argv, folder / f"{out}.log", **several, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if several else {}))[1]
-             for rank in range(processes)]
-    assert [crash.wait(poll, 120) for poll in polls] == [0] * processes, (folder / f"{out}.log").read_text()
+    argv, log = [*crash.command(case, folder, folder / out, steps=STEPS), *more], folder / f"{out}.log"
+    poll = crash.start(argv, log)[1] if processes == 1 else crash.start_group(argv, log, processes)[1]
+    assert crash.wait(poll, 120) == 0, log.read_text()
 
 
 def half_way(folder, run, out):
@@ -45,14 +42,24 @@ def half_way(folder, run, out):
 
 def same(folder, run, other):
     """Two run folders agree up to rounding: files, keys, weights, and every number that is logged."""
-    assert {path.name for path in (folder / run).iterdir()} == {path.name for path in (folder / other).iterdir()}
+    assert {path.name for path in (folder / run).iterdir()} == {
+        path.name for path in (folder / other).iterdir()
+    }
     a, b = (runs.load_checkpoint(folder / name) for name in (run, other))
-    assert a.keys() == b.keys() and all(a[key] == b[key] for key in ("step", "seen", "settings", "model_config", "tokenizer"))
+    assert a.keys() == b.keys() and all(
+        a[key] == b[key] for key in ("step", "seen", "settings", "model_config", "tokenizer")
+    )
     assert list(a["model"]) == list(b["model"])
     for name, weight in a["model"].items():
-        assert torch.allclose(weight, b["model"][name], rtol=1e-4, atol=2e-5), (name, (weight - b["model"][name]).abs().max())
+        assert torch.allclose(weight, b["model"][name], rtol=1e-4, atol=2e-5), (
+            name,
+            (weight - b["model"][name]).abs().max(),
+        )
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
-    lines = [[json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()] for name in (run, other)]
+    lines = [
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in (run, other)
+    ]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     for x, y in zip(*lines):
         assert x.keys() == y.keys()
@@ -89,19 +96,27 @@ def test_and_with_more(folder, fsdp):
 
 def test_a_batch_too_small_for_the_processes_is_refused(folder, monkeypatch):
     argv = crash.command("ar images", folder, folder / "small", steps=STEPS)
-    monkeypatch.setattr(machine, "join_group", lambda device: (0, 40))
+    monkeypatch.setattr(train, "join_group", lambda device: (0, 40))
     monkeypatch.setattr(dist, "barrier", lambda: None)
-    with pytest.raises(cli.BadInput, match="a batch of 2 sequences does not fill 40 processes; give a larger --batch-size"):
+    with pytest.raises(
+        cli.BadInput, match="a batch of 2 sequences does not fill 40 processes; give a larger --batch-size"
+    ):
         train.main(argv)
     assert not (folder / "small").exists()
 
 
 def test_torchrun_itself(folder):
     """The command of the README, once."""
-    _, poll = crash.start_torchrun([*crash.command("ar text", folder, folder / "torchrun", steps=3), "--fsdp"], folder / "torchrun.log", 2)
+    _, poll = crash.start_torchrun(
+        [*crash.command("ar text", folder, folder / "torchrun", steps=3), "--fsdp"],
+        folder / "torchrun.log",
+        2,
+    )
     assert crash.wait(poll, 200) == 0, (folder / "torchrun.log").read_text()
     assert runs.load_run(folder / "torchrun").step == 3
-    assert all(torch.isfinite(value).all() for value in runs.load_checkpoint(folder / "torchrun")["model"].values())
+    assert all(
+        torch.isfinite(value).all() for value in runs.load_checkpoint(folder / "torchrun")["model"].values()
+    )
     # What FSDP wrote goes on without it, with another kind of optimiser step.
     assert train.main([*crash.command("ar text", folder, folder / "torchrun", steps=5), "--resume"]) == 0
     assert runs.load_run(folder / "torchrun").step == 5

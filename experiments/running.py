@@ -1,0 +1,266 @@
+"""How stages run: each in a process of its own, one at a time or one on each GPU, never the same one twice.
+
+Every stage is locked while it runs, so that several instances of reproduce.py, on one machine or on several that share the
+folder, share the work. A lock is the operating system's (flock): it goes when its holder does, however that ends.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from engine.runs import load_checkpoint
+from engine.settings import Settings
+from experiments.stages import with_needs
+from support.cli import BadInput, import_optional, write_json
+from train import parse
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+# ---------------------------------------------------------------------------- what is there
+
+def finished(stage):
+    """Whether the result of a stage is there: with its record, or whole without it (adopted, or cut off at the very end)."""
+    if stage.record().exists() and stage.out.exists():
+        return True
+    seconds = None
+    if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and (stage.out / "config.json").exists():
+        content = load_checkpoint(stage.out)
+        if content["step"] >= json.loads((stage.out / "config.json").read_text())["steps"]:
+            seconds = content["seconds"]
+    elif stage.argv[0] == "data.py" and (stage.out / "manifest.json").exists():
+        seconds = 0.0
+    if seconds is not None:
+        write_record(stage, seconds, "not recorded", None)
+    return seconds is not None
+
+
+def write_record(stage, seconds, machine, code):
+    write_json(stage.record(), {"command": readable(stage.line()), "seconds": seconds, "hardware": machine, "code": code})
+
+
+def adopt(stage, parent):
+    """If a run folder inside `parent` has the settings of this training stage and all its steps, link to it."""
+    if stage.argv[0] != "train.py" or stage.out.exists():
+        return
+    wanted = settings_of(asdict(parse(stage.argv[1:])[0]))
+    for config in sorted(Path(parent).glob("*/config.json")):
+        with contextlib.suppress(BadInput, KeyError, TypeError, ValueError):  # a run of another version or kind
+            if settings_of(json.loads(config.read_text())) == wanted:
+                stage.out.parent.mkdir(parents=True, exist_ok=True)
+                stage.out.symlink_to(config.parent.resolve())
+                if finished(stage):
+                    return
+                stage.out.unlink()
+
+
+def settings_of(saved):
+    """A run's settings so that equal ones compare equal, whoever wrote them."""
+    known = {f.name for f in fields(Settings)} - ({"steps"} if saved["epochs"] else set())
+    given = json.loads(json.dumps({name: value for name, value in saved.items() if name in known}))
+    if given["objective"] == "dar" and given["options"] == {"t": 1}:
+        given.update(objective="ar", options={}, streams=2)  # the same f in the same architecture
+    return {**given, "data": str(Path(given["data"]).resolve())}
+
+
+# ---------------------------------------------------------------------------- running
+
+def command(stage):
+    """The line that brings a stage's result about; a training that was interrupted goes on."""
+    resumed = stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists()
+    return ("train.py", "--resume", "--out", str(stage.out), "--no-report") if resumed else stage.line()
+
+
+def program(name, launcher=()):
+    """How a program of this repository is started: a file of the root, or a module."""
+    how = launcher if launcher and name == "train.py" else (sys.executable,)
+    return (*how, str(HERE / name)) if name.endswith(".py") else (*how, "-m", name)
+
+
+def readable(argv):
+    """A stage's line as one types it in this folder."""
+    start = [os.path.relpath(HERE / argv[0])] if argv[0].endswith(".py") else ["-m", argv[0]]
+    return shlex.join(["python", *start, *argv[1:]])
+
+
+@contextlib.contextmanager
+def claimed(stage):
+    """A file that holds the lock of this stage until the block ends; None where somebody else works on it."""
+    stage.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(stage.out.with_name(stage.out.name + ".lock"), "w") as file:
+        try:
+            fcntl = import_optional("fcntl")
+        except BadInput:  # Windows: no locks, one instance
+            yield file
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        yield file
+
+
+def run(stage, launcher=(), environment=None, lock=None):
+    """Run a stage in a process of its own. Its progress goes to standard error, its tables to a .log file."""
+    stage.out.parent.mkdir(parents=True, exist_ok=True)
+    name, *rest = command(stage)
+    keep = (lock.fileno(),) if lock else ()  # the lock lives as long as the stage, should this process be killed
+    paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    start = time.perf_counter()
+    with open(f"{stage.out}.log", "a") as log, subprocess.Popen(
+            [*program(name, launcher), *rest], stdout=log, pass_fds=keep,
+            env={**os.environ, "PYTHONPATH": paths, **(environment or {})}) as child:
+        while (status := child.poll()) is None:
+            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the stage as well: let it save
+                child.wait()
+    if status == 130:
+        raise KeyboardInterrupt
+    if status or not stage.out.exists():
+        raise BadInput(f"a stage ended with exit status {status}, see above: {readable(command(stage))}. Once that is "
+                       "mended, the same command goes on from here")
+    seconds = load_checkpoint(stage.out)["seconds"] if stage.argv[0] == "train.py" else time.perf_counter() - start
+    write_record(stage, seconds, hardware(), code_version())
+
+
+class Worker:
+    """Runs stages in order of need, on as many slots as there are; each slot is an environment of its own, such as a GPU."""
+
+    def __init__(self, stages, slots, run_one, about=None, may_begin=None):
+        self.waiting = [stage for stage in with_needs(stages) if not finished(stage)]
+        self.slots, self.run_one = slots, run_one
+        self.about = about or (lambda stage, waiting: None)
+        self.may_begin = may_begin or (lambda stage: True)
+        self.busy, self.mutex, self.stopped = set(), threading.Lock(), False
+
+    def take(self):
+        """A stage whose needs are there and that no slot of this instance works on; None where there is none now."""
+        with self.mutex:
+            left = {stage.out for stage in self.waiting}
+            for stage in self.waiting:
+                if stage.out not in self.busy and not any(need.out in left for need in stage.needs):
+                    self.busy.add(stage.out)
+                    return stage
+
+    def give_back(self, stage, done):
+        with self.mutex:
+            self.busy.discard(stage.out)
+            if done:
+                self.waiting = [one for one in self.waiting if one.out != stage.out]
+            else:
+                self.waiting.append(self.waiting.pop(self.waiting.index(stage)))  # try others before it
+
+    def slot(self, environment, pause=2.0):
+        """Run stages until none is left, or none may begin."""
+        while self.waiting and not self.stopped:
+            stage = self.take()
+            if stage is None:
+                time.sleep(pause)  # what is left needs what runs now
+                continue
+            done = False
+            try:
+                with claimed(stage) as lock:
+                    done = lock is not None and finished(stage)
+                    if lock is not None and not done:
+                        if not self.may_begin(stage):
+                            self.stopped = True
+                            return
+                        self.about(stage, self.waiting)
+                        self.run_one(stage, environment, lock)
+                        done = True
+            except BaseException:
+                self.stopped = True
+                raise
+            finally:
+                self.give_back(stage, done)
+            if not done and lock is None:
+                time.sleep(pause)  # another instance works on it
+
+    def run(self):
+        """-> the stages that are left."""
+        if len(self.slots) == 1:
+            self.slot(self.slots[0])
+        else:
+            with ThreadPoolExecutor(len(self.slots)) as pool:
+                slots = [pool.submit(self.slot, environment) for environment in self.slots]
+                try:
+                    for one in slots:
+                        one.result()
+                finally:
+                    self.stopped = True
+        return self.waiting
+
+
+def slots_for(jobs, device_count):
+    """Environments for parallel stages: one GPU each where there are GPUs, one thread each where there are none."""
+    if jobs == 1 and device_count <= 1:
+        return [{}]
+    if device_count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(device_count)))).split(",")
+        return [{"CUDA_VISIBLE_DEVICES": visible[k % len(visible)]} for k in range(jobs)]
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"} for _ in range(jobs)]
+
+
+# ---------------------------------------------------------------------------- the machine and the code
+
+def hardware():
+    """The machine in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+def measured_flops(share=0.4):
+    """FLOP/s that a training can be expected to reach here: a share of what a product of matrices does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(4096 if device == "cuda" else 768, 4096 if device == "cuda" else 768, device=device, dtype=torch.bfloat16)
+    x = x if device == "cuda" else x.float()
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(4):
+            x @ x
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 4 * 2 * len(x) ** 3 / (time.perf_counter() - start))
+    return share * best
+
+
+def estimate_seconds(stages, flops):
+    """{out: seconds} that the stages take, from their FLOPs and from what finished stages of the same program took."""
+    guess = {stage.out: 10 + stage.flops / flops for stage in stages}
+    took, guessed = Counter(), Counter()
+    for stage in stages:
+        if stage.record().exists():
+            took[stage.argv[0]] += json.loads(stage.record().read_text())["seconds"]
+            guessed[stage.argv[0]] += guess[stage.out]
+    rate = {name: took[name] / guessed[name] for name in took}
+    return {stage.out: guess[stage.out] * rate.get(stage.argv[0], 1) for stage in stages}
+
+
+def code_version():
+    """The commit, where the code is in a git repository, and whether it was changed since."""
+    def git(*line):
+        return subprocess.run(["git", "-C", HERE, *line], capture_output=True, text=True, check=False)
+
+    with contextlib.suppress(OSError):
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        return commit and commit + "-changed" * bool(git("diff", "--quiet", "HEAD", "--", "*.py").returncode)
