@@ -172,7 +172,8 @@ class Blocks(Objective):
     f          x_1 is given; in block b = 1, 2, .. of B tokens (the last may be shorter) n uniform in 1..B; a
                uniform n-subset of it is hidden, 2b + 1, the rest visible, 2b
     queries    the hidden tokens, which see the blocks before and what is visible in their own
-    weights    B/n for the hidden, 0 for the visible; B = 1 is `ar`, B = S - 1 is `diffusion`
+    weights    B/n for the hidden, 0 for the visible. With B = 1 the contexts and weights are those of `ar`,
+               with B = S - 1 those of `diffusion`
 
     In two streams one pass serves all blocks: content rows are the clean text, query rows the hidden one. A
     finished block has 2b + 1 throughout, the outcome n = B: what it computed is kept for those behind it.
@@ -213,7 +214,7 @@ class Blocks(Objective):
             n = torch.zeros(len(hidden), len(size), dtype=torch.long).index_add(1, block, hidden)
             f, n, size = (2 * block + hidden)[n.amin(1) > 0], n[n.amin(1) > 0].double(), size.double()
             choices = torch.lgamma(size + 1) - torch.lgamma(n + 1) - torch.lgamma(size - n + 1)
-            return f, (-choices).exp().div(size).prod(1)                         # 1/B / comb(B, n) for each block
+            return f, (-choices).exp().div(size).prod(1)          # 1/B / comb(B, n) for each block
 
     def left_to_right(self, length, path):
         """Pass j scores token j of every block: the j before it are visible."""

@@ -47,7 +47,7 @@ from support.objective import asked
 
 @torch.no_grad()
 def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=True):
-    """-log P(x_p | x_1 .. x_{p-1}) of every token p = 2..S of sequences (N, S), the way the model was trained.
+    """-log P(x_p | x_1 .. x_{p-1}) of every token p = 2..S of sequences (N, S), as the model was trained.
 
     The objective says which group indices give each token its whole prefix and nothing else as context
     (`Objective.left_to_right`): one pass for `ar`, t for `dar`, S - 1 for `mlm` and `vl`. A pass computes the
@@ -78,7 +78,7 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=Tru
 
 @torch.no_grad()
 def weighted_nll(run, tokens, groups, queries, tokens_at_once=1 << 14):
-    """sum_p weight_p * -log P(x_p | context of p) of each row of tokens and f (R, S) and Queries -> double (R,)."""
+    """sum_p weight_p * -log P(x_p | context of p) of rows of tokens and f (R, S), Queries -> double (R,)."""
     rows, device, found = max(1, tokens_at_once // tokens.shape[1]), run.model.query.device, []
     for *inputs, weight in zip(*(x.split(rows) for x in (tokens, groups, *queries))):
         ids, f, targets, cuts = (x.to(device) for x in inputs)
@@ -90,7 +90,7 @@ def weighted_nll(run, tokens, groups, queries, tokens_at_once=1 << 14):
 def any_order(run, sequences, draws=8, orders=0, seed=0, quiet=True):
     """Bounds of -log P(x_2 .. x_S | x_1) in nats a token; P = E_o P_o is the model's mixture over orders.
 
-    bound    the mean over orders, from `draws` contexts a sequence, stratified over how many tokens are hidden
+    bound    the mean over orders, from `draws` contexts a sequence, stratified over how many tokens hide
     mixture  -log of the mean of P_o over `orders` orders a sequence, nearer to P the more there are
     Returns {name: double (N,)}. Both are upper bounds in expectation; only the first is unbiased.
     """
@@ -107,14 +107,14 @@ def any_order(run, sequences, draws=8, orders=0, seed=0, quiet=True):
         found["bound"].append(total(tokens, *run.objective.bound(draws, S, generator)).mean())
         if orders:
             f, ask = run.objective.orders(orders, S, generator)                          # (orders, passes, S)
-            nll = total(tokens, f.flatten(0, 1), ask.flatten(0, 1).float()).view(orders, -1).sum(1)  # -log P_o
-            found.setdefault("mixture", []).append(math.log(orders) - (-nll).logsumexp(0))
+            log_p = -total(tokens, f.flatten(0, 1), ask.flatten(0, 1).float()).view(orders, -1).sum(1)
+            found.setdefault("mixture", []).append(math.log(orders) - log_p.logsumexp(0))
     return {name: torch.stack(nll) / (S - 1) for name, nll in found.items()}
 
 
 def as_trained(run, sequences, most=64):
-    """Mean -log P of the targets given the contexts they are trained with, weighted as in the loss, over all f
-    where these are few, as for `dar` and `mtp`. None where they are not, or are left to right anyway."""
+    """Mean -log P of the targets given the contexts they are trained with, weighted as in the loss, over all
+    f where these are few, as for `dar` and `mtp`. None where they are not, or are left to right anyway."""
     (N, S), objective = sequences.shape, run.objective
     listed = objective.outcomes(S, most) if objective.one_stream != "mask" else None
     if listed is None or len(listed[0]) > most:
@@ -131,7 +131,7 @@ def as_trained(run, sequences, most=64):
 
 def summary(nll, tokens_per_byte):
     """Results from the -log P (N, S - 1) of N sequences. Perplexity is exp of the mean over tokens; the
-    standard error treats sequences as the independent samples; `sequence_nll` are theirs, to pair checkpoints."""
+    standard error takes sequences for independent samples; `sequence_nll` are theirs, to pair checkpoints."""
     mean, stderr = nll.mean().item(), nll.mean(1).std().item() / math.sqrt(len(nll))
     return {"nll": mean, "stderr": stderr, "tokens": nll.numel(), "sequences": len(nll),
             "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
@@ -139,8 +139,8 @@ def summary(nll, tokens_per_byte):
 
 
 def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False, quiet=True):
-    """Left-to-right likelihood of held-out text under a Run -> dict of results per regime; with `lengths` also
-    for each length of the prefix."""
+    """Left-to-right likelihood of held-out text under a Run -> dict of results per regime; with `lengths`
+    also for each length of the prefix."""
     sequences, tokens_per_byte, data = evaluation_sequences(run, data, max_sequences)
     results, start = {"data": data, "length": sequences.shape[1], "regimes": {}}, time.perf_counter()
     for name, nll in left_to_right(run, sequences, regime, quiet=quiet).items():
@@ -154,18 +154,20 @@ def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False, qu
         results["training_order_nll"], results["training_order_perplexity"] = order, math.exp(order)
     if unknown is not None:
         results["unknown"] = (sequences == unknown).double().mean().item()
+        results["wordpiece"] = getattr(run.tokenizer, "kind", "") == "wordpiece"
     return results
 
 
 def bound(run, data=None, max_sequences=200, draws=8, orders=0, seed=0, quiet=True):
-    """The any-order bound and the exact left-to-right likelihood of the same text under the same Run -> dict."""
+    """The any-order bound and the exact left-to-right likelihood of one text under one Run -> dict."""
     sequences, tokens_per_byte, data = evaluation_sequences(run, data, max_sequences)
     wide = (-1, sequences.shape[1] - 1)
     mixed = any_order(run, sequences, draws, orders, seed, quiet)
     exact = left_to_right(run, sequences, quiet=quiet)
     gaps = {name: mixed["bound"] - nll.double().mean(1) for name, nll in exact.items()}
-    return {"data": data, "length": sequences.shape[1], "draws": draws, "orders": orders,
-            "any_order": {name: summary(nll[:, None].expand(wide), tokens_per_byte) for name, nll in mixed.items()},
+    mixed = {name: nll[:, None].expand(wide) for name, nll in mixed.items()}
+    return {"data": data, "length": sequences.shape[1], "sequences": len(sequences), "draws": draws, "orders": orders,
+            "any_order": {name: summary(nll, tokens_per_byte) for name, nll in mixed.items()},
             "left_to_right": {name: summary(nll, tokens_per_byte) for name, nll in exact.items()},
             "difference": {name: {"nll": gap.mean().item(), "stderr": gap.std().item() / math.sqrt(len(gap))}
                            for name, gap in gaps.items()}}
@@ -185,8 +187,9 @@ def print_perplexity(results):
         print(f"{'as trained':10s} perplexity   {results['training_order_perplexity']:9.2f}{'':10s}"
               f"nll {results['training_order_nll']:.4f}, each token in the contexts it is trained with")
     if "unknown" in results:
-        print(f"{results['unknown']:.2%} of these tokens are [UNK]. WordPiece also drops letter case and spacing: "
-              "its bits per byte\nleave out what it drops and do not compare with those of other tokenizers.")
+        print(f"{results['unknown']:.2%} of these tokens are [UNK].", end=" ")
+        print("WordPiece also drops letter case and spacing: its bits per byte\nleave that out and do not "
+              "compare with those of other tokenizers." if results["wordpiece"] else "")
 
 
 def print_bound(results, run):
@@ -201,7 +204,7 @@ def print_bound(results, run):
     for name, gap in results["difference"].items():
         print(f"\nbound - {name}: {gap['nll']:+.4f} ± {gap['stderr']:.4f} nats a token, sequence by sequence")
     if run.path == "mask" and run.objective.generation == "left":
-        print("The bound asks for every share of hidden tokens, of which this model was trained with some only.")
+        print("The bound takes every share of hidden tokens, of which this model was trained with some only.")
 
 
 # ---------------------------------------------------------------------------- commands
@@ -231,7 +234,7 @@ def bound_command(args):
     with autocast:
         results = bound(run, args.data, args.max_sequences, args.draws, args.orders, args.seed, quiet=False)
     if args.json != "-":
-        print(title(run, results))
+        print(f"{title(run, results)}, {results['sequences']:,} sequences of {results['length']} tokens")
         print_bound(results, run)
     return {"results": results}, run
 
@@ -256,7 +259,7 @@ def report(checkpoint, device=None):
     else:
         print(f"\n{describe(run.objective)} has no exact left-to-right likelihood, so there is no perplexity")
     starts = evaluation_sequences(run, count=32)[0][:, :max(1, run.settings.length // 4)]
-    prompt = max(starts, key=lambda start: start.unique().numel()).tolist()  # prose, not a table or white space
+    prompt = max(starts, key=lambda start: start.unique().numel()).tolist()  # prose rather than a table
     ids = best_sample(run, prompt, run.settings.length // 2)
     print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
     if exact:
@@ -271,7 +274,7 @@ def add_likelihood_commands(command):
     source = "pydoc, text, token folder or hf:NAME (default: the run's validation text)"
     sub = command("perplexity", perplexity_command, "left-to-right likelihood of held-out text (Eq. 2)")
     sub.add_argument("--data", help=source)
-    sub.add_argument("--regime", choices=("padded", "truncated"), help="for masks in one stream (default: both)")
+    sub.add_argument("--regime", choices=("padded", "truncated"), help="masks in one stream (default: both)")
     sub.add_argument("--by-length", action="store_true", help="perplexity against the length of the prefix")
     sub.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the text")
     sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture of that curve (Figure 3)")
@@ -280,10 +283,10 @@ def add_likelihood_commands(command):
     sub = command("bound", bound_command, "bound of the any-order likelihood, beside the left-to-right one")
     sub.add_argument("--data", help=source)
     sub.add_argument("--max-sequences", type=positive, default=50, help="sequences drawn from the text")
-    sub.add_argument("--draws", type=positive, default=8, help="contexts a sequence, spread over the number of "
-                     "hidden tokens")
-    sub.add_argument("--orders", type=positive, default=0, metavar="K", help="also the tighter -log of the mean "
-                     "over K whole orders a sequence, each of which may take S - 1 passes")
+    sub.add_argument("--draws", type=positive, default=8, help="contexts a sequence, spread over the number "
+                     "of hidden tokens")
+    sub.add_argument("--orders", type=positive, default=0, metavar="K", help="also the tighter -log of the "
+                     "mean over K whole orders a sequence, each of which may take S - 1 passes")
     sub.add_argument("--seed", type=seed, default=0, help="of the contexts and orders")
     sub.add_argument("--length", type=positive, help="as for perplexity")
 
@@ -306,7 +309,7 @@ def main(argv=None):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         which = {"dest": "checkpoints", "nargs": "+"} if many else {"dest": "checkpoint"}
-        sub.add_argument(**which, metavar="CKPT", help="run folder, checkpoint file, untrained:RUN, or hf:PATH")
+        sub.add_argument(**which, metavar="CKPT", help="run folder, checkpoint, untrained:RUN or hf:PATH")
         sub.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
         sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
         sub.add_argument("--json", type=output_file, metavar="FILE",

@@ -69,7 +69,7 @@ def main(argv=None):
                 if name in owners[option] or not owners[option].keys() & set(names)}
         objective = from_options(name, **ours)
         path = choose_path(objective, images=objective.images_only)
-        length = args.length or smallest_of((8, 16), objective)
+        length = args.length or room_for(objective)
         sheets.append(sheet_of(objective, describe(objective), path, length, args.samples, args.seed))
         spectra.append(spectrum(objective, length, flag=name)["singular_values"] if args.plot else None)
     if args.plot:
@@ -79,13 +79,12 @@ def main(argv=None):
         print("\n\n".join(draw(torch.tensor(f), queries) for f, queries in sheet.draws) + "\n")
 
 
-def smallest_of(lengths, objective):
-    """The first of these lengths that suits the objective, else the last."""
-    for length in lengths[:-1]:
-        with contextlib.suppress(BadInput):
-            objective.check(length)
-            return length
-    return lengths[-1]
+def room_for(objective):
+    """8 tokens, or 16 where the objective does not fit into 8."""
+    with contextlib.suppress(BadInput):
+        objective.check(8)
+        return 8
+    return 16
 
 
 # ---------------------------------------------------------------------------- the paper's four
@@ -346,7 +345,7 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
     return Batch(inputs, groups, blank, given, targets, cuts, labels, weight, total.repeat(len(groups)))
 
 
-# ---------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------------------- losses and scores
 
 def loss_sum(model, batch, path):
     """The sum over the batch's queries of weight * -log P(x_p | context of p); over `total` it is the loss.
@@ -378,8 +377,6 @@ def spectral_loss(scores, targets, target_marginal):
     positive = scores.gather(1, targets[:, None]).mean()
     return -2 * positive + (scores.square() @ target_marginal).mean()
 
-
-# ---------------------------------------------------------------------------- scoring
 
 def scores_next(groups):
     """groups (S,) -> bool (S,): which targets have exactly the tokens before them as their context."""

@@ -1,24 +1,29 @@
-"""Every table and figure of the paper with one command, the paper's numbers beside ours, and a verdict on each claim.
+"""Every table and figure of the paper with one command, the paper's numbers beside ours, and a verdict on
+each claim.
 
-    python reproduce.py table7 --scale smoke                              proves the pipeline: minutes, nothing to download
-    python reproduce.py table7 --scale cpu --data-dir DIR                 on your data; --tokens and --epochs set the budget
-    python reproduce.py all --scale gpu --data-dir DIR --minutes 55       begins no stage that would end later; run again to go on
-    python reproduce.py all --scale paper --list                          what it takes: data, hours, memory, disk
-    python reproduce.py table7 --scale paper --data-dir DIR --dry-run     the exact commands
-    python reproduce.py report --out results --readme README.md           all results on one page, the verdicts in README.md
+    python reproduce.py table7 --scale smoke                              proves the pipeline: minutes,
+    nothing to download python reproduce.py table7 --scale cpu --data-dir DIR                 on your data;
+    --tokens and --epochs set the budget python reproduce.py all --scale gpu --data-dir DIR --minutes 55
+    begins no stage that would end later; run again to go on python reproduce.py all --scale paper --list
+    what it takes: data, hours, memory, disk python reproduce.py table7 --scale paper --data-dir DIR --dry-run
+    the exact commands python reproduce.py report --out results --readme README.md           all results on
+    one page, the verdicts in README.md
 
-A target (experiments/tables.py, experiments/ours.py) is a table: its rows are models, its columns measures, and each cell comes
-from stages. A stage is one command line of this project. Tables share stages, what is there is not computed again, an interrupted
-training goes on, and several instances of this program share the work. DIR holds, as far as the targets need it:
+A target (experiments/tables.py, experiments/ours.py) is a table: its rows are models, its columns measures,
+and each cell comes from stages. A stage is one command line of this project. Tables share stages, what is
+there is not computed again, an interrupted training goes on, and several instances of this program share the
+work. DIR holds, as far as the targets need it:
 
-    text/    raw text or a token folder of data.py     images/      class folders, CIFAR files or an image folder of data.py
-    glue/    the official GLUE files                   transfer/    any number of image sets (optional; Table 6)
-    other/   text of another kind (optional; Table 7)  paper scale: also images100/ (ImageNet-100), wikitext2/
+    text/    raw text or a token folder of data.py     images/      class folders, CIFAR files or an image
+    folder of data.py glue/    the official GLUE files                   transfer/    any number of image sets
+    (optional; Table 6) other/   text of another kind (optional; Table 7)  paper scale: also images100/
+    (ImageNet-100), wikitext2/
 
-Verdicts (experiments/verdicts.py). A claim is a difference that the paper says is positive; its size in the paper's numbers is
-the effect that ours is judged against. The 95% interval is over pretraining seeds and over test examples, both the same on both
-sides. Where classification does not tell a pretrained network from an untrained one, nothing was measured; one seed proves
-nothing; one claim of each target is primary, and Holm's correction runs over the primaries.
+Verdicts (experiments/verdicts.py). A claim is a difference that the paper says is positive; its size in the
+paper's numbers is the effect that ours is judged against. The 95% interval is over pretraining seeds and over
+test examples, both the same on both sides. Where classification does not tell a pretrained network from an
+untrained one, nothing was measured; one seed proves nothing; one claim of each target is primary, and Holm's
+correction runs over the primaries.
 """
 
 import itertools
@@ -55,7 +60,8 @@ ONCE = ("theory", "toy")  # these bring their own seeds
 def place_of(scale, args):
     changes = {name: value for name in ("tokens", "epochs") if (value := getattr(args, name))}
     work = args.work or Path("runs", "reproduce", scale)
-    return Place(scale, Path(os.path.abspath(args.data_dir or "DATA")), work, replace(SCALES[scale], **changes), args.safer)
+    return Place(scale, Path(os.path.abspath(args.data_dir or "DATA")), work,
+                 replace(SCALES[scale], **changes), args.safer)
 
 
 def seeds_of(place, name, args):
@@ -66,7 +72,8 @@ def seeds_of(place, name, args):
 
 def data_of(place, stages):
     """What the stages read from outside: paths in --data-dir, and names on the Hugging Face hub."""
-    return sorted({arg for stage in stages for arg in stage.argv if arg.startswith((f"{place.data}{os.sep}", "hf:"))})
+    return sorted({arg for stage in stages for arg in stage.argv
+                   if arg.startswith((f"{place.data}{os.sep}", "hf:"))})
 
 
 def missing(place, stages):
@@ -76,7 +83,8 @@ def missing(place, stages):
 
 def at_risk(place, stages):
     """Whether images are trained at the paper's rate, without clipping."""
-    return place.name == "paper" and not place.safer and any("vit-" in stage.argv[0] + " ".join(stage.argv) for stage in stages)
+    return place.name == "paper" and not place.safer and any("vit-" in stage.argv[0] + " ".join(stage.argv)
+                                                             for stage in stages)
 
 
 # ---------------------------------------------------------------------------- what it takes
@@ -84,17 +92,19 @@ def at_risk(place, stages):
 def show_list(scales, names, args):
     """What every target takes at each scale."""
     here = measured_flops()
-    print(f"hours here: at {here / 1e9:,.0f} GFLOP/s, 40% of what a product of matrices reaches on this machine, until stages have run")
+    print(f"hours here: at {here / 1e9:,.0f} GFLOP/s, 40% of what a product of matrices reaches on this "
+          "machine, until stages have run")
     for scale in scales:
         place = place_of(scale, args)
         large = scale in ("gpu", "paper")
-        print(f"\n{scale}: {place.scale.about}\n{'':16s} seeds  stages   done      here   longest   memory     disk"
-              + "   one H100" * large + "   data")
+        print(f"\n{scale}: {place.scale.about}\n{'':16s} seeds  stages   done      here   longest   memory   "
+              "  disk" + "   one H100" * large + "   data")
         plans = {name: stages_of(place, TARGETS[name](place), seeds_of(place, name, args)) for name in names}
         if len(names) > 1:
             plans["all together"] = with_needs(itertools.chain.from_iterable(plans.values()))
         for name, stages in plans.items():
-            show_line(place, name, stages, seeds_of(place, name, args) if name in TARGETS else "", here, large)
+            show_line(place, name, stages, seeds_of(place, name, args) if name in TARGETS else "", here,
+                      large)
         if at_risk(place, itertools.chain.from_iterable(plans.values())):
             print(f"note: {RISK}")
 
@@ -104,17 +114,20 @@ def show_line(place, name, stages, seeds, here, large):
     left = [stage for stage in stages if not stage.record().exists()]
     seconds, there = estimate_seconds(stages, here), estimate_seconds(stages, place.scale.flops)
     to_go, longest = sum(seconds[stage.out] for stage in left), max(seconds.values())
-    memory, disk = max(1, max(stage.memory for stage in stages) / 1e9), max(0.1, sum(stage.disk for stage in left) / 1e9)
+    memory, disk = max(1, max(stage.memory for stage in stages) / 1e9), max(0.1,
+                                                                            sum(stage.disk for stage in left)
+                                                                            / 1e9)
     hours = f"   {duration(sum(there[stage.out] for stage in left)):>8s}" * large
     data = [x if x.startswith("hf:") else os.path.relpath(x) for x in data_of(place, stages)]
-    print(f"{name:16s} {seeds:>5} {len(stages):7d} {len(stages) - len(left):6d} {duration(to_go):>9s} {duration(longest):>9s} "
-          f"{memory:5.0f} GB {disk:5,.1f} GB{hours}   {', '.join(data) or 'nothing'}")
+    print(f"{name:16s} {seeds:>5} {len(stages):7d} {len(stages) - len(left):6d} {duration(to_go):>9s} "
+          f"{duration(longest):>9s} {memory:5.0f} GB {disk:5,.1f} GB{hours}   {', '.join(data) or 'nothing'}")
 
 
 # ---------------------------------------------------------------------------- carrying it out
 
 def plans_of(place, names, args):
-    """{target: (Table, stages)} of the targets whose data is there; where it is not, a note, or of one target an error."""
+    """{target: (Table, stages)} of the targets whose data is there; where it is not, a note, or of one target
+    an error."""
     plans = {}
     for name in names:
         table = TARGETS[name](place)
@@ -145,7 +158,8 @@ def carry_out(place, names, args):
     def about(stage, waiting):
         seconds = estimate_seconds(everything, place.scale.flops)
         to_go = sum(seconds[one.out] for one in waiting) / jobs
-        print(f"[{total - len(waiting) + 1}/{total}, about {duration(to_go)} to go] {readable(command(stage))}", file=sys.stderr)
+        print(f"[{total - len(waiting) + 1}/{total}, about {duration(to_go)} to go] "
+              f"{readable(command(stage))}", file=sys.stderr)
         ran.append(stage)
 
     def may_begin(stage):
@@ -158,8 +172,9 @@ def carry_out(place, names, args):
     for name, (table, stages) in plans.items():
         left = Worker(stages, slots_for(jobs, gpus), run_one, about, may_begin).run()
         if left:
-            print(f"the next stage would not be done after {args.minutes:g} minutes; {sum(not finished(s) for s in everything)} stages "
-                  "are left: the same command goes on", file=sys.stderr)
+            print(f"the next stage would not be done after {args.minutes:g} minutes; "
+                  f"{sum(not finished(s) for s in everything)} stages " "are left: the same command goes on",
+                  file=sys.stderr)
             return 1
         print(markdown(write_results(place, name, table, seeds_of(place, name, args), args.out)))
     return int(len(plans) < len(names))
@@ -169,21 +184,30 @@ def carry_out(place, names, args):
 
 def make_parser():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("target", choices=(*TARGETS, "all", "report"), nargs="?",
-                        help="a table or figure of the paper, or beyond it: " + ", ".join(ours.TARGETS) + "; all; report: pages from --out")
-    parser.add_argument("--scale", choices=SCALES, help="smoke, cpu, gpu or paper (default: smoke; --list: every one)")
+    parser.add_argument("target", choices=(*TARGETS, "all", "report"), nargs="?", help="a table or figure of "
+                        "the paper, or beyond it: " + ", ".join(ours.TARGETS) + "; all; report: pages from "
+                        "--out")
+    parser.add_argument("--scale", choices=SCALES, help="smoke, cpu, gpu or paper (default: smoke; --list: "
+                        "every one)")
     parser.add_argument("--seeds", type=positive, help="pretraining runs of each model (default: see --list)")
-    parser.add_argument("--tokens", type=float, help="tokens that each text model reads (default: the scale's, experiments/scales.py)")
+    parser.add_argument("--tokens", type=float, help="tokens that each text model reads (default: the "
+                        "scale's, experiments/scales.py)")
     parser.add_argument("--epochs", type=float, help="epochs of each image model (default: the scale's)")
     parser.add_argument("--data-dir", help="folder of text/, glue/, images/ and what else the target needs")
-    parser.add_argument("--list", action="store_true", help="show what each target takes: stages, hours, memory, disk, data")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of the stages that are not done")
-    parser.add_argument("--minutes", type=float, help="begin no stage that would end later than that; the next call goes on")
+    parser.add_argument("--list", action="store_true", help="show what each target takes: stages, hours, "
+                        "memory, disk, data")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the stages that are "
+                        "not done")
+    parser.add_argument("--minutes", type=float, help="begin no stage that would end later than that; the "
+                        "next call goes on")
     parser.add_argument("--jobs", type=positive, help="stages at a time (default: one on each GPU)")
-    parser.add_argument("--launcher", help='starts train.py in place of python, such as "torchrun --nproc_per_node=8"')
+    parser.add_argument("--launcher", help='starts train.py in place of python, such as "torchrun '
+                        '--nproc_per_node=8"')
     parser.add_argument("--safer", action="store_true", help="images: MAE's smaller rate, and clipping")
-    parser.add_argument("--adopt", metavar="DIR", help="use finished run folders inside DIR that have the settings of a stage")
-    parser.add_argument("--work", type=Path, help="folder of the stages' results (default: runs/reproduce/SCALE)")
+    parser.add_argument("--adopt", metavar="DIR", help="use finished run folders inside DIR that have the "
+                        "settings of a stage")
+    parser.add_argument("--work", type=Path, help="folder of the stages' results (default: "
+                        "runs/reproduce/SCALE)")
     parser.add_argument("--out", type=Path, default=Path("results-mine"), help="folder of the tables")
     parser.add_argument("--readme", help="report: a file to write the verdicts into, between its markers")
     return parser
@@ -208,7 +232,8 @@ def main(argv=None):
     place = place_of(args.scale or "smoke", args)
     if args.dry_run:
         plans = [stages_of(place, TARGETS[name](place), seeds_of(place, name, args)) for name in names]
-        print("\n".join(readable(command(stage)) for stage in with_needs(itertools.chain(*plans)) if not finished(stage)))
+        print("\n".join(readable(command(stage)) for stage in with_needs(itertools.chain(*plans))
+                        if not finished(stage)))
         return 0
     return carry_out(place, names, args)
 

@@ -3,13 +3,14 @@
     python spectral.py all                                        every claim on one page
     python spectral.py spectrum --objective dar mtp --t 2 --s 8   singular values of objectives
     python spectral.py theorem4.2 --r 2 --s 4 --T 2 --rho 0.5     a theorem (3.1, 4.1, 4.2, 4.3), corrected
+    python spectral.py toy --quick                                networks on toy models, noisy and not
     python spectral.py trained CKPT [CKPT ...]                    the operator as trained networks see it
 
 Set-up (Sec. 3.2). An objective pairs a context X with a target X+; P_M is their joint distribution, P_C and
 P_G its marginals, Abar = P_M / sqrt(P_C P_G), sigma_j the j-th singular value of Abar. The toy model D_sim
 (Sec. 4.1.2) has r classes, s positions and T values for each class and position; given the class, tokens are
 independent and uniform. How P_M follows from f, and the closed forms, are in theory/operator.py; Theorem 4.3
-is in theory/attention.py. Here are Theorems 3.1, 4.1 and 4.2.
+is in theory/attention.py, networks on the toy model are in theory/toy.py. Here are Theorems 3.1, 4.1 and 4.2.
 """
 
 import math
@@ -26,6 +27,7 @@ from support.cli import (
     command_line,
     import_optional,
     output_file,
+    plain,
     positive,
     seed,
     write_json,
@@ -35,6 +37,8 @@ from support.options import all_options
 from theory import claims, operator, pictures, show
 from theory.attention import theorem43
 from theory.operator import cooccurrence, hidden_of, normalised, spectrum, token_sets
+from theory.toy import add_toy_arguments, run_toy
+from theory.toy_report import plot_toy, show_toy
 
 # ---------------------------------------------------------------------------- Theorem 3.1
 
@@ -242,7 +246,7 @@ def theorem41(r, s, T, rho, rotations=30, seed=0):
 
 # ---------------------------------------------------------------------------- every objective, every claim
 
-def compared(s):
+def registered(s):
     """All registered objectives on s tokens, 16 patches for those of images, with options that fit."""
     options = {"dar": [{"t": t} for t in sorted({2, 3, 4, s - 1}) if 1 < t < s], "mtp": [{"t": 2}],
                "mlm": [{"mask": 0.5}], "vl": [{"mask": (1 / s, 1 - 1 / s)}], "blocks": [{"block": 3}],
@@ -270,7 +274,7 @@ def of_one(objective, s, weighting="targets", samples=100_000, seed=0):
 
 def every_claim(seed=0, s=8):
     """Every claim of the paper that can be computed, and what its picture shows."""
-    spectra, eq6, eq3 = compared(s), *(spectrum(from_options(name, t=2), s) for name in ("dar", "mtp"))
+    spectra, eq6, eq3 = registered(s), *(spectrum(from_options(name, t=2), s) for name in ("dar", "mtp"))
     tails = [spectrum(from_options("dar", t=t), s)["tail_sigma4_per_class"] for t in range(1, s)]
     told = []
     for name in ("dar", "mlm", "permutation"):
@@ -300,16 +304,7 @@ def spectrum_command(args):
     return {"spectra": spectra}
 
 
-def plain(x):
-    """numpy to what JSON knows."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    return x.tolist() if isinstance(x, (np.ndarray, np.generic)) else x
-
-
-def parse(argv):
+def read_command(argv):
     parser = Parser(description="The theory of the paper, checked and extended to every objective.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
@@ -349,16 +344,20 @@ def parse(argv):
     sub.add_argument("--samples", type=positive, default=100_000, help="draws of f where not all can be "
                                                                        "listed")
     add_options(sub)
+    sub = command("toy", run_toy, show_toy, "networks on toy models, with noise and without", picture=plot_toy)
+    add_toy_arguments(sub)
     sub = command("trained", trained, show_trained, "empirical spectrum of checkpoints of train.py")
     add_trained_arguments(sub)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args, threads = parse(argv), torch.get_num_threads()
+    args, threads = read_command(argv), torch.get_num_threads()
     plot = getattr(args, "plot", None)
     if plot:
         import_optional("matplotlib.figure")  # complain before the work, not after it
+        if not plot.lower().endswith((".png", ".pdf", ".svg")):
+            raise BadInput(f"--plot {plot} is no picture: end its name in .png, .pdf or .svg")
     try:
         if args.command != "trained":
             torch.set_num_threads(1)                                           # the matrices are small

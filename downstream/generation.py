@@ -120,8 +120,8 @@ def rule(run, order, at_once, suffix):
 
 
 class Asker:
-    """Scores of tokens, given the others, step after step over one text that fills up. In two streams the keys
-    and values of content are kept for as long as no f changes up to their group."""
+    """Scores of tokens, given the others, step after step over one text that fills up. In two streams the
+    keys and values of content are kept for as long as no f changes up to their group."""
 
     def __init__(self, run):
         self.model, self.path = run.model, run.path
@@ -134,7 +134,7 @@ class Asker:
         if self.path == "two-stream":
             features = self.behind(tokens.to(device), f, targets, cut)
         elif self.path == "causal" and self.caches:
-            first, p = self.kept.shape[1], int(targets[0])                       # tokens 0 .. first - 1 are kept
+            first, p = self.kept.shape[1], int(targets[0])                    # tokens 0 .. first - 1 are kept
             features = model.next_features(tokens[None, first:p].to(device), self.caches, first)
             self.kept = torch.zeros(2, p)
         else:
@@ -154,7 +154,7 @@ class Asker:
             if 0 < same < state.shape[1] and state[1, same] == state[1, same - 1]:
                 same = int((state[1] < state[1, same]).sum())
         self.kept, new, model = now, place[same:].to(tokens.device), self.model
-        limit = torch.cat([now[1, same:] + 1, torch.full_like(targets, cut)])    # rows see f below their limit
+        limit = torch.cat([now[1, same:] + 1, torch.full_like(targets, cut)])  # rows see f below their limit
         sees = (now[1] < limit[:, None]).to(tokens.device)
         h = model.embedding(tokens[new]) + model.position_scale * model.positions[new]
         g = model.query + model.position_scale * model.positions[targets.to(tokens.device)]
@@ -197,8 +197,8 @@ def add_generate_command(command):
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     sub.add_argument("--top-k", type=int, default=50, help="0 for all")
     sub.add_argument("--seed", type=seed, default=0, help="of every random choice")
-    sub.add_argument("--order", choices=ORDERS, help="left to right, the surest hidden token first, or any of "
-                     "them (default: confident for diffusion, blocks and spans, else left)")
-    sub.add_argument("--per-step", type=positive, default=1, help="confident, random: tokens kept of each pass")
-    sub.add_argument("--at-once", action="store_true", help="dar, mtp: also what is predicted in parallel with "
-                     "the next token")
+    sub.add_argument("--order", choices=ORDERS, help="left to right, the surest hidden token first, or any "
+                     "of them (default: confident for diffusion, blocks and spans, else left)")
+    sub.add_argument("--per-step", type=positive, default=1, help="not left: tokens kept of each pass")
+    sub.add_argument("--at-once", action="store_true", help="dar, mtp: also what is predicted in parallel "
+                     "with the next token")

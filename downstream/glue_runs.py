@@ -42,7 +42,7 @@ class GlueRun:
     autocast: object = PLAIN
     max_train: int = None     # use that many of the training examples, at random
     submit: str = None        # folder for test predictions: seed0/CoLA.tsv .., seed0.zip for the GLUE server
-    results_file: str = None  # JSON of all that was ever computed, by settings, weights and checksums of the files
+    results_file: str = None  # JSON of all that was ever computed, by settings, weights and checksums
     quiet: bool = True
 
 

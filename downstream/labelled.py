@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from downstream import glue
-from downstream.tables import Columns, is_number, read_labelled
+from downstream.tables import USUAL, is_number, read_labelled
 from support.cli import BadInput, progress
 from text.sources import pydoc_texts
 
@@ -44,11 +44,11 @@ class Dataset:
     skipped: int = 0  # malformed rows that were left out
 
 
-def load_dataset(data, glue_dir=None, dev=None, regression=None, columns=Columns(), seed=0):
+def load_dataset(data, glue_dir=None, dev=None, regression=None, columns=USUAL, seed=0):
     """What --data names: a GLUE task, pydoc, or a file as tables.py reads it."""
     if data not in (*glue.TASKS, "pydoc"):
         return table_dataset(data, dev, regression, columns, seed=seed)
-    given = {"dev": dev, "regression": regression, "text-column": columns != Columns()}
+    given = {"dev": dev, "regression": regression, "text-column": columns != USUAL}
     for name in (name for name, value in given.items() if value):
         raise BadInput(f"{data} has dev texts, columns and a kind of label of its own; leave out --{name}")
     return pydoc_dataset() if data == "pydoc" else glue_dataset(glue_dir, data)
@@ -69,7 +69,7 @@ def glue_dataset(glue_dir, name):
                    sum(e.skipped for e in read.values()))
 
 
-def table_dataset(path, dev=None, regression=None, columns=Columns(), held_out=0.2, seed=0):
+def table_dataset(path, dev=None, regression=None, columns=USUAL, held_out=0.2, seed=0):
     """The table `path`. Without a `dev` file, a seeded share is held out. `regression` None: where all labels
     are numbers and not all of them whole."""
     tables = []

@@ -171,7 +171,7 @@ def reconstruct_command(args):
             numbers = order(len(images), args.seed, 0, min(args.max_images, len(images)))
             hidden = hidden_patches(len(numbers), config.length, args.hide, args.order, args.seed)
             for title, fill in (("original", lambda patches, _: patches), ("hidden", in_grey)):
-                _, kept = complete(config, images, numbers[:args.rows], hidden, fill, args.rows)
+                _, kept = complete(config, images, numbers[:args.rows], hidden[:args.rows], fill, args.rows)
                 columns.append((title, kept))
             found, _ = complete(config, images, numbers, hidden, with_mean, 0, perceptual)
             rows.append({"checkpoint": None, "label": "mean colour", **mean_and_stderr(found)})

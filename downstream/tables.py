@@ -33,6 +33,9 @@ class Columns(NamedTuple):
     label: str = "label"
 
 
+USUAL = Columns()
+
+
 @dataclass(frozen=True)
 class Examples:
     """Texts, each a tuple of one or two str, and their labels as the file writes them (None: the file has
@@ -159,7 +162,7 @@ def read_object(path, number, line):
     return values
 
 
-def read_labelled(path, columns=Columns()):
+def read_labelled(path, columns=USUAL):
     """The Examples of somebody's own file. BadInput says which columns there are, or that no line names
     them."""
     if Path(path).suffix in JSON_LINES:

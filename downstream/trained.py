@@ -70,13 +70,13 @@ def show_trained(x):
         sigma = [f"{value:.3f}" for j, value in enumerate(y["correlations"], 2) if j in shown]
         rows.append((y["objective"], str(y["features"]), f"{y['tail_sigma4']:.3f}", *sigma))
     return [*table(rows), "",
-            *prose("Shown: how strongly linear functions of a network's features and of its embeddings",
-                   "depend on each other on held-out text, a lower bound on the sigma_j of what it reads and",
-                   "predicts; few features make it lower. Not shown: Abar itself. The best functions need not",
-                   "be linear, and a direction counts even if the network ignores it. These networks are told",
-                   "the position that they predict: on D_sim all objectives would then have the same flat",
-                   "spectrum, so no order of objectives here confirms or contradicts Theorem 4.2. Compare with",
-                   "CKPT untrained:RUN.")]
+            *prose("Shown: how strongly linear functions of a network's features and of its embeddings "
+                   "depend on each other on held-out text, a lower bound on the sigma_j of what it reads and "
+                   "predicts; few features make it lower. Not shown: Abar itself. The best functions need "
+                   "not be linear, and a direction counts even if the network ignores it. These networks are "
+                   "told the position that they predict: on D_sim all objectives would then have the same "
+                   "flat spectrum, so no order of objectives here confirms or contradicts Theorem 4.2. "
+                   "Compare with untrained:RUN as CKPT.")]
 
 
 def add_trained_arguments(parser):

@@ -2,8 +2,9 @@
 
     python -m experiments.authors FOLDER --out DIR
 
-Files are named AUTHOR_TITLE...txt. Of every author of two novels or more the last one is kept for the dev passages, so that names
-and places do not give the author away. Writes DIR/train.tsv and DIR/dev.tsv with the columns text and label.
+Files are named AUTHOR_TITLE...txt. Of every author of two novels or more the last one is kept for the dev
+passages, so that names and places do not give the author away. Writes DIR/train.tsv and DIR/dev.tsv with the
+columns text and label.
 """
 
 import re
@@ -17,7 +18,8 @@ from support.cli import BadInput, Parser, command_line, positive
 
 
 def passages(path, count, characters, rng):
-    """`count` pieces of a text file at random, of whole words and about that many characters, white space made single."""
+    """`count` pieces of a text file at random, of whole words and about that many characters, white space
+    made single."""
     text = " ".join(re.sub(r"\s+", " ", path.read_text(encoding="utf-8-sig", errors="replace")).split())
     margin = len(text) // 20  # neither title page nor index
     starts = rng.integers(margin, max(margin + 1, len(text) - margin - characters), size=count)
@@ -31,11 +33,13 @@ def label_authors(folder, out, train=16, dev=40, characters=600):
         novels[path.stem.split("_")[0]].append(path)
     novels = {author: paths for author, paths in novels.items() if len(paths) > 1}
     if len(novels) < 2:
-        raise BadInput(f"{folder} does not hold two or more files AUTHOR_TITLE.txt of each of two or more authors")
+        raise BadInput(f"{folder} does not hold two or more files AUTHOR_TITLE.txt of each of two or more "
+                       "authors")
     rows = {"train": [], "dev": []}
     for author, (*known, last) in novels.items():
         shares = np.diff(np.linspace(0, train, len(known) + 1).round().astype(int))
-        rows["train"] += [(text, author) for path, share in zip(known, shares) for text in passages(path, share, characters, rng)]
+        rows["train"] += [(text, author) for path, share in zip(known, shares)
+                          for text in passages(path, share, characters, rng)]
         rows["dev"] += [(text, author) for text in passages(last, dev, characters, rng)]
     partial = out.with_name(out.name + ".partial")  # whole or not at all
     partial.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,8 @@ def main(argv=None):
     parser.add_argument("--train", type=positive, default=16, help="training passages of every author")
     parser.add_argument("--dev", type=positive, default=40, help="dev passages of every author")
     args = parser.parse_args(argv)
-    print(f"{args.out}: passages of {len(label_authors(args.folder, args.out, args.train, args.dev))} authors")
+    found = label_authors(args.folder, args.out, args.train, args.dev)
+    print(f"{args.out}: passages of {len(found)} authors")
 
 
 if __name__ == "__main__":

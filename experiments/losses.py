@@ -1,7 +1,8 @@
 """Two measurements that only the experiments need, on the held-out sequences that perplexity takes.
 
-    python -m experiments.losses ratios RUN --ratios 0.15,0.5 --json FILE    loss per hidden token where that share is hidden
-    python -m experiments.losses unigram RUN --json FILE                     loss of the training text's token frequencies
+    python -m experiments.losses ratios RUN --ratios 0.15,0.5 --json FILE    loss per hidden token where that
+    share is hidden python -m experiments.losses unigram RUN --json FILE                     loss of the
+    training text's token frequencies
 """
 
 
@@ -20,8 +21,8 @@ from support.cli import BadInput, Parser, command_line, output_file, positive, r
 
 @torch.no_grad()
 def losses_at(run, sequences, shares, draws=4, batch=64):
-    """{ratio: [mean -log P of the hidden tokens of each of the sequences (N, S), over `draws` masks]}; the same masks for all
-    models of one length, [MASK] at every hidden token."""
+    """{ratio: [mean -log P of the hidden tokens of each of the sequences (N, S), over `draws` masks]}; the
+    same masks for all models of one length, [MASK] at every hidden token."""
     found = {}
     for ratio in shares:
         generator, total = torch.Generator().manual_seed(0), torch.zeros(len(sequences))
@@ -36,8 +37,8 @@ def losses_at(run, sequences, shares, draws=4, batch=64):
 
 
 def unigram_losses(run, sequences, data):
-    """As perplexity's by_length, of a model that knows how often each token stands in the first 5 million of the training
-    text, every count plus one."""
+    """As perplexity's by_length, of a model that knows how often each token stands in the first 5 million of
+    the training text, every count plus one."""
     tokens = np.asarray(load_evaluation(data, run.tokenizer).train[:5_000_000])
     counts = np.bincount(tokens, minlength=run.model.config.vocab) + 1.0
     nll = torch.from_numpy(-np.log(counts / counts.sum()))[sequences[:, 1:]]
@@ -51,7 +52,8 @@ def main(argv=None):
     parser.add_argument("what", choices=("ratios", "unigram"))
     parser.add_argument("checkpoint", metavar="RUN")
     parser.add_argument("--ratios", type=ratios, default=(0.15, 0.3, 0.5), help="shares of hidden tokens")
-    parser.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the held-out text")
+    parser.add_argument("--max-sequences", type=positive, default=200, help="sequences drawn from the "
+                        "held-out text")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
     parser.add_argument("--json", type=output_file, default="-", metavar="FILE", help="- for standard output")

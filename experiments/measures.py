@@ -13,14 +13,16 @@ from experiments.verdicts import Cell, cell_of
 from objectives import OBJECTIVES
 from train import parse
 
-NINE = ("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food101", "pets")  # the paper's, Table 6
+# the paper's, Table 6
+NINE = ("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food101", "pets")
 
 
 @dataclass(frozen=True)
 class Measure:
     """A column.
 
-    stages(place, model, seed) -> the stages of one cell, () where there is none;  read(model, *what they wrote) -> Cell
+    stages(place, model, seed) -> the stages of one cell, () where there is none;  read(model, *what they
+    wrote) -> Cell
     """
 
     stages: Callable = None
@@ -61,7 +63,8 @@ def regime_of(results, regime):
 
 
 def perplexity(regime, data="", bits=False):
-    """Left-to-right perplexity in a regime, judged as a factor; or bits per byte, which models of two vocabularies share.
+    """Left-to-right perplexity in a regime, judged as a factor; or bits per byte, which models of two
+    vocabularies share.
 
     Bits per byte are of the text that the tokenizer keeps: WordPiece drops case and spacing.
     """
@@ -73,23 +76,27 @@ def perplexity(regime, data="", bits=False):
     def stages(place, model, seed):
         return (evaluation(place, model, seed, "perplexity", f"--by-length {data}".strip()),)
 
-    return Measure(trained_only(stages), read, lower=True, digits=3 if bits else 1, unit="bits" if bits else "factor")
+    return Measure(trained_only(stages), read, lower=True, digits=3 if bits else 1, unit="bits" if bits
+                   else "factor")
 
 
 def gain_share(regime, prefixes, reference):
-    """Of what the autoregressive model `reference` gains over unigrams after prefixes of lengths k, in bins, that
-    prefixes(k, S) picks, the share that another model gains: (H_unigram - L_mlm)/(H_unigram - L_ar)."""
+    """Of what the autoregressive model `reference` gains over unigrams after prefixes of lengths k, in bins,
+    that prefixes(k, S) picks, the share that another model gains: (H_unigram - L_mlm)/(H_unigram - L_ar)."""
     def mean_nll(results, name):
-        bins = [b for b in regime_of(results, name)["by_length"]["bins"] if prefixes(b["first"], results["results"]["length"])]
-        return np.average([b["sequence_nll"] for b in bins], axis=0, weights=[b["last"] - b["first"] + 1 for b in bins])
+        bins = [b for b in regime_of(results, name)["by_length"]["bins"]
+                if prefixes(b["first"], results["results"]["length"])]
+        return np.average([b["sequence_nll"] for b in bins], axis=0,
+                          weights=[b["last"] - b["first"] + 1 for b in bins])
 
     def read(model, unigram, x, ar):
         samples = mean_nll(unigram, "unigram"), mean_nll(x, regime), mean_nll(ar, "next")
         return cell_of(samples, "share", "text")
 
     def stages(place, model, seed):
-        return (unigram_stage(place, reference, seed), *(evaluation(place, name, seed, "perplexity", "--by-length")
-                                                         for name in (model, reference)))
+        return (unigram_stage(place, reference, seed), *(evaluation(place, name, seed, "perplexity",
+                                                                    "--by-length") for name in (model,
+                                                                                                reference)))
 
     return Measure(trained_only(stages), read, digits=3, unit="")
 
@@ -98,8 +105,8 @@ def losses(place, model, seed, what, *flags):
     """The stage of one of experiments.losses' measurements on the sequences that perplexity takes."""
     run = pretrain(place, Model(model), seed)
     count = place.scale.evaluate["perplexity"].split()
-    return place.stage(f"{what}-{run.out.name}", ("experiments.losses", what, str(run.out), *count, *flags), run,
-                       flops=2e3 * run.each, memory=run.memory, disk=1e6)
+    return place.stage(f"{what}-{run.out.name}", ("experiments.losses", what, str(run.out), *count, *flags),
+                       run, flops=2e3 * run.each, memory=run.memory, disk=1e6)
 
 
 def unigram_stage(place, model, seed):
@@ -107,7 +114,8 @@ def unigram_stage(place, model, seed):
 
 
 def loss_at(ratio, ratios):
-    """Loss per hidden token where a share `ratio` is hidden, one of those `ratios` that are tested together."""
+    """Loss per hidden token where a share `ratio` is hidden, one of those `ratios` that are tested
+    together."""
     def stages(place, model, seed):
         return (losses(place, model, seed, "ratios", "--ratios", ",".join(map(str, ratios))),)
 
@@ -118,7 +126,8 @@ def loss_at(ratio, ratios):
 
 
 def exact_or_none(place):
-    """Perplexity of objectives that have an exact left-to-right likelihood, the better regime where there are two."""
+    """Perplexity of objectives that have an exact left-to-right likelihood, the better regime where there are
+    two."""
     measure = perplexity("best")
 
     def stages(place, model, seed):
@@ -157,17 +166,19 @@ def reconstruction(name, digits):
             return cell_of(samples, "log" if factor else "mean", "images")
         return Cell(float(np.log(value)) if factor else value)
 
-    return Measure(trained_only(lambda place, model, seed: (evaluation(place, model, seed, "reconstruct"),)), read, lower=factor,
-                   digits=digits, unit="factor" if factor else "points")
+    return Measure(trained_only(lambda place, model, seed: (evaluation(place, model, seed, "reconstruct"),)),
+                   read, lower=factor, digits=digits, unit="factor" if factor else "points")
 
 
 # ---------------------------------------------------------------------------- classification
 
 def probe(data="", extra=""):
-    """Accuracy of a linear probe on frozen features, in percent. The row 'pixels' is the same classifier on raw pixels."""
+    """Accuracy of a linear probe on frozen features, in percent. The row 'pixels' is the same classifier on
+    raw pixels."""
     def read(model, x):
         layers = x["results"]["layers"]
-        name = "pixels" if model.startswith("pixels") else next(name for name in reversed(layers) if name != "pixels")
+        name = "pixels" if model.startswith("pixels") else next(name for name in reversed(layers)
+                                                                if name != "pixels")
         return cell_of(layers[name]["correct"], "percent", f"{x['results']['data']} {layers[name]['test']}")
 
     def stages(place, model, seed):
@@ -194,33 +205,38 @@ def finetune(extra=""):
         return (evaluation(place, model, seed, "finetune", f"--data {shlex.quote(data)} {extra}"),)
 
     def read(model, x):
-        return cell_of(np.array(x["results"]["correct"])[:, None], "percent", f"{x['results']['data']} {x['results']['dev']}")
+        return cell_of(np.array(x["results"]["correct"])[:, None], "percent", f"{x['results']['data']} "
+                       f"{x['results']['dev']}")
 
     return Measure(stages, read, classifies=True)
 
 
 def glue_cell(task, suffix, metric, name):
     """A Cell from what glue wrote of a task: the predictions on the dev part of every fine-tuning seed."""
-    predicted, labels = np.array(task["predictions" + suffix], float), np.array(task["labels" + suffix], float)
+    predicted, labels = np.array(task["predictions" + suffix], float), np.array(task["labels" + suffix],
+                                                                                float)
     true = np.broadcast_to(labels, predicted.shape)
     if metric == "accuracy":
         return cell_of((predicted == true)[:, None], "percent", name + suffix)
-    features = [predicted, true, predicted * true] + ([predicted ** 2, true ** 2] if metric == "pearson" else [])
+    features = [predicted, true, predicted * true] + ([predicted ** 2, true ** 2] if metric == "pearson"
+                                                      else [])
     return cell_of(np.stack(features, axis=1), metric, name + suffix)
 
 
 def glue_columns(place):
-    """{column of Table 2: Measure} of the tasks that are there, and their mean as the last; at smoke scale a probe instead."""
+    """{column of Table 2: Measure} of the tasks that are there, and their mean as the last; at smoke scale a
+    probe instead."""
     if place.name == "smoke":
         return {"pydoc probe": probe()}
     folder = place.data / "glue"
-    tasks = [name for name in glue.TABLE2 if (folder / glue.TASKS[name].folder / "train.tsv").exists()] or glue.TABLE2
+    tasks = [name for name in glue.TABLE2 if (folder / glue.TASKS[name].folder
+                                              / "train.tsv").exists()] or glue.TABLE2
 
     def measure(name, suffix):
         flags = f"--glue-dir {shlex.quote(str(folder))} --tasks {name}"
         return Measure(lambda place, model, seed: (evaluation(place, model, seed, "glue", flags),),
-                       lambda model, x: glue_cell(x["results"]["tasks"][name], suffix, glue.TASKS[name].metrics[0], name),
-                       classifies=True)
+                       lambda model, x: glue_cell(x["results"]["tasks"][name], suffix,
+                                                  glue.TASKS[name].metrics[0], name), classifies=True)
 
     columns = {glue.TASKS[name].folder + suffix: measure(name, suffix)
                for name in tasks for suffix, *_ in glue.TASKS[name].parts}
@@ -231,20 +247,23 @@ def glue_columns(place):
 def text_probe(place):
     """{column: Measure}: a probe on a GLUE task that is there, or on pydoc."""
     folder = place.data / "glue"
-    found = [name for name in ("sst2", "cola", "rte") if (folder / glue.TASKS[name].folder / "train.tsv").exists()]
+    found = [name for name in ("sst2", "cola", "rte") if (folder / glue.TASKS[name].folder
+                                                          / "train.tsv").exists()]
     if place.name == "smoke" or not found:
         return {"pydoc probe": probe()}
-    return {f"{glue.TASKS[found[0]].folder} probe": probe(f"--data {found[0]} --glue-dir {shlex.quote(str(folder))}")}
+    return {f"{glue.TASKS[found[0]].folder} probe": probe(f"--data {found[0]} --glue-dir "
+                                                          f"{shlex.quote(str(folder))}")}
 
 
 def few_labels(place):
-    """{column: Measure}: a probe with few labels on who wrote a passage of a novel that it has not seen, see authors.py; where
-    the text is not a folder of such files, the probe of text_probe."""
+    """{column: Measure}: a probe with few labels on who wrote a passage of a novel that it has not seen, see
+    authors.py; where the text is not a folder of such files, the probe of text_probe."""
     raw = place.data / "text"
     if place.name == "smoke" or not raw.is_dir() or (raw / "manifest.json").exists():
         return text_probe(place)
     labelled = place.stage("authors", ("experiments.authors", str(raw)), suffix="", disk=1e7)
-    measure = probe(f"--data {shlex.quote(f'{labelled.out}/train.tsv')} --dev {shlex.quote(f'{labelled.out}/dev.tsv')}")
+    measure = probe(f"--data {shlex.quote(f'{labelled.out}/train.tsv')} --dev "
+                    f"{shlex.quote(f'{labelled.out}/dev.tsv')}")
 
     def stages(place, model, seed):
         [stage] = measure.stages(place, model, seed)
@@ -254,7 +273,8 @@ def few_labels(place):
 
 
 def transfer(place):
-    """{column: Measure}: mean accuracy of logistic regression over the nine sets, elsewhere those in transfer/, in percent."""
+    """{column: Measure}: mean accuracy of logistic regression over the nine sets, elsewhere those in
+    transfer/, in percent."""
     folder = place.data / "transfer"
     found = [folder / name for name in NINE] if place.name == "paper" else sorted(
         path for path in folder.glob("*") if path.is_dir())
@@ -266,7 +286,8 @@ def transfer(place):
         def read(model, x):
             one = x["results"]["sets"][k]
             return cell_of(one["correct"], "percent", one["data"])
-        return Measure(lambda place, model, seed: (evaluation(place, model, seed, "transfer", flags),), read, classifies=True)
+        return Measure(lambda place, model, seed: (evaluation(place, model, seed, "transfer", flags),), read,
+                       classifies=True)
 
     columns = {getattr(path, "name", path): measure(k) for k, path in enumerate(found)}
     return columns | {"Mean" if len(found) == len(NINE) else f"Mean of {len(found)}": Measure(

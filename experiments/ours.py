@@ -1,4 +1,5 @@
-"""Targets beyond the paper: its claims taken apart, every objective beside every other, and the theory's pages."""
+"""Targets beyond the paper: its claims taken apart, every objective beside every other, and the theory's
+pages."""
 
 from dataclasses import replace
 
@@ -18,7 +19,17 @@ from experiments.measures import (
     text_probe,
 )
 from experiments.pictures import heatmap, plot_doses, plot_objectives
-from experiments.tables import REGIMES, STEP_PAIRS, STEPS, TWO_STREAMS, Table, claim, compare, of, with_untrained
+from experiments.tables import (
+    REGIMES,
+    STEP_PAIRS,
+    STEPS,
+    TWO_STREAMS,
+    Table,
+    claim,
+    compare,
+    of,
+    with_untrained,
+)
 from objectives import OBJECTIVES
 
 TEST_RATIOS = (0.15, 0.225, 0.3, 0.5, 0.75, 0.95)
@@ -32,16 +43,19 @@ def variety(place):
     rows = fixed | drawn | {long: f"text x{place.scale.longer:g}: mlm --mask 0.15"}
     columns = {regime: perplexity(regime) for regime in REGIMES}
     columns |= {f"loss at {ratio}": loss_at(ratio, TEST_RATIOS) for ratio in TEST_RATIOS}
-    paper = {"fixed 0.15": 59.6, "fixed 0.225": round(float(np.sqrt(59.6 * 50.2)), 1), "fixed 0.3": 50.2, "[0.15, 0.3]": 45.1}
+    paper = {"fixed 0.15": 59.6, "fixed 0.225": round(float(np.sqrt(59.6 * 50.2)), 1), "fixed 0.3": 50.2,
+             "[0.15, 0.3]": 45.1}
     paper = {row: dict.fromkeys(REGIMES, number) for row, number in paper.items()}
-    pairs = [("[0.15, 0.3]", "fixed 0.225"), ("[0.15, 1]", "fixed 0.575"), ("[0.15, 0.3]", "fixed 0.3"), ("[0.15, 1]", "fixed 0.3"),
-             ("[0.15, 1]", long), ("fixed 0.3", "fixed 0.15"), (long, "fixed 0.3")]
+    pairs = [("[0.15, 0.3]", "fixed 0.225"), ("[0.15, 1]", "fixed 0.575"), ("[0.15, 0.3]", "fixed 0.3"),
+             ("[0.15, 1]", "fixed 0.3"), ("[0.15, 1]", long), ("fixed 0.3", "fixed 0.15"),
+             (long, "fixed 0.3")]
     judged = {regime: columns[regime] for regime in REGIMES}
-    return Table("Variety or ratio?", "One architecture, the same settings; the same tokens but for the last row, which reads "
-                 f"{place.scale.longer:g} times as many. A range is compared with the fixed ratio of the same mean, which hides as many "
-                 "tokens. The paper's number beside 0.225 is not printed there: it is the geometric mean of those for 0.15 and 0.3. Right: "
-                 "loss per hidden token (nats) where another share is hidden in the test.", rows, columns, paper,
-                 compare(judged, pairs, paper, primary=("padded", *pairs[0])), picture=heatmap)
+    return Table("Variety or ratio?", "One architecture, the same settings; the same tokens but for the last "
+                 "row, which reads " f"{place.scale.longer:g} times as many. A range is compared with the "
+                 "fixed ratio of the same mean, which hides as many " "tokens. The paper's number beside "
+                 "0.225 is not printed there: it is the geometric mean of those for 0.15 and 0.3. Right: "
+                 "loss per hidden token (nats) where another share is hidden in the test.", rows, columns,
+                 paper, compare(judged, pairs, paper, primary=("padded", *pairs[0])), picture=heatmap)
 
 
 def dose(place):
@@ -52,19 +66,22 @@ def dose(place):
     rows, untrained = with_untrained(rows)
     rows |= {"Raw pixels": f"pixels {rows['t = 1']}"}
     columns = {f"after {share:.0%}": probe_after(share) for share in place.scale.curve}
-    columns |= {f"{attention} attention": probe(extra=f"--attention {attention}") for attention in ("causal", "full")}
+    columns |= {f"{attention} attention": probe(extra=f"--attention {attention}")
+                for attention in ("causal", "full")}
     last = [*columns][len(place.scale.curve) - 1]
     paper = {"t = 1": {last: 56.2}, "t = 2": {last: 59.4}, "t = 4": {last: 58.8}}
     x = np.log2(ts) - np.mean(np.log2(ts))
-    doubling = claim(columns, last, "accuracy rises with every doubling of t", dict(zip(rows_of(ts), x / np.sum(x * x))), paper, untrained)
+    doubling = claim(columns, last, "accuracy rises with every doubling of t",
+                     dict(zip(rows_of(ts), x / np.sum(x * x))), paper, untrained)
     slope = replace(doubling, effect=slope_of({1: 56.2, 2: 59.4, 3: 59.6, 4: 58.8}), ours=False)
-    claims = compare({last: columns[last]}, [("t = 2", "t = 1"), ("t = 4", "t = 1"), ("t = 8", "t = 1")], paper, untrained,
-                     (last, "t = 2", "t = 1"))
+    claims = compare({last: columns[last]}, [("t = 2", "t = 1"), ("t = 4", "t = 1"), ("t = 8", "t = 1")],
+                     paper, untrained, (last, "t = 2", "t = 1"))
     attention = {name: columns[name] for name in columns if name.endswith("attention")}
     pairs = [(f"masked {ratio}", f"t = {t}") for ratio in (0.5, 0.75) for t in (1, 2)]
-    return Table("Dose and response: t, and masked against autoregressive", TWO_STREAMS.format("images") + " Linear probes after shares of "
-                 "the budget, each a training of its own, under the attention that the objective was trained with, and at the end under "
-                 "either attention. The paper's numbers, of ViT-B on ImageNet-1K, are those of Table 9.", rows, columns, paper,
+    return Table("Dose and response: t, and masked against autoregressive", TWO_STREAMS.format("images")
+                 + " Linear probes after shares of the budget, each a training of its own, under the "
+                 "attention that the objective was trained with, and at the end under either attention. The "
+                 "paper's numbers, of ViT-B on ImageNet-1K, are those of Table 9.", rows, columns, paper,
                  (*claims, slope, *compare(attention, pairs, untrained=untrained)), picture=plot_doses)
 
 
@@ -78,30 +95,38 @@ def slope_of(numbers):
 
 
 def masked(place):
-    """Does the masked objective classify better than the autoregressive one, on images, each in its own attention?"""
-    rows, untrained = with_untrained({"t = 1": "images: ar --streams 2", "masked 0.75": "images: mlm --mask 0.75 --streams 2"})
+    """Does the masked objective classify better than the autoregressive one, on images, each in its own
+    attention?"""
+    rows, untrained = with_untrained({"t = 1": "images: ar --streams 2", "masked 0.75": "images: mlm --mask "
+                                      "0.75 --streams 2"})
     columns = {"LP Acc.": probe_after(1)}
-    return Table("Masked against autoregressive, images", TWO_STREAMS.format("images") + " The paper compares them in classification by "
-                 "the GLUE scores of two public models (Table 1) and prints no number for images.", rows, columns, {},
-                 (claim(columns, "LP Acc.", "masked 0.75 better than t = 1", {"masked 0.75": 1, "t = 1": -1}, {}, untrained, True, False),))
+    return Table("Masked against autoregressive, images", TWO_STREAMS.format("images")
+                 + " The paper compares them in classification by the GLUE scores of two public models "
+                 "(Table 1) and prints no number for images.", rows, columns, {},
+                 (claim(columns, "LP Acc.", "masked 0.75 better than t = 1", {"masked 0.75": 1, "t = 1": -1},
+                        {}, untrained, True, False),))
 
 
 def objectives(place):
-    """All text objectives of the registry with their defaults: likelihood, or a bound on it, and a probe with few labels."""
-    rows, _ = with_untrained(of("text", {name: name for name, cls in OBJECTIVES.items() if not cls.images_only}))
+    """All text objectives of the registry with their defaults: likelihood, or a bound on it, and a probe with
+    few labels."""
+    rows, _ = with_untrained(of("text", {name: name for name, cls in OBJECTIVES.items()
+                                         if not cls.images_only}))
     columns = {"perplexity": exact_or_none(place), "bound": any_order_bound(), **few_labels(place)}
-    return Table("Every objective", "The same tokens in the same order, the same settings, tuned for none, each on the path that it takes by "
-                 "default. Perplexity: exact, from left to right, where the objective has such a likelihood (masks in one stream: the better "
-                 "of padded and truncated). Bound: exp of the any-order bound per token, where there is one. Probe: with few labels, on "
-                 "passages of novels that the probe was not trained on. These claims are nobody's, so none is judged.",
-                 rows, columns, picture=plot_objectives)
+    return Table("Every objective", "The same tokens in the same order, the same settings, tuned for none, "
+                 "each on the path that it takes by default. Perplexity: exact, from left to right, where "
+                 "the objective has such a likelihood (masks in one stream: the better of padded and "
+                 "truncated). Bound: exp of the any-order bound per token, where there is one. Probe: with "
+                 "few labels, on passages of novels that the probe was not trained on. These claims are "
+                 "nobody's, so none is judged.", rows, columns, picture=plot_objectives)
 
 
 def fourbytwo(place):
     rows = {}
     for kind, fixed, drawn in (("text", "0.15", "0.15,0.3"), ("images", "0.75", "0.5,0.75")):
         flags = {"ar": "ar", "dar t=2": "dar --t 2", "mlm": f"mlm --mask {fixed}", "vl": f"vl --mask {drawn}"}
-        rows |= {f"{kind} {label}": f"{kind}: {x}" + " --streams 2" * (label != "dar t=2") for label, x in flags.items()}
+        rows |= {f"{kind} {label}": f"{kind}: {x}" + " --streams 2" * (label != "dar t=2")
+                 for label, x in flags.items()}
     rows, untrained = with_untrained(rows)
     classify = {"classification (probe)": by_kind(place)}
     text = {"generation (perplexity)": only("text", perplexity("next"))}
@@ -110,9 +135,10 @@ def fourbytwo(place):
     pairs = [(f"{kind} {a}", f"{kind} {b}") for kind in ("text", "images") for a, b in better]
     claims = compare(classify, pairs, untrained=untrained, primary=("classification (probe)", *pairs[0]))
     claims += compare(text, [("text ar", "text mlm"), ("text vl", "text mlm"), ("text ar", "text dar t=2")])
-    return Table("Every objective of the paper, both tasks", "All eight run through two streams; within text and within images the same "
-                 "data in the same order and the same settings. L2 of ar and dar is from their left-to-right context only.",
-                 rows, classify | text | images, {}, claims + compare(images, [("images vl", "images mlm")]))
+    return Table("Every objective of the paper, both tasks", "All eight run through two streams; within text "
+                 "and within images the same data in the same order and the same settings. L2 of ar and dar "
+                 "is from their left-to-right context only.", rows, classify | text | images, {}, claims
+                 + compare(images, [("images vl", "images mlm")]))
 
 
 def only(kind, measure):
@@ -127,19 +153,22 @@ def table9_text(place):
     classify, generate = text_probe(place), {"Perplexity": perplexity("")}
     rows, untrained = with_untrained(of("text", STEPS))
     return Table("The choice of t in text", TWO_STREAMS.format("tokens"), rows, classify | generate, {},
-                 compare(classify, STEP_PAIRS, untrained=untrained, primary=(next(iter(classify)), *STEP_PAIRS[-1]))
+                 compare(classify, STEP_PAIRS, untrained=untrained,
+                         primary=(next(iter(classify)), *STEP_PAIRS[-1]))
                  + compare(generate, [("t = 1", f"t = {t}") for t in (2, 3, 4)]))
 
 
 def theory(place):
     stage = place.stage("spectral", ("spectral.py", "all"), plot="--plot" if matplotlib() else None)
-    return Table("Theory: what is printed and what holds", "Computed on the paper's toy model.", extra=(stage,))
+    return Table("Theory: what is printed and what holds", "Computed on the paper's toy model.",
+                 extra=(stage,))
 
 
 def toy(place):
-    stage = place.stage("toy", ("spectral.py", "toy"), plot="--plot" if matplotlib() else None, flops=300 * place.scale.flops)
-    return Table("The theory on its own ground", "Small networks that are not told the position, on the paper's toy model and on a noisy "
-                 "one; see spectral.py toy.", extra=(stage,))
+    stage = place.stage("toy", ("spectral.py", "toy"), plot="--plot" if matplotlib() else None, flops=300
+                        * place.scale.flops)
+    return Table("The theory on its own ground", "Small networks that are not told the position, on the "
+                 "paper's toy model and on a noisy one; see spectral.py toy.", extra=(stage,))
 
 
 TARGETS = {f.__name__: f for f in (variety, dose, masked, objectives, fourbytwo, table9_text, theory, toy)}

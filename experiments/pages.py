@@ -1,5 +1,6 @@
 """What is written of a finished target: its JSON, its page, and the pages made of all of them."""
 
+import functools
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 
 from experiments.measures import matplotlib
 from experiments.pictures import dots, forest
+from experiments.scales import SCALES
 from experiments.stages import Model, pretrain, with_needs
 from experiments.verdicts import MEANING, corrected, judge, remark
 from support.cli import BadInput, write_json
@@ -34,9 +36,11 @@ HEADLINES = {
 # ---------------------------------------------------------------------------- numbers
 
 def stages_of(place, table, seeds):
-    """All stages of a target, in order, cell by cell within each seed so that the first seed is complete first."""
-    cells = [stage for seed in range(seeds) for model in table.rows.values() for measure in table.columns.values()
-             if measure.stages for stage in measure.stages(place, model, seed)]
+    """All stages of a target, in order, cell by cell within each seed so that the first seed is complete
+    first."""
+    cells = [stage for seed in range(seeds) for model in table.rows.values()
+             for measure in table.columns.values() if measure.stages
+             for stage in measure.stages(place, model, seed)]
     return with_needs([*cells, *table.extra])
 
 
@@ -45,7 +49,8 @@ def read_cells(place, table, seeds):
     cells = {}
     for (row, model), (column, measure) in itertools.product(table.rows.items(), table.columns.items()):
         if measure.stages and measure.stages(place, model, 0):
-            cells[row, column] = [measure.read(model, *(stage.result() for stage in measure.stages(place, model, seed)))
+            cells[row, column] = [measure.read(model, *(stage.result()
+                                                        for stage in measure.stages(place, model, seed)))
                                   for seed in range(seeds)]
     return cells
 
@@ -68,32 +73,45 @@ def seen(place, model):
     return {unit: last[unit] for unit in ("tokens", "images") if unit in last}
 
 
+def run_line(place, name, seeds):
+    """The command that makes a target, as one types it."""
+    words = [f"python reproduce.py {name} --scale {place.name}", "--data-dir DATA" * (place.name != "smoke"),
+             f"--seeds {seeds}" if seeds else "", "--safer" * place.safer]
+    for budget in ("tokens", "epochs"):
+        if getattr(place.scale, budget) != getattr(SCALES[place.name], budget):
+            words.append(f"--{budget} {getattr(place.scale, budget):g}")
+    return " ".join(filter(None, words))
+
+
 def summarise(place, name, table, seeds):
     """Everything that is known of a finished target, as one JSON object: all pages are made from it alone."""
     stages = stages_of(place, table, seeds)
     records = [json.loads(stage.record().read_text()) for stage in stages]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                "code": ", ".join(sorted({record.get("code") or "not recorded" for record in records}))}
+    short = {str(place.data): "DATA", str(place.work): f"runs/reproduce/{place.name}"}
     content = {
-        "target": name, "scale": place.name, "about": place.scale.about, "title": table.title, "fair": table.fair,
-        "seeds": seeds, "rows": [], "claims": [], "wall_seconds": sum(record["seconds"] for record in records),
+        "target": name, "scale": place.name, "about": place.scale.about, "title": table.title,
+        "fair": table.fair, "seeds": seeds, "rows": [], "claims": [], "versions": versions,
+        "wall_seconds": sum(record["seconds"] for record in records),
         "hardware": sorted({record["hardware"] for record in records}),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "code": ", ".join(sorted({record.get("code") or "not recorded" for record in records}))},
-        "run": f"python reproduce.py {name} --scale {place.name}" + " --data-dir DATA" * (place.name != "smoke")
-               + f" --seeds {seeds}" * bool(table.rows),
-        "commands": [record["command"].replace(str(place.data), "DATA").replace(str(place.work), f"runs/reproduce/{place.name}")
-                     for record in records]}
+        "run": run_line(place, name, seeds if table.rows else None),
+        "commands": [functools.reduce(lambda text, path: text.replace(path, short[path]), short,
+                                      record["command"]) for record in records]}
     cells = read_cells(place, table, seeds)
     for row, model in table.rows.items():
         own = {}
         for column, measure in table.columns.items():
             values = shown_values(table, cells, row, column)
-            own[column] = {"paper": table.paper.get(row, {}).get(column), "digits": measure.digits, "seeds": values,
-                           "mean": fmean(values) if values else None, "std": stdev(values) if len(values) > 1 else None}
+            own[column] = {"paper": table.paper.get(row, {}).get(column), "digits": measure.digits,
+                           "seeds": values, "mean": fmean(values) if values else None, "std": stdev(values)
+                           if len(values) > 1 else None}
         content["rows"].append({"row": row, "model": model, "cells": own, **seen(place, Model(model))})
     content["claims"] = [judge(claim, cells) for claim in table.claims]
     if not table.rows:  # theory and toy: their own pages of claims
         content["printed_and_computed"] = table.extra[0].result().get("claims", [])
-        content["results"] = {key: value for key, value in table.extra[0].result().items() if key == "results"}
+        content["results"] = {key: value for key, value in table.extra[0].result().items() if key
+                              == "results"}
     return content
 
 
@@ -120,7 +138,7 @@ def effect_text(value, unit):
     if value is None:
         return "none printed"
     if unit == "factor":
-        return f"x{math.exp(value):.3g}"
+        return f"x{math.exp(value):.3f}"
     digits = 1 if unit == "points" else max(0, min(4, 1 - math.floor(math.log10(max(1e-9, abs(value))))))
     return f"{value:+.{digits}f}" + f" {unit}" * bool(unit)
 
@@ -130,7 +148,8 @@ def interval_text(claim):
     value = effect_text(claim["difference"], claim["unit"])
     if not claim["interval"]:
         return value
-    low, high = (effect_text(end, claim["unit"]).removesuffix(" " + claim["unit"]) for end in claim["interval"])
+    low, high = (effect_text(end, claim["unit"]).removesuffix(" " + claim["unit"])
+                 for end in claim["interval"])
     return f"{value} ({low} .. {high})"
 
 
@@ -143,8 +162,8 @@ def claim_rows(claims, name="claim"):
     """The claims of a target as a Markdown table."""
     head = [name, "paper's effect", "ours, 95% interval", "smallest visible", "verdict"]
     body = [[c.get("short") or ("**primary** " * c["primary"] + c["claim"] + " [ours]" * c["ours"]),
-             effect_text(c["effect"], c["unit"]), interval_text(c),
-             "-" if c["smallest_visible"] is None else effect_text(c["smallest_visible"], c["unit"]), verdict_text(c)] for c in claims]
+             effect_text(c["effect"], c["unit"]), interval_text(c), "-" if c["smallest_visible"] is None
+             else effect_text(c["smallest_visible"], c["unit"]), verdict_text(c)] for c in claims]
     return rows_of([head, *body])
 
 
@@ -152,19 +171,22 @@ def rows_beside_paper(x):
     """A target's rows, the paper's numbers beside ours where it has some, as lines of Markdown."""
     columns = list(x["rows"][0]["cells"])
     printed = [c for c in columns if any(row["cells"][c]["paper"] is not None for row in x["rows"])]
-    table = [["", *(head for c in columns for head in ([f"{c}, paper", f"{c}, here"] if c in printed else [c])), "seen"]]
+    table = [["", *(head for c in columns for head in ([f"{c}, paper", f"{c}, here"] if c in printed
+                                                       else [c])), "seen"]]
     for row in x["rows"]:
         texts = []
         for c in columns:
             cell = row["cells"][c]
             texts += [cell["paper"] or "-", shown(cell)] if c in printed else [shown(cell)]
-        table.append([row["row"], *texts, next((f"{row[u]:,} {u}" for u in ("tokens", "images") if u in row), "-")])
+        table.append([row["row"], *texts, next((f"{row[u]:,} {u}" for u in ("tokens", "images") if u in row),
+                                               "-")])
     return [*rows_of(table), ""]
 
 
-LEGEND = ("Differences are positive where the claim holds, in points of a percentage, or as factors where the quantity has no scale of "
-          "its own (perplexity, L2). Intervals are over pretraining seeds and test examples, both the same on both sides "
-          "(experiments/verdicts.py), not corrected for the number of claims. [ours]: the paper does not claim it, or prints no number.")
+LEGEND = ("Differences are positive where the claim holds, in points of a percentage, or as factors where "
+          "the quantity has no scale of its own (perplexity, L2). Intervals are over pretraining seeds and "
+          "test examples, both the same on both sides (experiments/verdicts.py), not corrected for the "
+          "number of claims. [ours]: the paper does not claim it, or prints no number.")
 
 
 def markdown(x, level=1):
@@ -178,11 +200,13 @@ def markdown(x, level=1):
         lines += [*claim_rows(x["claims"]), ""]
     if x.get("printed_and_computed"):
         columns = ["claim", "printed", "computed", "verdict"]
-        lines += [*rows_of([columns, *([c[name] for name in columns] for c in x["printed_and_computed"])]), ""]
+        lines += [*rows_of([columns, *([c[name] for name in columns] for c in x["printed_and_computed"])]),
+                  ""]
     spread = " ± is the standard deviation over seeds." if x["seeds"] > 1 and x["rows"] else ""
-    scale = f" {x['seeds']} seed{'s' * (x['seeds'] > 1)}; {x['scale']} scale: {x['about']}." if x["rows"] else ""
-    lines += [f"{x['fair']}{spread}{scale}", "",
-              f"`{x['run']}`: {duration(x['wall_seconds'])} on {', '.join(x['hardware'])}; torch {x['versions']['torch']}"
+    seeds = f"{x['seeds']} seed{'s' * (x['seeds'] > 1)}"
+    scale = f" {seeds}; {x['scale']} scale: {x['about']}." if x["rows"] else ""
+    lines += [f"{x['fair']}{spread}{scale}", "", f"`{x['run']}`: {duration(x['wall_seconds'])} on "
+              f"{', '.join(x['hardware'])}; torch {x['versions']['torch']}"
               + f", code {x['versions']['code']}."]
     if x.get("picture"):
         lines += ["", f"![{x['title']}]({x['picture']})"]
@@ -190,7 +214,9 @@ def markdown(x, level=1):
 
 
 def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
 
 
 # ---------------------------------------------------------------------------- files
@@ -220,29 +246,35 @@ def best_of(folder, targets, scales):
         x = json.loads(path.read_text())
         found.setdefault(x["target"], {})[x["scale"]] = x
     if not found:
-        raise BadInput(f"{folder} holds no results; make some with: python reproduce.py theory --out {folder}")
+        raise BadInput(f"{folder} holds no results; make some: python reproduce.py theory --out {folder}")
     return [found[name][max(found[name], key=list(scales).index)] for name in targets if name in found]
 
 
 def primaries_of(told):
     """The primary claims of these targets, with verdicts that Holm's adjustment over all of them leaves."""
-    claims = [{**c, "target": x["target"], "scale": x["scale"], "short": HEADLINES.get(x["target"]) or c["claim"]}
-              for x in told for c in x["claims"] if c["primary"]]
+    claims = [{**claim, "target": x["target"], "scale": x["scale"],
+               "short": HEADLINES.get(x["target"]) or claim["claim"]}
+              for x in told for claim in x["claims"] if claim["primary"]]
     return corrected(claims)
 
 
 def report(folder, targets, scales, readme=None):
-    """Write FOLDER/README.md with all tables in full; in `readme`, if given, the part between the two markers."""
+    """Write FOLDER/README.md with all tables in full; in `readme`, if given, the part between the two
+    markers."""
     best = best_of(folder, targets, scales)
     told = [x for x in best if x["scale"] != "smoke" or not x["rows"]]
     primaries = primaries_of(told)
-    lines = ["# Results", "", "Written by `python reproduce.py report` from the JSON files of this folder, so that no number in it can "
-             "differ from what ran.", ""]
+    headlines = sorted((c for c in primaries if c["target"] in HEADLINES),
+                       key=lambda c: list(HEADLINES).index(c["target"]))
+    origin = ("Written by `python reproduce.py report` from the JSON files of this folder, so that no number "
+              "in it can differ from what ran.")
+    lines = ["# Results", "", origin, ""]
     if primaries:
-        lines += ["One primary claim for each target; verdicts after Holm's correction over all of these.", "",
-                  *claim_rows(primaries), "", *(f"- *{word}*: {meaning}." for word, meaning in MEANING.items()), "", LEGEND, ""]
-        if matplotlib():
-            forest(primaries, folder / "forest.png")
+        lines += ["One primary claim for each target; verdicts after Holm's correction over all of these.",
+                  "", *claim_rows(primaries), "", *(f"- *{word}*: {meaning}."
+                                                    for word, meaning in MEANING.items()), "", LEGEND, ""]
+        if matplotlib() and headlines:
+            forest(headlines, folder / "forest.png", effect_text)
         if (folder / "forest.png").exists():
             lines += ["![Primary claims: ours with intervals, and the paper's effects](forest.png)", ""]
     for x in told:
@@ -252,19 +284,21 @@ def report(folder, targets, scales, readme=None):
         lines += [f"Run at smoke scale only, so no numbers here: {'; '.join(smoke)}.", ""]
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")
     if readme:
-        write_between_markers(Path(readme), folder, [c for c in primaries if c["target"] in HEADLINES])
+        write_between_markers(Path(readme), folder, headlines)
 
 
 def write_between_markers(readme, folder, claims):
     """The short table of the front page and the forest plot."""
     text = readme.read_text()
     if any(text.count(marker) != 1 for marker in MARKERS) or text.index(MARKERS[0]) > text.index(MARKERS[1]):
-        raise BadInput(f"{readme} should have the lines {' and '.join(MARKERS)} once, in this order: results go between")
+        raise BadInput(f"{readme} should have the lines {' and '.join(MARKERS)} once, in this order: results "
+                       "go between")
     relative = os.path.relpath(folder, readme.parent)
-    claims = sorted(claims, key=lambda c: list(HEADLINES).index(c["target"]))
     lines = [MARKERS[0], "<!-- written by: python reproduce.py report -->", ""]
     if claims:
-        lines += [*claim_rows(claims), "", f"Words, units and intervals: [{relative}/README.md]({relative}/README.md).", ""]
+        link = f"[{relative}/README.md]({relative}/README.md)"
+        lines += [*claim_rows(claims), "", f"Words, units and intervals: {link}.", ""]
     if claims and (folder / "forest.png").exists():
-        lines += [f"![Primary claims: ours with intervals, and the paper's effects]({relative}/forest.png)", ""]
+        lines += [f"![Primary claims: ours with intervals, and the paper's effects]({relative}/forest.png)",
+                  ""]
     readme.write_text(text[:text.index(MARKERS[0])] + "\n".join(lines) + text[text.index(MARKERS[1]):])

@@ -1,10 +1,12 @@
 """How stages run: each in a process of its own, one at a time or one on each GPU, never the same one twice.
 
-Every stage is locked while it runs, so that several instances of reproduce.py, on one machine or on several that share the
-folder, share the work. A lock is the operating system's (flock): it goes when its holder does, however that ends.
+Every stage is locked while it runs, so that several instances of reproduce.py, on one machine or on several
+that share the folder, share the work. A lock is the operating system's (flock): it goes when its holder does,
+however that ends.
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -32,11 +34,13 @@ HERE = Path(__file__).resolve().parent.parent
 # ---------------------------------------------------------------------------- what is there
 
 def finished(stage):
-    """Whether the result of a stage is there: with its record, or whole without it (adopted, or cut off at the very end)."""
+    """Whether the result of a stage is there: with its record, or whole without it (adopted, or cut off at
+    the very end)."""
     if stage.record().exists() and stage.out.exists():
         return True
     seconds = None
-    if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and (stage.out / "config.json").exists():
+    if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and (stage.out
+                                                                             / "config.json").exists():
         content = load_checkpoint(stage.out)
         if content["step"] >= json.loads((stage.out / "config.json").read_text())["steps"]:
             seconds = content["seconds"]
@@ -48,16 +52,19 @@ def finished(stage):
 
 
 def write_record(stage, seconds, machine, code):
-    write_json(stage.record(), {"command": readable(stage.line()), "seconds": seconds, "hardware": machine, "code": code})
+    write_json(stage.record(), {"command": readable(stage.line()), "seconds": seconds, "hardware": machine,
+                                "code": code})
 
 
 def adopt(stage, parent):
-    """If a run folder inside `parent` has the settings of this training stage and all its steps, link to it."""
+    """If a run folder inside `parent` has the settings of this training stage and all its steps, link to
+    it."""
     if stage.argv[0] != "train.py" or stage.out.exists():
         return
     wanted = settings_of(asdict(parse(stage.argv[1:])[0]))
     for config in sorted(Path(parent).glob("*/config.json")):
-        with contextlib.suppress(BadInput, KeyError, TypeError, ValueError):  # a run of another version or kind
+        # a run of another version or kind
+        with contextlib.suppress(BadInput, KeyError, TypeError, ValueError):
             if settings_of(json.loads(config.read_text())) == wanted:
                 stage.out.parent.mkdir(parents=True, exist_ok=True)
                 stage.out.symlink_to(config.parent.resolve())
@@ -117,7 +124,8 @@ def run(stage, launcher=(), environment=None, lock=None):
     """Run a stage in a process of its own. Its progress goes to standard error, its tables to a .log file."""
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     name, *rest = command(stage)
-    keep = (lock.fileno(),) if lock else ()  # the lock lives as long as the stage, should this process be killed
+    # the lock lives as long as the stage, should this process be killed
+    keep = (lock.fileno(),) if lock else ()
     paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     start = time.perf_counter()
     with open(f"{stage.out}.log", "a") as log, subprocess.Popen(
@@ -129,14 +137,16 @@ def run(stage, launcher=(), environment=None, lock=None):
     if status == 130:
         raise KeyboardInterrupt
     if status or not stage.out.exists():
-        raise BadInput(f"a stage ended with exit status {status}, see above: {readable(command(stage))}. Once that is "
-                       "mended, the same command goes on from here")
-    seconds = load_checkpoint(stage.out)["seconds"] if stage.argv[0] == "train.py" else time.perf_counter() - start
+        raise BadInput(f"a stage ended with exit status {status}, see above: {readable(command(stage))}. "
+                       "Once that is mended, the same command goes on from here")
+    trained = stage.argv[0] == "train.py"
+    seconds = load_checkpoint(stage.out)["seconds"] if trained else time.perf_counter() - start
     write_record(stage, seconds, hardware(), code_version())
 
 
 class Worker:
-    """Runs stages in order of need, on as many slots as there are; each slot is an environment of its own, such as a GPU."""
+    """Runs stages in order of need, on as many slots as there are; each slot is an environment of its own,
+    such as a GPU."""
 
     def __init__(self, stages, slots, run_one, about=None, may_begin=None):
         self.waiting = [stage for stage in with_needs(stages) if not finished(stage)]
@@ -146,7 +156,8 @@ class Worker:
         self.busy, self.mutex, self.stopped = set(), threading.Lock(), False
 
     def take(self):
-        """A stage whose needs are there and that no slot of this instance works on; None where there is none now."""
+        """A stage whose needs are there and that no slot of this instance works on; None where there is none
+        now."""
         with self.mutex:
             left = {stage.out for stage in self.waiting}
             for stage in self.waiting:
@@ -204,13 +215,15 @@ class Worker:
 
 
 def slots_for(jobs, device_count):
-    """Environments for parallel stages: one GPU each where there are GPUs, one thread each where there are none."""
+    """Environments for parallel stages: one GPU each where there are GPUs, one thread each where there are
+    none."""
     if jobs == 1 and device_count <= 1:
         return [{}]
     if device_count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(device_count)))).split(",")
         return [{"CUDA_VISIBLE_DEVICES": visible[k % len(visible)]} for k in range(jobs)]
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"} for _ in range(jobs)]
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"}
+            for _ in range(jobs)]
 
 
 # ---------------------------------------------------------------------------- the machine and the code
@@ -231,7 +244,8 @@ def hardware():
 def measured_flops(share=0.4):
     """FLOP/s that a training can be expected to reach here: a share of what a product of matrices does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(4096 if device == "cuda" else 768, 4096 if device == "cuda" else 768, device=device, dtype=torch.bfloat16)
+    x = torch.randn(4096 if device == "cuda" else 768, 4096 if device == "cuda" else 768, device=device,
+                    dtype=torch.bfloat16)
     x = x if device == "cuda" else x.float()
     best = 0.0
     for _ in range(5):
@@ -244,13 +258,20 @@ def measured_flops(share=0.4):
     return share * best
 
 
+@functools.cache
+def seconds_in(record):
+    """What a finished stage took."""
+    return json.loads(record.read_text())["seconds"]
+
+
 def estimate_seconds(stages, flops):
-    """{out: seconds} that the stages take, from their FLOPs and from what finished stages of the same program took."""
+    """{out: seconds} that the stages take, from their FLOPs and from what finished stages of the same program
+    took."""
     guess = {stage.out: 10 + stage.flops / flops for stage in stages}
     took, guessed = Counter(), Counter()
     for stage in stages:
         if stage.record().exists():
-            took[stage.argv[0]] += json.loads(stage.record().read_text())["seconds"]
+            took[stage.argv[0]] += seconds_in(stage.record())
             guessed[stage.argv[0]] += guess[stage.out]
     rate = {name: took[name] / guessed[name] for name in took}
     return {stage.out: guess[stage.out] * rate.get(stage.argv[0], 1) for stage in stages}

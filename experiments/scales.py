@@ -1,4 +1,5 @@
-"""Budgets: what every model of a scale is trained with, and how much of it is evaluated. All numbers stand here."""
+"""Budgets: what every model of a scale is trained with, and how much of it is evaluated. All numbers stand
+here."""
 
 from dataclasses import dataclass, field
 
@@ -8,69 +9,74 @@ class Scale:
     """All models of one kind, text or images, get the same flags, the same data and the same budget."""
 
     about: str
-    flops: float      # per second, of which the estimates of time are made until stages have run
-    seeds: int        # pretraining runs of each model
-    tokens: float     # that a text model reads; None: the preset's
-    epochs: float     # over the images; None: the preset's
-    train: dict       # kind of data: flags of train.py
-    evaluate: dict    # command, or command and kind: flags of evaluate.py
-    forward: dict     # command: sequences forward, backward counting twice, for the estimates
+    flops: float    # per second, of which the estimates of time are made until stages have run
+    seeds: int      # pretraining runs of each model
+    tokens: float   # that a text model reads; None: the preset's
+    epochs: float   # over the images; None: the preset's
     vocab: int
-    counts: dict      # kind of data: its training examples, for the estimates
+    train: dict     # kind of data: flags of train.py
+    evaluate: dict  # command, or command and kind: flags of evaluate.py
+    forward: dict   # command: sequences forward, backward counting twice, for the estimates
+    counts: dict    # kind of data: its training examples, for the estimates
     prepare: dict = field(default_factory=dict)  # kind of data: flags of data.py, where it is raw
-    curve: tuple = (1,)    # shares of the image epochs after which `dose` probes, each a training of its own
-    longer: float = 6.7    # `variety`: how many times longer its last model is trained, see there
+    curve: tuple = (1,)  # shares of the image epochs after which `dose` probes, each a training of its own
+    longer: float = 6.7  # `variety`: how many times longer its last model is trained
 
-
-TINY = "--preset vit-tiny --batch-size 64"
-SMALL = "--preset vit-small --size 32 --patch 4 --batch-size 1024 --lr 2e-3"
 
 HUB = 3e11  # FLOPs of a training sequence of GPT-2 medium and BERT large
 
 PAPER_TEXT = "hf:monology/pile-uncopyrighted"  # the Pile itself is no longer distributed
 
 SAFER = "--lr 2.4e-3 --clip 1"  # MAE's base rate of 1.5e-4, times batch/256
-RISK = ("the paper's image settings are a rate of 8e-3 (5e-4 x 4096/256) without clipping, and such a run may diverge after days; "
-        f"--safer trains with {SAFER} instead")
+RISK = ("the paper's image settings are a rate of 8e-3 (5e-4 x 4096/256) without clipping, and such a run "
+        "may " f"diverge after days; --safer trains with {SAFER} instead")
 
-SCALES = {
-    "smoke": Scale(
-        "two cores, minutes, nothing downloaded; the numbers mean nothing", 2e10, 2, 10_240, 0.08, {
-            "text": "--preset tiny --length 32 --batch-size 8", "images": "--preset vit-tiny --batch-size 16"},
-        {"perplexity": "--max-sequences 16", "bound": "--max-sequences 16", "connectivity": "--features 500 --top 2000",
-         "probe": "--max-train 300", "finetune": "--epochs 1 --max-train 300", "reconstruct": "--max-images 20",
-         "transfer": "--max-train 300"},
-        {"perplexity": 1e3, "bound": 1e3, "connectivity": 500, "probe": 2000, "finetune": 3000, "reconstruct": 320,
-         "transfer": 2000},
-        vocab=257, counts={"text": 2e5, "images": 8000}, longer=2),
-    "cpu": Scale(
-        "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32", 4e10, 3, 1_500_000, 2, {
-            "text": "--preset tiny --batch-size 16", "images": TINY},
-        {"perplexity": "--max-sequences 64", "bound": "--max-sequences 32", "connectivity": "", "probe text": "--max-train 5000",
-         "probe images": "--max-train 10000", "finetune": "--epochs 4 --max-train 10000", "reconstruct": "--max-images 200",
-         "transfer": "--max-train 10000", "glue": "--seeds 3 --epochs 3 --max-train 5000 --pool mean"},
-        {"perplexity": 1.2e4, "bound": 2e3, "connectivity": 8e3, "probe": 2e4, "finetune": 8e5, "reconstruct": 2e4, "transfer": 2e4,
-         "glue": 1e5},
-        vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.5, 1),
-        prepare={"text": "--tokenizer wordpiece --vocab 1024", "images": "--size 32"}),
-    "gpu": Scale(
-        "8 layers x 512 for text and 12 x 384 for images of 32 x 32; one H100 or H200 at 40% MFU", 0.4 * 989e12, 3, 4e8, 100, {
-            "text": "--preset small", "images": SMALL},
-        {"perplexity": "--max-sequences 1024", "bound": "--max-sequences 1024", "connectivity": "", "probe images": "",
-         "finetune": "--epochs 50", "reconstruct": "--max-images 10000", "transfer": "", "glue": "--seeds 1 --max-train 60000"},
-        {"perplexity": 2e5, "bound": 5e4, "connectivity": 8e3, "probe": 6e4, "finetune": 8e6, "reconstruct": 2e5, "transfer": 1e5,
-         "glue": 6e6},
-        vocab=8192, counts={"text": 4e8, "images": 50_000}, curve=(0.1, 0.2, 0.5, 1),
-        prepare={"text": "--tokenizer wordpiece --vocab 8192", "images": "--size 32"}),
-    "paper": Scale(
-        "the paper's settings", 0.4 * 989e12, 1, None, None, {
-            "text": "--preset paper", "images": "--preset vit-base", "images100": "--preset vit-small"},
-        {"perplexity": "--max-sequences 4096", "bound": "--max-sequences 4096", "connectivity": "",
-         "probe images": "--classifier sgd", "finetune": "--batch-size 4096", "reconstruct": "--max-images 50000 --lpips alex",
-         "transfer": "", "glue": "--seeds 3"},
-        {"perplexity": 8e5, "bound": 2e5, "connectivity": 8e3, "probe": 1.4e6, "finetune": 4e8, "reconstruct": 3e6, "transfer": 3e5,
-         "glue": 2e7},
-        vocab=32_768, counts={"text": 7.5e10, "images": 1_281_167, "images100": 126_689},
-        prepare={"text": "--tokenizer wordpiece --vocab 32768 --val-fraction 0.001 --max-bytes 330000000000",
-                 "images": "--size 224", "images100": "--size 224"}),
-}
+SMOKE = Scale(
+    "two cores, minutes, nothing downloaded; the numbers mean nothing", flops=2e10, seeds=2, tokens=10_240,
+    epochs=0.08, vocab=257, counts={"text": 2e5, "images": 8000}, longer=2,
+    train={"text": "--preset tiny --length 32 --batch-size 8", "images": "--preset vit-tiny --batch-size 16"},
+    evaluate={"perplexity": "--max-sequences 16", "bound": "--max-sequences 16",
+              "connectivity": "--features 500 --top 2000", "probe": "--max-train 300 --max-test 300",
+              "finetune": "--epochs 1 --max-train 300 --max-test 300", "reconstruct": "--max-images 20",
+              "transfer": "--max-train 300 --max-test 300"},
+    forward={"perplexity": 1e3, "bound": 1e3, "connectivity": 500, "probe": 1000, "finetune": 2000,
+             "reconstruct": 320, "transfer": 1000})
+
+CPU = Scale(
+    "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32", flops=4e10, seeds=3,
+    tokens=1_500_000, epochs=2, vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.5, 1),
+    prepare={"text": "--tokenizer wordpiece --vocab 1024", "images": "--size 32"},
+    train={"text": "--preset tiny --batch-size 16 --optimizer muon",
+           "images": "--preset vit-tiny --batch-size 64 --optimizer muon"},
+    evaluate={"perplexity": "--max-sequences 64", "bound": "--max-sequences 32", "connectivity": "",
+              "probe text": "--max-train 5000", "probe images": "--max-train 10000",
+              "finetune": "--epochs 4 --max-train 10000", "reconstruct": "--max-images 200",
+              "transfer": "--max-train 10000", "glue": "--seeds 3 --epochs 3 --max-train 5000 --pool mean"},
+    forward={"perplexity": 1.2e4, "bound": 8e3, "connectivity": 8e3, "probe": 2e4, "finetune": 8e5,
+             "reconstruct": 2e4, "transfer": 2e4, "glue": 1e5})
+
+GPU = Scale(
+    "8 layers x 512 for text and 12 x 384 for images of 32 x 32; one H100 or H200 at 40% MFU",
+    flops=0.4 * 989e12, seeds=3, tokens=4e8, epochs=100, vocab=8192, counts={"text": 4e8, "images": 50_000},
+    curve=(0.1, 0.2, 0.5, 1), prepare={"text": "--tokenizer wordpiece --vocab 8192", "images": "--size 32"},
+    train={"text": "--preset small",
+           "images": "--preset vit-small --size 32 --patch 4 --batch-size 1024 --lr 2e-3"},
+    evaluate={"perplexity": "--max-sequences 1024", "bound": "--max-sequences 1024", "connectivity": "",
+              "probe": "", "finetune": "--epochs 50", "reconstruct": "--max-images 10000", "transfer": "",
+              "glue": "--seeds 1 --max-train 60000"},
+    forward={"perplexity": 2e5, "bound": 2e5, "connectivity": 8e3, "probe": 6e4, "finetune": 8e6,
+             "reconstruct": 2e5, "transfer": 1e5, "glue": 6e6})
+
+PAPER = Scale(
+    "the paper's settings", flops=0.4 * 989e12, seeds=1, tokens=None, epochs=None, vocab=32_768,
+    counts={"text": 7.5e10, "images": 1_281_167, "images100": 126_689},
+    prepare={"text": "--tokenizer wordpiece --vocab 32768 --val-fraction 0.001 --max-bytes 330000000000",
+             "images": "--size 224", "images100": "--size 224"},
+    train={"text": "--preset paper", "images": "--preset vit-base", "images100": "--preset vit-small"},
+    evaluate={"perplexity": "--max-sequences 4096", "bound": "--max-sequences 4096", "connectivity": "",
+              "probe images": "--classifier sgd", "finetune": "--batch-size 4096",
+              "reconstruct": "--max-images 50000 --lpips alex", "transfer": "", "glue": "--seeds 3"},
+    forward={"perplexity": 8e5, "bound": 8e5, "connectivity": 8e3, "probe": 1.4e6, "finetune": 4e8,
+             "reconstruct": 3e6, "transfer": 3e5, "glue": 2e7})
+
+SCALES = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU, "paper": PAPER}

@@ -1,7 +1,7 @@
 """Stages: the command lines of which every result is made, where their results go, and what they cost.
 
-A stage is one command line of train.py, evaluate.py, spectral.py, data.py or a module of this folder. Its folder or file is
-named by a checksum of that line, so that tables share stages.
+A stage is one command line of train.py, evaluate.py, spectral.py, data.py or a module of this folder. Its
+folder or file is named by a checksum of that line, so that tables share stages.
 """
 
 import hashlib
@@ -16,7 +16,9 @@ from experiments.scales import HUB, PAPER_TEXT, SAFER, Scale
 from model import SIZES, VIT_SIZES, Config
 from train import batch_sizes, parse, steps_for
 
-RESULT_FLAGS = {"train.py": ("--no-report", "--out"), "data.py": ("--out",), "experiments.authors": ("--out",)}  # else --json
+# else --json
+RESULT_FLAGS = {"train.py": ("--no-report", "--out"), "data.py": ("--out",),
+                "experiments.authors": ("--out",)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Place:
     safer: bool = False
 
     def stage(self, title, argv, *needs, suffix=".json", plot=None, **estimate):
-        """A Stage whose result is named by its command line. `plot` is the flag for a picture, which goes beside the JSON."""
+        """A Stage whose result is named by its command line. `plot` is the flag for a picture, which goes
+        beside the JSON."""
         line = shlex.join(argv).replace(str(self.work), "WORK")
         path = self.work / f"{title}-{hashlib.sha1(line.encode()).hexdigest()[:8]}"
         argv = (*argv, plot, f"{path}.png") if plot else tuple(argv)
@@ -64,8 +67,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of a table: '[untrained|pixels] KIND [xBUDGET]: OBJECTIVE AND ITS FLAGS', such as 'text x6.7: mlm --mask 0.15',
-    or hf:NAME. 'pixels' stands for no network at all."""
+    """A row of a table: '[untrained|pixels] KIND [xBUDGET]: OBJECTIVE AND ITS FLAGS', such as 'text x6.7: mlm
+    --mask 0.15', or hf:NAME. 'pixels' stands for no network at all."""
 
     text: str
 
@@ -80,7 +83,8 @@ class Model:
     @property
     def kind(self):
         """text, images or images100."""
-        return "text" if self.hub else next(word for word in self.words if word.startswith(("text", "images")))
+        return "text" if self.hub else next(word for word in self.words
+                                            if word.startswith(("text", "images")))
 
     @property
     def flags(self):
@@ -116,7 +120,8 @@ def source(place, kind):
     flags = place.scale.prepare[kind].split()
     size = int(flags[flags.index("--size") + 1]) if "--size" in flags else 0
     bytes_each = 3 * size ** 2 if size else 2  # pixels of an image, or two bytes for a token
-    stage = place.stage(f"data-{kind}", ("data.py", kind[:6], raw, *flags), suffix="", disk=bytes_each * place.scale.counts[kind])
+    stage = place.stage(f"data-{kind}", ("data.py", kind[:6], raw, *flags), suffix="", disk=bytes_each
+                        * place.scale.counts[kind])
     return str(stage.out), (stage,)
 
 
@@ -127,7 +132,8 @@ def budget_flags(place, model, given):
     if model.kind == "text":
         tokens = tokens or settings.steps * settings.batch_size * settings.length
         return ("--steps", str(max(1, round(model.budget * tokens / settings.batch_size / settings.length))))
-    warmup = ("--warmup", f"{settings.warmup / model.budget:g}") if epochs is None else ()  # the paper's 10 epochs remain 10
+    # the paper's 10 epochs remain 10
+    warmup = ("--warmup", f"{settings.warmup / model.budget:g}") if epochs is None else ()
     return ("--epochs", f"{model.budget * (epochs or settings.epochs):g}", *warmup)
 
 
@@ -135,15 +141,18 @@ def pretrain(place, model, seed):
     """The stage that trains a Model."""
     model, scale = model.as_trained(), place.scale
     data, needs = source(place, model.kind)
-    flags = (*scale.train[model.kind].split(), *(SAFER.split() if place.safer and model.kind != "text" else ()))
+    flags = (*scale.train[model.kind].split(), *(SAFER.split() if place.safer and model.kind != "text"
+                                                 else ()))
     given = ("--objective", *model.flags.split(), *flags)
     preset = model.budget == 1 and (scale.tokens if model.kind == "text" else scale.epochs) is None
-    kind = "pydoc" if model.kind == "text" else "shapes"  # stand-ins, so that nothing has to be there to know the settings
+    # stand-ins, so that nothing has to be there to know the settings
+    kind = "pydoc" if model.kind == "text" else "shapes"
     budget = () if preset else budget_flags(place, model, (*given, "--data", kind))
     argv = ("train.py", *given, *budget, "--data", data, "--seed", str(seed))
     each, count, memory, disk = cost((*given, *budget, "--data", kind), scale.vocab, scale.counts[model.kind])
     title = f"{' '.join(model.words)} {model.flags} seed{seed}".replace("--", "").replace(" ", "-")
-    return place.stage(title, argv, *needs, suffix="", flops=each * count, each=each, memory=memory, disk=disk)
+    return place.stage(title, argv, *needs, suffix="", flops=each * count, each=each, memory=memory,
+                       disk=disk)
 
 
 def cost(argv, vocab, examples):
@@ -160,7 +169,8 @@ def cost(argv, vocab, examples):
     weights = 12 * L * D * D + V * D
     memory = 1e9 + 16 * weights + 50 * rows * L * D + 6 * rows * V * n / S
     each = flops_per_sequence(config, path, S, n, S - objective.min_targets(S))
-    return each, sum(batch_sizes(settings, steps)), memory, 2 * 12 * weights  # two checkpoints of weights and two moments
+    # two checkpoints of weights and two moments
+    return each, sum(batch_sizes(settings, steps)), memory, 2 * 12 * weights
 
 
 def checkpoint(place, model, seed):
@@ -177,8 +187,10 @@ def evaluation(place, models, seed, command, flags="", plot=None):
     names, needs = zip(*(checkpoint(place, model, seed) for model in models))
     needs, budgets, kind = sum(needs, ()), place.scale.evaluate, models[0].kind[:6]
     pixels = ("--pixels",) if models[0].text.startswith("pixels") else ()
-    length = ("--length", "512") if models[0].hub and command == "perplexity" else ()  # what these were trained with
-    argv = ("evaluate.py", command, *names, *budgets.get(f"{command} {kind}", budgets.get(command, "")).split(),
+    # what these were trained with
+    length = ("--length", "512") if models[0].hub and command == "perplexity" else ()
+    argv = ("evaluate.py", command, *names, *budgets.get(f"{command} {kind}",
+                                                         budgets.get(command, "")).split(),
             *shlex.split(flags), *pixels, *length)
     title = f"{command}-" + ("" if models[0].learned else "untrained-") + (
         needs[0].out.name if len(models) == len(needs) == 1 else f"seed{seed}")

@@ -1,10 +1,12 @@
-"""What a difference between models says about a claim: its interval, and a verdict against the size that the paper prints.
+"""What a difference between models says about a claim: its interval, and a verdict against the size that the
+paper prints.
 
-A claim is a contrast, a sum of cells with weights: {("masked", "probe"): 1, ("autoregressive", "probe"): -1}. It varies for
-two reasons. Another pretraining seed would give other models: the spread of the contrast over seeds, the same seeds on all
-sides, is what is known of that. Other test examples would give other scores: a bootstrap over the examples, the same ones on
-all sides, says how much. Both variances are added, and the interval is Student's with the degrees of freedom of the sum
-(Satterthwaite 1946), since resampling three seeds would give intervals that are much too narrow.
+A claim is a contrast, a sum of cells with weights: {("masked", "probe"): 1, ("autoregressive", "probe"): -1}.
+It varies for two reasons. Another pretraining seed would give other models: the spread of the contrast over
+seeds, the same seeds on all sides, is what is known of that. Other test examples would give other scores: a
+bootstrap over the examples, the same ones on all sides, says how much. Both variances are added, and the
+interval is Student's with the degrees of freedom of the sum (Satterthwaite 1946), since resampling three
+seeds would give intervals that are much too narrow.
 """
 
 import math
@@ -13,12 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-SUPPORTED, EXCLUDED, UNINFORMATIVE, NOT_MEASURED = "supported", "paper's size excluded", "uninformative", "not measured"
+SUPPORTED, EXCLUDED = "supported", "paper's size excluded"
+UNINFORMATIVE, NOT_MEASURED = "uninformative", "not measured"
 MEANING = {
     SUPPORTED: "the interval lies above 0",
     EXCLUDED: "the interval lies below the paper's effect, and not above 0",
-    UNINFORMATIVE: "the interval holds both 0 and the paper's effect, or there is one seed only, which says nothing about others",
-    NOT_MEASURED: "the models do not score above untrained ones of the same architecture, so their scores do not tell of pretraining"}
+    UNINFORMATIVE: "the interval holds both 0 and the paper's effect, or there is one seed only, which says "
+                   "nothing about others",
+    NOT_MEASURED: "the models do not score above untrained ones of the same architecture, so their scores do "
+                  "not tell of pretraining"}
 
 
 # ---------------------------------------------------------------------------- cells
@@ -42,7 +47,7 @@ LINKS = {
     "mean": lambda m: m[..., 0],
     "percent": lambda m: 100 * m[..., 0],
     "log": lambda m: np.log(m[..., 0]),
-    "f1": lambda m: 200 * m[..., 2] / np.maximum(m[..., 0] + m[..., 1], 1e-12),  # as matthews_of: predicted, true, both
+    "f1": lambda m: 200 * m[..., 2] / np.maximum(m[..., 0] + m[..., 1], 1e-12),  # means as in matthews_of
     "matthews": matthews_of,
     "pearson": pearson_of,
     "share": lambda m: (m[..., 0] - m[..., 1]) / (m[..., 0] - m[..., 2]),
@@ -54,8 +59,9 @@ class Cell:
     """What one pretraining seed scores in one column.
 
     value    on the scale on which claims are judged
-    samples  (f, k, n): k numbers of each of n test examples, from f repetitions such as fine-tuning seeds; value is the mean
-             over the repetitions of LINKS[link] of the means over the examples. None: nothing is known of examples
+    samples  (f, k, n): k numbers of each of n test examples, from f repetitions such as fine-tuning seeds;
+             value is the mean over the repetitions of LINKS[link] of the means over the examples. None:
+             nothing is known of examples
     test     names the examples: cells with one name have the same examples in the same order
     """
 
@@ -83,7 +89,8 @@ class Estimate(NamedTuple):
 
 
 def example_draws(cells, contrast, draws, rng):
-    """Bootstrap over test examples -> (draws, seeds): the contrast of every seed, with the same examples drawn for all."""
+    """Bootstrap over test examples -> (draws, seeds): the contrast of every seed, with the same examples
+    drawn for all."""
     seeds = len(cells[next(iter(contrast))])
     total, shares = np.zeros((draws, seeds)), {}
     for key, weight in contrast.items():
@@ -102,8 +109,9 @@ def example_draws(cells, contrast, draws, rng):
 def estimate(contrast, cells, draws=1000, seed=0):
     """The Estimate of a contrast {key: weight} of cells {key: [a Cell for each pretraining seed]}.
 
-    Let d_si be the contrast of seed s and example i, the sum of mu, A_s, B_i and C_si. The spread of the seeds' means has
-    A and C in it; the covariance of two seeds' bootstrap draws is that of B alone. One seed: its examples are all there is.
+    Let d_si be the contrast of seed s and example i, the sum of mu, A_s, B_i and C_si. The spread of the
+    seeds' means has A and C in it; the covariance of two seeds' bootstrap draws is that of B alone. One seed:
+    its examples are all there is.
     """
     per_seed = sum(weight * np.array([cell.value for cell in cells[key]]) for key, weight in contrast.items())
     seeds = len(per_seed)
@@ -116,11 +124,13 @@ def estimate(contrast, cells, draws=1000, seed=0):
     of_seeds = per_seed.var(ddof=1) / seeds
     variance = of_seeds + of_examples
     parts = of_seeds ** 2 / (seeds - 1) + of_examples ** 2 / max(1, min(counts, default=2) - 1)
-    return Estimate(float(per_seed.mean()), float(variance), float(variance ** 2 / parts) if parts else float(seeds - 1))
+    return Estimate(float(per_seed.mean()), float(variance), float(variance ** 2 / parts) if parts
+                    else float(seeds - 1))
 
 
 def student_tail(freedom, points=20_001):
-    """(t, P(|T| > t)) of Student's distribution on a grid; with t = sqrt(freedom) tan(a) its density is cos(a)^(freedom-1)."""
+    """(t, P(|T| > t)) of Student's distribution on a grid; with t = sqrt(freedom) tan(a) its density is
+    cos(a)^(freedom-1)."""
     angle = np.linspace(0, np.pi / 2, points)
     density = np.cos(angle) ** (freedom - 1) if freedom > 1 else np.ones(points)
     mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
@@ -173,25 +183,28 @@ class Claim:
 
 
 def judge(claim, cells, draws=1000):
-    """Everything about a claim that a page shows, as a dict for JSON. The verdict is not corrected for other claims."""
+    """Everything about a claim that a page shows, as a dict for JSON. The verdict is not corrected for other
+    claims."""
     found, gains = estimate(claim.contrast, cells, draws), {}
     for key, base in (claim.untrained or {}).items():
         if key in cells and base in cells:
             gain = estimate({key: 1, base: -1}, cells, draws)
             gains[key[0]] = [gain.difference, half_width(gain)]
     half = half_width(found)
-    judged = {
-        "claim": claim.text, "ours": claim.ours, "primary": claim.primary, "unit": claim.unit, "effect": claim.effect,
-        "difference": found.difference, "interval": [found.difference - half, found.difference + half] if half else None,
-        "smallest_visible": half or None, "seeds": len(next(iter(cells.values()))), "gain_over_untrained": gains,
-        "measured": all(gain > half_gain for gain, half_gain in gains.values()),
-        "p_zero": p_value(found) if half else None,
-        "p_paper": p_value(found, claim.effect) if half and claim.effect is not None else None}
+    judged = {"claim": claim.text, "ours": claim.ours, "primary": claim.primary, "unit": claim.unit,
+              "effect": claim.effect, "difference": found.difference,
+              "interval": [found.difference - half, found.difference + half] if half else None,
+              "smallest_visible": half or None, "seeds": len(next(iter(cells.values()))),
+              "gain_over_untrained": gains, "measured": all(gain > half_gain
+                                                            for gain, half_gain in gains.values()),
+              "p_zero": p_value(found) if half else None, "p_paper": p_value(found, claim.effect) if half
+              and claim.effect is not None else None}
     return {**judged, "verdict": verdict(judged, judged["p_zero"], judged["p_paper"])}
 
 
 def verdict(judged, p_zero, p_paper, level=0.05):
-    """One of the four words, from a judged claim and its p-values, which Holm's adjustment may have raised."""
+    """One of the four words, from a judged claim and its p-values, which Holm's adjustment may have
+    raised."""
     difference, effect = judged["difference"], judged["effect"]
     if not judged["measured"]:
         return NOT_MEASURED
@@ -207,14 +220,16 @@ def remark(judged):
     """What the verdict does not say by itself."""
     if judged["verdict"] in (NOT_MEASURED, UNINFORMATIVE) or not judged["interval"]:
         return "one seed" if judged["seeds"] < 2 else ""
-    low, high = judged["interval"]
+    high = judged["interval"][1]
     if high < 0:
         return "the other way"
-    return "smaller than the paper's" if low > 0 and judged["effect"] and high < judged["effect"] else ""
+    smaller = judged["effect"] and high < judged["effect"]
+    return "smaller than the paper's" if judged["verdict"] == SUPPORTED and smaller else ""
 
 
 def corrected(primaries):
-    """Primary claims with the verdicts that remain when Holm's adjustment runs over all of them; each test apart."""
+    """Primary claims with the verdicts that remain when Holm's adjustment runs over all of them; each test
+    apart."""
     zero, paper = (holm([claim[name] for claim in primaries]) for name in ("p_zero", "p_paper"))
     return [{**claim, "verdict": verdict(claim, a, b), "p_zero_holm": a, "p_paper_holm": b}
             for claim, a, b in zip(primaries, zero, paper)]

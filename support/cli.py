@@ -134,6 +134,15 @@ def import_optional(name):
         raise BadInput(f"this needs the {package} package: pip install {package}") from None
 
 
+def plain(x):
+    """Results with numpy arrays and numbers in them -> what JSON knows."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
 def write_json(target, content):
     """The --json convention of all commands: one object, to a file or to standard output (-)."""
     text = json.dumps(content, indent=1)

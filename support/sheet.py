@@ -60,15 +60,15 @@ def draw_sheets(path, sheets, spectra):
     for part, sheet, values in zip(parts, sheets, spectra):
         axes = part.subplot_mosaic(rows, gridspec_kw=ratios)
         part.suptitle(f"{sheet.title}: {sheet.paper}" if alone else sheet.title, size=22, color=INK)
-        draw_groups(axes["f"], sheet)
+        draw_groups(axes["f"], sheet, 15 if alone or sheet.length <= 12 else 9)
         draw_masks(axes["h"], axes["g"], sheet)
         draw_bars(axes["n"], sheet)
         draw_spectrum(axes["s"], values, max(map(len, spectra)))
     figure.savefig(path, dpi=120)
 
 
-def draw_groups(axes, sheet):
-    """Each draw of f as a row of cells with its numbers."""
+def draw_groups(axes, sheet, size):
+    """Each draw of f as a row of cells with its numbers, of that font size."""
     f = [draw for draw, _ in sheet.draws]
     last = max(max(map(max, f)), 3)
     shades = [[0.1 * g if g < 2 else 0.35 + 0.4 * (g - 2) / (last - 2) for g in row] for row in f]
@@ -76,7 +76,6 @@ def draw_groups(axes, sheet):
     if sheet.length <= 24:
         for row, groups in enumerate(f):
             for i, group in enumerate(groups):
-                size = 15 if sheet.length <= 12 else 9
                 colour = "white" if shades[row][i] > 0.6 else INK
                 axes.text(i, row, group, ha="center", va="center", size=size, color=colour)
     tidy(axes, "group index f of position i", sheet.length, [f"draw {k + 1}" for k in range(len(f))])
@@ -119,9 +118,9 @@ def draw_spectrum(axes, values, longest):
 def tidy(axes, title, columns, rows):
     """Name the rows, and the columns by position; draw lines between the cells, where there is room."""
     axes.set_title(title, size=TITLE)
-    step = 1 + (max(columns, len(rows)) - 1) // 14
-    axes.set_xticks(range(0, columns, step), range(1, columns + 1, step))
-    axes.set_yticks(range(0, len(rows), step), rows[::step])
+    across, down = (1 if n < 14 else 1 + (n - 1) // 6 for n in (columns, len(rows)))
+    axes.set_xticks(range(0, columns, across), range(1, columns + 1, across))
+    axes.set_yticks(range(0, len(rows), down), rows[::down])
     axes.tick_params(length=0, labelsize=11)
     if columns <= 24:
         axes.set_xticks([i + 0.5 for i in range(columns - 1)], minor=True)

@@ -15,9 +15,8 @@ from objectives import OBJECTIVES, choose_path, describe, flag, from_options
 from support.cli import BadInput
 from text.tokenizers import ByteTokenizer
 
-# Options that suit sequences of 8 tokens, and of 9 patches; an objective that is not listed is tested as it
-# comes.
-SMALL = {"dar": [{"t": 1}, {"t": 2}, {"t": 3}], "mlm": [{"mask": 0.3}], "vl": [{"mask": (0.2, 0.6)}],
+# Options that suit 8 tokens, and 9 patches; an objective that is not listed is tested as it comes.
+SMALL = {"dar": [{"t": 2}, {"t": 3}], "mlm": [{"mask": 0.3}], "vl": [{"mask": (0.2, 0.6)}],
          "mtp": [{"t": 3}], "blocks": [{"block": 3}], "spans": [{"mask": 0.4}]}
 SMALL_IMAGES = {"dar": [{"t": 2}, {"t": (1, 3)}], "mlm": [{"mask": 0.6}], "vl": [{"mask": (0.3, 0.8)}],
                 "segments": [{"segment": 1}]}

@@ -1,20 +1,20 @@
-"""What each objective says - f, queries, weights - against its definition, and the facts that tie them together."""
+"""What each objective says - f, queries, weights - against its definition, and facts that tie them."""
 import itertools
 import math
 from collections import Counter
 
 import pytest
 import torch
+from conftest import IMAGE_WAYS, WAYS, name_of
 
 import evaluate
-from conftest import IMAGE_WAYS, WAYS, name_of
 from masks import hidden_count
 from objectives import OBJECTIVES, choose_path, draw_batch, from_options, loss_sum
 from support.cli import BadInput
 from support.objective import asked
 
-SMALL = {"dar": {"t": 2}, "mlm": {"mask": 0.4}, "vl": {"mask": (0.2, 0.7)}, "mtp": {"t": 3}, "blocks": {"block": 2},
-         "spans": {"mask": 0.5, "span": 2}, "segments": {"segment": 1}}
+SMALL = {"dar": {"t": 2}, "mlm": {"mask": 0.4}, "vl": {"mask": (0.2, 0.7)}, "mtp": {"t": 3},
+         "blocks": {"block": 2}, "spans": {"mask": 0.5, "span": 2}, "segments": {"segment": 1}}
 LENGTH = {"segments": 4}
 
 
@@ -42,7 +42,7 @@ def subsets(items):
 
 def hidden_law(S, counts):
     """mlm, vl: every subset of the drawn size."""
-    return law((tuple(2 if i in hidden else 1 for i in range(S)), counts[len(hidden)] / math.comb(S, len(hidden)))
+    return law((tuple(1 + (i in hidden) for i in range(S)), counts[len(hidden)] / math.comb(S, len(hidden)))
                for hidden in subsets(range(S)) if len(hidden) in counts)
 
 
@@ -109,7 +109,8 @@ LAWS = {
     "mlm": lambda S: hidden_law(S, {hidden_count(0.4, S): 1.0}),
     "vl": lambda S: hidden_law(S, vl_counts(S, 0.2, 0.7)),
     "permutation": lambda S: law((f, 1 / math.factorial(S)) for f in itertools.permutations(range(1, S + 1))),
-    "prefix": lambda S: law((tuple(max(1, i - k + 1) for i in range(1, S + 1)), 1 / (S - 1)) for k in range(1, S)),
+    "prefix": lambda S: law((tuple(max(1, i - k) for i in range(1, S + 1)), 1 / (S - 1))
+                            for k in range(S - 1)),
     "mtp": lambda S: mtp_law(S, 3),
     "diffusion": diffusion_law,
     "blocks": lambda S: blocks_law(S, 2),
@@ -140,7 +141,8 @@ def test_listed_outcomes_queries_and_weights_are_those_of_the_definition(name):
 
 @pytest.mark.parametrize("name, options, S", [
     ("blocks", {"block": 4}, 7), ("blocks", {"block": 3}, 9), ("spans", {"mask": 0.6, "span": 1}, 7),
-    ("spans", {"mask": 0.3, "span": 3}, 8), ("spans", {"mask": 0.9, "span": 1}, 5), ("segments", {"segment": 2}, 16),
+    ("spans", {"mask": 0.3, "span": 3}, 8), ("spans", {"mask": 0.9, "span": 1}, 5),
+    ("segments", {"segment": 2}, 16),
     ("mtp", {"t": 1}, 5), ("mtp", {"t": 4}, 5)])
 def test_other_sizes(name, options, S):
     """A short last block, one span, as many spans as fit, squares of several patches, t at its ends."""
@@ -192,16 +194,16 @@ def sources(f, c):
 
 
 def leaks(model, objective, path, batch, x):
-    """(what each prediction depends on, by its gradient; what it should) for the first sequence of a batch; x are the
-    rows that stand for the tokens (S, D), with requires_grad."""
+    """[(query, what it depends on by its gradient, what it should)] of the first sequence of a batch; x (S,
+    D), with requires_grad, are the rows that stand for its tokens."""
     patched = model.config.patch
     tokens = x[None] if patched else batch.tokens[:1]
     if not patched:
         model.embedding.weight.requires_grad_(False)
         table = model.embedding.forward
         model.embedding.forward = lambda ids: x[None]
-    features = model(tokens, batch.groups[:1], batch.targets[:1], path, batch.cuts[:1], batch.blank[:1], False,
-                     batch.given[:1])[0]
+    inputs = (batch.groups, batch.targets, path, batch.cuts, batch.blank, False, batch.given)
+    features = model(tokens, *(y[:1] if isinstance(y, torch.Tensor) else y for y in inputs))[0]
     if not patched:
         model.embedding.forward = table
     f, found = batch.groups[0].tolist(), []
@@ -220,7 +222,8 @@ def test_predictions_depend_on_exactly_their_contexts(way, dtype, make_model, ma
     model = (make_image_model(path) if images else make_model()).float()
     S = model.config.length
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(1, S, model.config.values, generator=generator) if images else torch.randint(11, (1, S))
+    patches = torch.randn(1, S, max(model.config.values, 1), generator=generator)
+    tokens = patches if images else torch.randint(11, (1, S), generator=generator)
     for _ in range(3):
         batch = draw_batch(objective, path, tokens, 11, generator)
         x = (tokens[0] if images else 0.2 * torch.randn(S, 16, generator=generator)).clone().requires_grad_()
@@ -281,8 +284,9 @@ def test_mtp_is_equation_3(make_model):
 
 
 def test_one_block_is_diffusion(make_model):
-    """B = S - 1: the same sets are hidden with the same probability and the same loss."""
-    S, model = 5, make_model(vocab=3, length=5)
+    """B = S - 1: the same sets are hidden with the same probability, context and weight. In one layer, where
+    the content is the tokens, so is the loss; in more, x_1 is encoded without the visible ones."""
+    S, model = 5, make_model(vocab=3, length=5, layers=1)
     sequences = all_sequences(3, S)[::5]
     one = losses(model, from_options("blocks", block=S - 1), "two-stream", sequences)
     two = {f: (p, loss) for f, p, loss in losses(model, from_options("diffusion"), "two-stream", sequences)}
@@ -302,7 +306,8 @@ class Oracle:
         """-log P(x_p | x at the positions `seen`)."""
         context = tuple(sorted((j, x[j]) for j in seen))
         generator = torch.Generator().manual_seed(hash((self.seed, p, context)) % 2 ** 31)
-        return -torch.randn(self.vocab, generator=generator, dtype=torch.float64).mul(2).log_softmax(0)[x[p]].item()
+        scores = 2 * torch.randn(self.vocab, generator=generator, dtype=torch.float64)
+        return -scores.log_softmax(0)[x[p]].item()
 
     def order_nll(self, x, order):
         return sum(self.nll(x, p, order[:k]) for k, p in enumerate(order) if k)
@@ -331,11 +336,11 @@ def order_nll(run, sequences, groups, ask):
 
 @pytest.mark.parametrize("options", [
     {"objective": "diffusion"}, {"objective": "mlm", "mask": 0.3}, {"objective": "permutation"},
-    {"objective": "blocks", "block": 2}, {"objective": "blocks", "block": 3}], ids=lambda o: "-".join(map(str, o.values())))
+    {"objective": "blocks", "block": 2}, {"objective": "blocks", "block": 3}], ids=str)
 @pytest.mark.parametrize("streams", [None, 2])
 def test_any_order_mixture(options, streams, make_run):
-    """Enumerated on three tokens after the given one: the orders of `orders`, each a distribution, so is their
-    mixture; `bound` has the mean over orders for its mean, and that is no less than -log of the mixture."""
+    """Enumerated on three tokens after the given one: each order is a distribution, so is their mixture;
+    the mean of `bound` is the mean over orders, and no less than -log of the mixture."""
     options = dict(options)
     objective = from_options(options.pop("objective"), **options)
     run, S, V = make_run(objective, choose_path(objective, streams), vocab=3, length=4), 4, 3
@@ -346,13 +351,13 @@ def test_any_order_mixture(options, streams, make_run):
     count = 2 if options.get("block") == 2 else 6
     assert len(found) == count
     sequences = torch.tensor([(1, *rest) for rest in itertools.product(range(V), repeat=S - 1)])
-    nll = torch.stack([order_nll(run, sequences, *order) for order in found.values()])       # (orders, sequences)
+    nll = torch.stack([order_nll(run, sequences, *order) for order in found.values()])  # (orders, sequences)
     assert (-nll).exp().sum(1).tolist() == pytest.approx([1.0] * count, abs=1e-5)
     mixture, mean = math.log(count) - (-nll).logsumexp(0), nll.mean(0)
     assert (-mixture).exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert (mean >= mixture - 1e-9).all() and (mean - mixture).max() > 1e-3
 
-    # The mean of `bound` over everything that it can draw: each batch covers every number of hidden tokens evenly.
+    # The mean of `bound` over many draws.
     draws = 6000
     f, weight = objective.bound(draws, S, torch.Generator().manual_seed(1))
     table = Counter(tuple(map(tuple, zip(g, w))) for g, w in zip(f.tolist(), weight.tolist()))
@@ -375,7 +380,7 @@ def test_bound_is_stratified():
 
 @pytest.mark.parametrize("name", ["diffusion", "blocks"])
 def test_the_training_loss_is_a_bound(name, make_run):
-    """What training minimises, over all f, is at least -log of the mixture over orders, sequence by sequence."""
+    """What training minimises is, over all f, at least -log of the mixture over orders, for each sequence."""
     objective = from_options(name, **({"block": 3} if name == "blocks" else {}))
     run = make_run(objective, choose_path(objective, 2), vocab=3, length=4)
     sequences = torch.tensor([(1, *rest) for rest in itertools.product(range(3), repeat=3)])
@@ -384,12 +389,12 @@ def test_the_training_loss_is_a_bound(name, make_run):
     distinct = {str(a.tolist()): (g, a) for g, a in zip(f, ask)}
     nll = torch.stack([order_nll(run, sequences, *order) for order in distinct.values()])
     assert len(distinct) == 6
-    assert torch.allclose(trained, nll.mean(0), atol=1e-6)                   # one block: the two means are one
+    assert torch.allclose(trained, nll.mean(0), atol=1e-6)                 # one block: the two means are one
     assert (trained >= math.log(6) - (-nll).logsumexp(0) - 1e-9).all()
 
 
 def test_left_to_right_likelihood_is_that_of_ar_where_the_f_are_one(make_run):
-    """mtp, permutation and prefix score the text by the pass of ar: one network gives all four the same numbers."""
+    """mtp, permutation and prefix score text by the pass of ar: of one network the numbers are the same."""
     sequences = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
     ar = evaluate.left_to_right(make_run(from_options("ar"), "two-stream"), sequences)["next"]
     for name in ("mtp", "permutation", "prefix"):
@@ -398,14 +403,15 @@ def test_left_to_right_likelihood_is_that_of_ar_where_the_f_are_one(make_run):
 
 
 def test_likelihood_of_blocks_by_a_plain_loop(make_run):
-    """Token p in its block: the blocks before, split where it stands in its own, and what precedes it in there."""
+    """Token p in its block: the blocks before, split where it stands in its own, and its own up to it."""
     S, B = 8, 3
     run = make_run(from_options("blocks", block=B), "two-stream")
     sequences = torch.randint(11, (2, S), generator=torch.Generator().manual_seed(0))
     found = evaluate.left_to_right(run, sequences)["next"]
     for p in range(1, S):
         j = (p - 1) % B
-        f = torch.tensor([[1] + [2 * ((i - 1) // B + 1) + ((i - 1) % B >= j) for i in range(1, p + 1)]]).expand(2, -1)
+        f = [1] + [2 * ((i - 1) // B + 1) + ((i - 1) % B >= j) for i in range(1, p + 1)]
+        f = torch.tensor(f).expand(2, -1)
         features = run.model(sequences[:, :p + 1], f, torch.full((2, 1), p), "two-stream")
         nll = -run.model.logits(features)[:, 0].log_softmax(-1).gather(1, sequences[:, p:p + 1])[:, 0]
         assert torch.allclose(found[:, p - 1].double(), nll, atol=1e-5)

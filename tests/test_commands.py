@@ -111,23 +111,20 @@ def test_tables_as_they_come(trained, capsys, tmp_path):
     plain = write_cats(tmp_path / "a.tsv")
     rows = [line.split("\t") for line in plain.read_text().splitlines()[1:]]
     (tmp_path / "b.csv").write_text("kind,review\n" + "".join(f'{b},"{a}"\n' for a, b in rows))
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"review": a, "kind": b, "n": 1}) + "\n" for a,
-                                              b in rows))
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"review": a, "kind": b}) + "\n" for a, b in rows))
     (tmp_path / "d.tsv").write_text("".join(f"{b}\t{k}\t{a}\n" for k, (a, b) in enumerate(rows)))
     named = ("--text-column", "review", "--label-column", "kind")
     expected = results_of(capsys, "probe", trained["vl"], "--data", plain)["layers"]
     assert expected["last"]["accuracy"] == 1
     for file, flags in (("b.csv", named), ("c.jsonl", named),
                         ("d.tsv", ("--text-column", 3, "--label-column", 1))):
-        assert results_of(capsys, "probe", trained["vl"], "--data", tmp_path / file,
-                          *flags)["layers"] == expected
+        found = results_of(capsys, "probe", trained["vl"], "--data", tmp_path / file, *flags)
+        assert found["layers"] == expected
 
 
 WRONG = [
-    (["glue", "{vl}", "--glue-dir", "{tmp}/nowhere"], "nowhere is not a folder; the files are at "
-                                                      "https://glueb"),
-    (["glue", "{vl}", "--glue-dir", "{tmp}"], "MNLI/train.tsv does not exist; it is part of MNLI from "
-                                              "https://gluebench"),
+    (["glue", "{vl}", "--glue-dir", "{tmp}/nowhere"], "nowhere is not a folder; the files are at https"),
+    (["glue", "{vl}", "--glue-dir", "{tmp}"], "MNLI/train.tsv does not exist; it is part of MNLI"),
     (["glue", "{vl}", "--glue-dir", "{tmp}", "--tasks", "sst"], "no GLUE task 'sst'"),
     (["glue", "{vl}", "--glue-dir", "{tmp}", "--tasks", "ax"], "with --submit"),
     (["glue", "{vl}"], "--glue-dir"),
@@ -145,14 +142,13 @@ WRONG = [
     (["probe", "{vl}", "--label-column", "x"], "leave out --text-column"),
     (["probe", "{vl}", "--labels-per-class", "0"], "at least 1"),
     (["finetune", "{vl}", "--data", "{one}"], "only one label, 'x'"),
-    (["finetune", "{vl}", "--data", "{two}", "--dev", "{one}"], "one.tsv, line 2: the label 'x' is not one "
-                                                                "of y, z"),
+    (["finetune", "{vl}", "--data", "{two}", "--dev", "{one}"], "one.tsv, line 2: the label 'x' is not one"),
     (["finetune", "{vl}", "--data", "{two}", "--regression"], "line 2: the label 'y' is not a number"),
     (["finetune", "{vl}", "--data", "{two}", "--label-fraction", "0"], "--label-fraction 0"),
-    (["finetune", "{vl}", "--data", "{scores}", "--labels-per-class", "2"], "--labels-per-class 2 is for "
-                                                                            "classes"),
-    (["finetune", "{vl}", "--data", "{wrong}"], "no column 'label', only text, class; say with --text-column "
-                                                "and --label")]
+    (["finetune", "{vl}", "--data", "{scores}", "--labels-per-class", "2"],
+     "--labels-per-class 2 is for classes"),
+    (["finetune", "{vl}", "--data", "{wrong}"],
+     "no column 'label', only text, class; say with --text-column and --label")]
 
 
 @pytest.mark.parametrize("argv, says", WRONG)

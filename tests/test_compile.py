@@ -1,13 +1,13 @@
-"""The compiled step is one graph for each shape, whatever the objective and the path, and a step sees no other shapes than
-it must. The branches that only a GPU takes run here on tensors that have a shape and a device but no content."""
+"""The compiled step is one graph for each shape, whatever the objective and the path. The branches that only a
+GPU takes run here on tensors that have a shape and a device but no content."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import model as architecture
 import objectives
 from engine import machine
 from engine.settings import resolve
@@ -20,13 +20,15 @@ from train import batch_sizes, update
 LENGTH, VOCAB = 16, 11
 TEXT = [(name, streams) for name, cls in OBJECTIVES.items() if not cls.images_only for streams in (1, 2)
         if streams == 2 or cls.one_stream]
-IMAGES = [(name, streams) for name, cls in OBJECTIVES.items() for streams in (1, 2) if streams == 2 or cls.one_stream]
+IMAGES = [("ar", 1), ("ar", 2), ("mlm", 1), ("vl", 1), ("vl", 2), ("segments", 2)]
+WAYS = [(*way, False) for way in TEXT] + [(*way, True) for way in IMAGES if way[0] in OBJECTIVES]
 
 
 def small_model(path, images=False, dtype=torch.float32):
     torch.manual_seed(0)
     if images:
-        size = {"patch": 4, "mean": (0.5,) * 3, "std": (0.25,) * 3, "decoder": (2, 16, 2) if path == "mae" else ()}
+        size = {"patch": 4, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        size["decoder"] = (2, 16, 2) if path == "mae" else ()
         return Transformer(Config(0, LENGTH, 2, 32, 2, **size)).to(dtype)
     return Transformer(Config(VOCAB, LENGTH, 2, 32, 2)).to(dtype)
 
@@ -40,22 +42,24 @@ def make_batch(objective, path, count, images=False, seed=0):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """A list that grows by one for each graph that is compiled: torch.compile with a backend that only counts."""
+    """A list that grows by one for each graph compiled: torch.compile with a backend that only counts."""
     torch._dynamo.reset()
     compiled, genuine = [], torch.compile
 
     def backend(graph, example_inputs):
         compiled.append(graph)
         return graph.forward
-    monkeypatch.setattr(torch, "compile", lambda function, **how: genuine(function, **{**how, "backend": backend},
-                                                                          fullgraph=True))
+
+    def counted(function, dynamic):
+        return genuine(function, dynamic=dynamic, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", counted)
     yield compiled
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name, streams, images", [(*way, False) for way in TEXT] + [(*way, True) for way in IMAGES])
+@pytest.mark.parametrize("name, streams, images", WAYS)
 def test_one_graph_for_each_shape(name, streams, images, graphs):
-    """A ramped batch in micro-batches, over several steps: as many graphs as there are sizes of its parts, and no break."""
+    """A ramped batch in micro-batches: as many graphs as its parts have sizes, none anew, and no break."""
     objective = from_options(name)
     path = choose_path(objective, streams, images)
     settings = resolve(batch_size=8, batch_ramp=0.6)
@@ -88,46 +92,70 @@ def test_inductor_computes_the_same(name, streams):
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name, streams, images", [(*way, False) for way in TEXT] + [(*way, True) for way in IMAGES])
+@pytest.mark.parametrize("name, streams, images", WAYS)
 @pytest.mark.parametrize("long", [False, True])
-def test_the_step_on_cuda_has_the_right_shapes(name, streams, images, long, monkeypatch):
-    """Half precision, the fused optimiser, and where asked for the block masks of long sequences, on a GPU that is not
-    there: fake tensors say what every operation would give."""
+@torch.no_grad()  # whose graph asks for a PyTorch that knows CUDA
+def test_the_loss_on_cuda_has_the_right_shapes(name, streams, images, long, monkeypatch):
+    """In half precision, and with the block masks of long sequences, on a GPU that is not there: fake tensors say
+    what every operation would give."""
     objective = from_options(name)
     path = choose_path(objective, streams, images)
     if long and path != "two-stream":
         pytest.skip("block masks are for two streams")
     monkeypatch.setattr(kernels, "LONG", LENGTH if long else 10 ** 9)
-    batch = make_batch(objective, path, 4, images)
+    used, genuine = [], kernels.prefix_blocks
+    monkeypatch.setattr(architecture, "prefix_blocks", lambda *args: (used.append(1), genuine(*args))[1])
+    monkeypatch.setattr(kernels, "compiled_flex_attention", lambda: stand_in)
+    model, batch = small_model(path, images), make_batch(objective, path, 4, images)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        device = torch.device("cuda")
-        model = on_fake(small_model(path, images), device, fake)
-        batch = objectives.Batch(*(moved(field, device, fake) for field in batch))
+        on_cuda(model, fake)
+        batch = objectives.Batch(*(cuda(field, fake) for field in batch))
         with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_sum(model, batch, path) / 7.0
-        assert loss.shape == () and loss.device.type == "cuda"
-        loss.backward()
-        got = {n for n, p in model.named_parameters() if p.grad is not None}
-        assert {n for n, _ in model.named_parameters()} - got <= {"query", "pixels.bias"}
+            loss = loss_sum(model, batch, path)
+        assert loss.shape == () and loss.device.type == "cuda" and loss.dtype == torch.float32
+    assert bool(used) == long
+
+
+def stand_in(q, k, v, block_mask):
+    """The shape that attention has, for a kernel that only exists compiled."""
+    assert block_mask.seq_lengths == (q.shape[2], k.shape[2])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@torch.no_grad()
+def test_the_optimiser_on_cuda_is_fused_and_never_waits(kind):
+    """found_inf is a tensor that stays on the device: to ask for its value would raise here."""
+    model = small_model("two-stream")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        on_cuda(model, fake)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer = make_optimizer(model, dataclasses.replace(resolve(), optimizer=kind))
         norm = clip_gradients(model, 0.5)
-        wrong = (~norm.isfinite()).float()
-        for kind in ("adamw", "muon"):
-            optimizer = make_optimizer(model, dataclasses.replace(resolve(), optimizer=kind))
-            assert optimizer.defaults["fused"] and norm.shape == wrong.shape == ()
-            take_step(optimizer, wrong)
+        take_step(optimizer, (~norm.isfinite()).float())
+        assert optimizer.defaults["fused"] and norm.device.type == "cuda" and norm.shape == ()
 
 
-def moved(x, device, fake):
-    """A fake of x on that device."""
-    return fake.from_tensor(x).to(device)
+def test_a_batch_is_pinned_before_it_goes_to_a_gpu(monkeypatch):
+    """Every field, made contiguous first, without which pin_memory copies more than the part."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: (pinned.append(x.is_contiguous()), x)[1])
+    batch = make_batch(from_options("vl"), "mask", 8).part(2, 6)
+    assert all(torch.equal(a, b) for a, b in zip(batch.pinned(), batch, strict=True))
+    assert pinned == [True] * len(batch)
 
 
-def on_fake(model, device, fake):
-    """The model with fake parameters and buffers on that device."""
+def cuda(x, fake):
+    """A fake of x on a GPU."""
+    return FakeTensor(fake, x.detach().to("meta"), torch.device("cuda:0"))
+
+
+def on_cuda(model, fake):
+    """Give the model fake parameters and buffers on a GPU."""
     for module in model.modules():
         for name, p in [*module._parameters.items()]:
             if p is not None:
-                module._parameters[name] = torch.nn.Parameter(moved(p.detach(), device, fake), p.requires_grad)
+                module._parameters[name] = torch.nn.Parameter(cuda(p, fake), p.requires_grad)
         for name, b in [*module._buffers.items()]:
-            module._buffers[name] = moved(b, device, fake)
-    return model
+            module._buffers[name] = cuda(b, fake)

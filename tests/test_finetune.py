@@ -20,7 +20,8 @@ def run(make_run):
 
 def test_learning_rate_rises_and_falls():
     shares = [steps.warm_cosine(p, 0.1) for p in np.linspace(0, 1, 101)]
-    assert shares[0] == 0 and shares[5] == pytest.approx(0.5) and shares[10] == 1 and shares[55] == pytest.approx(0.5)
+    assert shares[0] == 0 and shares[5] == pytest.approx(0.5) and shares[10] == 1
+    assert shares[55] == pytest.approx(0.5)
     assert shares[100] == pytest.approx(0) and all(np.diff(shares[:11]) > 0) and all(np.diff(shares[10:]) < 0)
 
 
@@ -33,7 +34,8 @@ def test_micro_batches_add_up_to_the_batch(run):
                               for change in ({}, {"micro_batch": 3}, {"batch_size": 16}))
     scores = [predict(inputs) for predict, _ in (whole, parted, coarser)]
     assert whole[1]["train_loss"] == pytest.approx(parted[1]["train_loss"], rel=1e-4)
-    assert (scores[0] == scores[1]).all() and whole[1]["train_loss"] != pytest.approx(coarser[1]["train_loss"], rel=1e-4)
+    assert (scores[0] == scores[1]).all()
+    assert whole[1]["train_loss"] != pytest.approx(coarser[1]["train_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("attention, pool", [("full", "mean"), ("causal", "last")])

@@ -107,8 +107,8 @@ def test_diagnostic_set_under_its_other_name(tmp_path):
              ["1", "a", "b", "neutral"]],
      "train.tsv, line 3: the label 'neutral' is not one of entailment, not_entailment"),
     ("cola", [["gj04", "1", "", "a"], ["gj04", "2", "", "b"]], "line 2: the label '2'"),
-    ("stsb", [STSB_HEADER + ["score"], STSB_ROW + ["5.1"]], "line 2: the label '5.1' is not a number from 0 "
-                                                            "to 5"),
+    ("stsb", [STSB_HEADER + ["score"], STSB_ROW + ["5.1"]],
+     "line 2: the label '5.1' is not a number from 0 to 5"),
     ("stsb", [STSB_HEADER + ["score"], STSB_ROW + ["good"]], "line 2: the label 'good'"),
     ("stsb", [STSB_HEADER + ["score"], STSB_ROW + ["nan"]], "line 2: the label 'nan'"),
     ("rte", [["index", "sentence1", "sentence2", "label"], ["0", "a", "entailment"]],

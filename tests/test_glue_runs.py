@@ -68,7 +68,8 @@ def test_glue_command_on_all_tasks(glue_dir, capsys, tmp_path):
                 assert "correct" not in result
             else:
                 assert result["correct" + suffix] == (predictions == labels).astype(int).tolist()
-    assert len(found["table2"]) == 9 and found["average"] == pytest.approx(np.mean(list(found["table2"].values())))
+    assert len(found["table2"]) == 9
+    assert found["average"] == pytest.approx(np.mean(list(found["table2"].values())))
     assert found["table2"]["MNLI-mm"] == found["tasks"]["mnli"]["accuracy-mm"]["mean"]
     assert found["not_in_submission"] == []
     for k in range(2):

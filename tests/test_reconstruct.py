@@ -1,14 +1,18 @@
 """That a reconstruction reads what it may and nothing else, and the measures of its quality."""
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
+from labelled_texts import call
 
+import train as training
 from downstream import reconstruct
 from downstream.reconstruct import hidden_patches, measures, to_pictures, with_mean
 from engine.runs import Run
-from engine.settings import Settings
+from engine.settings import Settings, resolve
 from support.cli import BadInput
 
 
@@ -102,3 +106,28 @@ def test_the_baseline_is_the_mean_colour_of_what_is_known():
         expected = patches[0, known, 16 * c:16 * (c + 1)].mean()
         assert torch.allclose(filled[0, hidden[0], 16 * c:16 * (c + 1)], expected)
     assert torch.equal(filled[0, known], patches[0, known])
+
+
+def test_command_and_picture(tmp_path, capsys, monkeypatch):
+    """One column for the images, one for what was hidden, one for each checkpoint; without matplotlib no
+    titles."""
+    training.train(resolve(objective="ar", data="shapes", steps=1, batch_size=8), tmp_path / "ar",
+                   device="cpu",
+                   dtype="fp32", quiet=True)
+    picture, both = tmp_path / "grid.png", (str(tmp_path / "ar"), f"untrained:{tmp_path / 'ar'}")
+    few = ("--max-images", 20, "--hide", 0.1)
+
+    def height_of_picture():
+        text = call(capsys, "reconstruct", *both, *few, "--rows", 3, "--picture", picture)
+        assert "original, hidden, ar (causal), untrained ar (causal)" in text and "mean colour" in text
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+        return int.from_bytes(picture.read_bytes()[20:24], "big")
+
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert 3 * 60 < height_of_picture() < 3 * 75
+    rows = json.loads(call(capsys, "reconstruct", both[0], *few, "--json", "-"))["rows"]
+    assert rows[1]["step"] == 1 and len(rows[1]["l2_of_images"]) == 20
+    assert rows[1]["l2"] == pytest.approx(np.mean(rows[1]["l2_of_images"]), rel=1e-5)
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert height_of_picture() > 3 * 150

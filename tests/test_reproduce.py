@@ -3,26 +3,21 @@ import importlib
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-
 import reproduce
 import train
-from downstream import by_length, commands, reconstruct
+from downstream import by_length
 from engine import machine, runs
-from experiments import measures, ours, pages, running, stages, tables
+from experiments import measures, pages, running, stages, tables
 from experiments.scales import RISK, SCALES
-from experiments.stages import Model, Place, Stage
-from experiments.verdicts import LINKS, SUPPORTED, Cell, judge
+from experiments.stages import Model, Place
+from experiments.verdicts import SUPPORTED, Cell, judge
 from objectives import OBJECTIVES
 from reproduce import TARGETS
 from support import cli
@@ -37,14 +32,16 @@ def place_at(scale, work, data="DATA", **more):
 
 
 def all_stages(place, *names, seeds=1):
-    return stages.with_needs([stage for name in names or TARGETS for stage in pages.stages_of(place, TARGETS[name](place), seeds)])
+    return stages.with_needs([stage for name in names or TARGETS
+                              for stage in pages.stages_of(place, TARGETS[name](place), seeds)])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def little_text():
     """A few made-up documents in place of the library's documentation, which takes seconds to read."""
     rng, patch = np.random.default_rng(0), pytest.MonkeyPatch()
-    texts = [(f"module{k}.part", " ".join(rng.choice(["one", "two", "three", "four"], 400))) for k in range(60)]
+    texts = [(f"module{k}.part", " ".join(rng.choice(["one", "two", "three", "four"], 400)))
+             for k in range(60)]
     patch.setattr(sources, "pydoc_texts", lambda: iter(texts))
     yield
     patch.undo()
@@ -70,8 +67,10 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
 
     for name in ("data", "experiments.losses", "experiments.authors"):
         importlib.import_module(name)
-    ours = [x for x in sys.modules.values() if str(getattr(x, "__file__", None)).startswith(str(running.HERE))]
-    for module, name in itertools.product(ours, ("open_run", "load_run", "prepare_text", "prepare_images", "label_authors")):
+    ours = [x for x in sys.modules.values() if str(getattr(x, "__file__",
+                                                           None)).startswith(str(running.HERE))]
+    for module, name in itertools.product(ours, ("open_run", "load_run", "prepare_text", "prepare_images",
+                                                 "label_authors")):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(cli, "import_optional", lambda name: None)
@@ -79,34 +78,38 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
     for name in ("text", "work"):
         (tmp_path / name).mkdir()
     found = all_stages(place_at(scale, tmp_path / "work", tmp_path))
-    kinds = {(stage.argv[:2], *(word for word in stage.argv if word.startswith("--"))): stage.line() for stage in found}
+    kinds = {(stage.argv[:2], *(word for word in stage.argv if word.startswith("--"))): stage.line()
+             for stage in found}
     for name, *rest in kinds.values():  # one of each command and set of flags
         if name == "train.py":
             settings, args = train.parse(rest)
             assert Path(args["out"]).parent == tmp_path / "work" and settings.task()
         elif name == "spectral.py":
-            assert importlib.import_module("spectral").parse(rest).json
+            assert importlib.import_module("spectral").read_command(rest).json
         else:
             with pytest.raises(Reached):
                 importlib.import_module(name.removesuffix(".py")).main(rest)
-    assert {stage.argv[0] for stage in found} >= {"train.py", "evaluate.py", "spectral.py", "experiments.losses"}
+    assert {stage.argv[0] for stage in found} >= {"train.py", "evaluate.py", "spectral.py",
+                                                  "experiments.losses"}
 
 
 def test_stages_are_named_by_their_command(tmp_path):
     here, there = place_at("smoke", tmp_path / "a"), place_at("smoke", tmp_path / "b")
     found = [pages.stages_of(place, TARGETS["table7"](place), 2) for place in (here, there)]
     assert [stage.out.name for stage in found[0]] == [stage.out.name for stage in found[1]]
-    assert len({stage.out for stage in found[0]}) == len(found[0]) == 2 * 3 * 2   # seeds, models, training and evaluation
+    # seeds, models, training and evaluation
+    assert len({stage.out for stage in found[0]}) == len(found[0]) == 2 * 3 * 2
     assert all(need in found[0][:k] for k, stage in enumerate(found[0]) for need in stage.needs)
     shared = {s.out for s in found[0]} & {s.out for s in pages.stages_of(here, TARGETS["figure3"](here), 2)}
-    assert shared == {s.out for s in found[0]}                                    # Figure 3 has what Table 7 has, and ar
+    assert shared == {s.out for s in found[0]}  # Figure 3 has what Table 7 has, and ar
     assert {s.out for s in pages.stages_of(here, TARGETS["table7"](here), 1)} < {s.out for s in found[0]}
 
 
 def test_models_as_text():
     model = Model("untrained images x0.5: dar --t 2")
     assert (model.kind, model.budget, model.flags, model.learned) == ("images", 0.5, "dar --t 2", False)
-    assert model.as_trained() == Model("images x0.5: dar --t 2") and model.times(2).text == "untrained images: dar --t 2"
+    assert model.as_trained() == Model("images x0.5: dar --t 2")
+    assert model.times(2).text == "untrained images: dar --t 2"
     assert Model("hf:gpt2").hub and Model("hf:gpt2").learned and Model("images100: ar").kind == "images100"
 
 
@@ -131,7 +134,8 @@ def test_the_same_budget_for_all_models_of_a_table(scale, name, tmp_path):
 def test_variety_gives_equal_tokens_but_to_one(tmp_path):
     place = place_at("cpu", tmp_path)
     steps = [budget["steps"] for budget, _ in budgets_of(place, "variety")[False]]
-    assert steps[:-1] == [steps[0]] * (len(steps) - 1) and steps[-1] == pytest.approx(place.scale.longer * steps[0], abs=1)
+    assert steps[:-1] == [steps[0]] * (len(steps) - 1) and steps[-1] == pytest.approx(place.scale.longer
+                                                                                      * steps[0], abs=1)
     assert steps[0] * 16 * 128 == pytest.approx(place.scale.tokens, rel=0.01)
 
 
@@ -142,15 +146,19 @@ def test_budgets_of_the_paper(tmp_path):
         return train.parse(stages.pretrain(place, Model(text), 0).argv[1:])[0]
 
     text = settings("text: dar --t 2")
-    assert (text.steps, text.batch_size, text.length, text.lr, text.mask_rule) == (100_000, 8192, 128, 1e-3, None)
+    assert (text.steps, text.batch_size, text.length, text.lr, text.mask_rule) == (100_000, 8192, 128, 1e-3,
+                                                                                   None)
     image = settings("images: dar --t 2")
     assert (image.epochs, image.batch_size, image.lr, image.clip) == (200, 4096, 5e-4 * 4096 / 256, 0)
     assert settings("images x0.5: dar --t 2").epochs == 100
     assert settings("text: mlm --mask 0.3").mask_rule == "bert"
     safer = settings("images: dar --t 2", place_at("paper", tmp_path, safer=True))
     assert safer.lr == 1.5e-4 * 4096 / 256 and safer.clip == 1
-    assert any(stage.argv[:2] == ("data.py", "images") for stage in stages.pretrain(place, Model("images: ar"), 0).needs)
-    assert any("--length 512" in " ".join(stage.argv) for stage in all_stages(place, "table1") if stage.argv[1] == "perplexity")
+    assert any(stage.argv[:2] == ("data.py", "images") for stage in stages.pretrain(place,
+                                                                                    Model("images: ar"),
+                                                                                    0).needs)
+    assert any("--length 512" in " ".join(stage.argv) for stage in all_stages(place, "table1")
+               if stage.argv[1] == "perplexity")
 
 
 def test_no_stage_of_the_gpu_scale_is_expected_to_take_eight_minutes(tmp_path):
@@ -179,20 +187,23 @@ def test_the_papers_numbers():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_claims_are_contrasts_of_cells_that_exist(scale, tmp_path):
-    """One primary claim a table at most, all positive in the paper, and an untrained row beside every classification."""
+    """One primary claim a table at most, all positive in the paper, and an untrained row beside every
+    classification."""
     place = place_at(scale, tmp_path)
     for name, target in TARGETS.items():
         table = target(place)
         assert sum(claim.primary for claim in table.claims) == bool(table.claims), name
-        cells = {(row, column) for row, model in table.rows.items() for column, measure in table.columns.items()
-                 if measure.stages and measure.stages(place, model, 0)}
+        cells = {(row, column) for row, model in table.rows.items()
+                 for column, measure in table.columns.items() if measure.stages
+                 and measure.stages(place, model, 0)}
         for claim in table.claims:
             assert set(claim.contrast) <= cells and sum(claim.contrast.values()) == pytest.approx(0, abs=1e-9)
             assert claim.effect is None or claim.effect > 0
             for key, base in (claim.untrained or {}).items():
                 assert key in cells and base in cells
                 assert Model(table.rows[base[0]]).as_trained().kind == Model(table.rows[key[0]]).kind
-        classified = [row for row, column in cells if table.columns[column].classifies and not Model(table.rows[row]).hub]
+        classified = [row for row, column in cells if table.columns[column].classifies
+                      and not Model(table.rows[row]).hub]
         assert not classified or any(row.startswith("Untrained") for row in table.rows), name
 
 
@@ -213,87 +224,6 @@ def test_all_text_objectives_of_the_registry_are_compared(tmp_path):
 
 # ---------------------------------------------------------------------------- running
 
-def stage_that(folder, name, code, *needs):
-    """A stage that runs Python code with the path of its result as OUT."""
-    return Stage(("spectral.py", code), folder / name, needs)
-
-
-def run_code(stage, environment, lock):
-    exec(stage.argv[1], {"OUT": stage.out, "ENV": environment, "time": time})
-    running.write_record(stage, 0.0, "", None)
-
-
-def test_stages_run_in_parallel_and_in_order_of_need(tmp_path):
-    order, mutex = [], threading.Lock()
-
-    def run_one(stage, environment, lock):
-        assert all(running.finished(need) for need in stage.needs)
-        time.sleep(0.05)
-        with mutex:
-            order.append((stage.out.name, environment["slot"]))
-        stage.out.write_text("{}")
-        running.write_record(stage, 0.0, "", None)
-
-    first = [stage_that(tmp_path, f"a{k}", "") for k in range(4)]
-    last = stage_that(tmp_path, "z", "", *first)
-    assert running.Worker([last], [{"slot": 0}, {"slot": 1}], run_one).run() == []
-    assert order[-1][0] == "z" and {name for name, _ in order} == {"a0", "a1", "a2", "a3", "z"} and len({s for _, s in order}) == 2
-
-
-def test_two_instances_share_the_work_and_do_none_twice(tmp_path):
-    todo, log = [stage_that(tmp_path, f"s{k}", "") for k in range(8)], []
-
-    def run_one(stage, environment, lock):
-        log.append(stage.out.name)
-        time.sleep(0.05)
-        stage.out.write_text("{}")
-        running.write_record(stage, 0.0, "", None)
-
-    instances = [threading.Thread(target=running.Worker(todo, [{}], run_one).slot, args=({}, 0.02)) for _ in range(2)]
-    for one in instances:
-        one.start()
-    for one in instances:
-        one.join(20)
-    assert sorted(log) == [f"s{k}" for k in range(8)]
-
-
-def test_a_lock_goes_with_its_holder(tmp_path):
-    stage = stage_that(tmp_path, "x", "")
-    code = ("import sys, time; from pathlib import Path; from experiments.running import claimed; from experiments.stages import Stage\n"
-            f"with claimed(Stage(('x',), Path({str(stage.out)!r}))) as lock:\n print(lock is not None, flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=running.HERE) as holder:
-        assert holder.stdout.readline() == "True\n"
-        with running.claimed(stage) as lock:
-            assert lock is None
-        holder.kill()
-    with running.claimed(stage) as lock:
-        assert lock is not None
-
-
-def test_a_failing_stage_stops_the_others_and_is_told(tmp_path):
-    def fail(stage, environment, lock):
-        raise BadInput("no luck")
-
-    worker = running.Worker([stage_that(tmp_path, f"s{k}", "") for k in range(4)], [{}, {}], fail)
-    with pytest.raises(BadInput, match="no luck"):
-        worker.run()
-    broken = Stage(("spectral.py", "nothing"), tmp_path / "x.json")
-    with pytest.raises(BadInput, match="exit status 2"):
-        running.run(broken)
-
-
-def test_launchers_and_slots(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert running.program("train.py", ("torchrun", "--nproc_per_node=8"))[:2] == ("torchrun", "--nproc_per_node=8")
-    assert running.program("evaluate.py", ("torchrun",))[0] == sys.executable
-    assert running.program("experiments.losses")[1:] == ("-m", "experiments.losses")
-    assert running.slots_for(1, 0) == [{}]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in running.slots_for(3, 3)] == ["0", "1", "2"]
-    assert len(running.slots_for(2, 0)) == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in running.slots_for(2, 2)] == ["4", "6"]
-
-
 def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path):
     place = place_at("smoke", tmp_path / "work")
     stage = stages.pretrain(place, Model("text: mlm --mask 0.3"), 0)
@@ -305,8 +235,9 @@ def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path)
     running.adopt(other, tmp_path / "runs")
     assert not other.out.exists() and not running.finished(other)
 
-    one, ar = (vars(train.parse(line.split())[0]) for line in ("--objective dar --t 1", "--objective ar --streams 2"))
-    assert running.settings_of(one) == running.settings_of(ar) != running.settings_of(vars(train.parse([])[0]))
+    one, ar, other = (running.settings_of(vars(train.parse(line.split())[0])) for line in (
+        "--objective dar --t 1", "--objective ar --streams 2", "--objective ar"))
+    assert one == ar != other
     content = runs.load_checkpoint(elsewhere)
     torch.save({**content, "step": 30, "seen": 30 * 8}, elsewhere / "ckpt.pt")
     stage.record().unlink()
@@ -316,15 +247,17 @@ def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path)
     assert running.finished(stage)
 
 
-# ---------------------------------------------------------------------------- every page, from made-up results
+# ---------------------------------------------------------------------------- pages, from made-up results
 
-def fake_nll(rng, model, n=12, length=32):
+def fake_nll(rng, model, mean=4, n=12, length=32):
     """By-length results of a regime."""
-    nll = 4 - 0.2 * ("ar" in model) + rng.normal(0, 0.1, (n, length - 1)) - 0.02 * np.arange(length - 1)
+    nll = mean - 0.2 * ("ar" in model) + rng.normal(0, 0.1, (n, length - 1)) - 0.02 * np.arange(length - 1)
     bins = [{"first": low, "last": high, "sequence_nll": nll[:, low - 1:high].mean(1).tolist()}
             for low, high in by_length.length_bins(length - 1)]
-    return {"nll": nll.mean(), "perplexity": math.exp(nll.mean()), "bits_per_byte": nll.mean() / 3, "sequence_nll": nll.mean(1).tolist(),
-            "by_length": {"prefix": list(range(1, length)), "nll": nll.mean(0).tolist(), "stderr": [0.1] * (length - 1), "bins": bins}}
+    return {"nll": nll.mean(), "perplexity": math.exp(nll.mean()), "bits_per_byte": nll.mean() / 3,
+            "sequence_nll": nll.mean(1).tolist(), "by_length": {"prefix": list(range(1, length)),
+                                                                "nll": nll.mean(0).tolist(), "stderr": [0.1]
+                                                                * (length - 1), "bins": bins}}
 
 
 def fake_result(stage, rng):
@@ -335,10 +268,13 @@ def fake_result(stage, rng):
     if name == "spectral.py":
         return {"claims": [{"claim": "c", "printed": "p", "computed": "q", "verdict": "v"}], "results": {}}
     if name == "experiments.losses":
-        values = {ratio: rng.normal(3, 0.1, 12).tolist() for ratio in rest[rest.index("--ratios") + 1].split(",")} if what == "ratios" else 0
-        return {"results": {"ratios": values, "length": 32, "regimes": {"unigram": {**fake_nll(rng, ""), "nll": 6}}}}
+        ratios = rest[rest.index("--ratios") + 1].split(",") if what == "ratios" else []
+        values = {ratio: rng.normal(3, 0.1, 12).tolist() for ratio in ratios}
+        return {"results": {"ratios": values, "length": 32, "regimes": {"unigram": fake_nll(rng, "", 6)}}}
     if what == "perplexity":
-        regimes = ("padded", "truncated") if any(x in rest[0] for x in ("mlm", "vl")) and "streams" not in rest[0] else ("next",)
+        regimes = ("padded", "truncated") if any(x in rest[0]
+                                                 for x in ("mlm",
+                                                           "vl")) and "streams" not in rest[0] else ("next",)
         return {"results": {"length": 32, "regimes": {regime: fake_nll(rng, rest[0]) for regime in regimes}}}
     if what == "bound":
         return {"results": {"any_order": {"bound": {"sequence_nll": rng.normal(4, 0.1, 12).tolist()}}}}
@@ -346,17 +282,21 @@ def fake_result(stage, rng):
         summary = {"mean": 1.0, "mean_of_all": 0.5, "sorted": [1.0, 0.5], "median": 0.4}
         return {"checkpoints": [{"inner_product": summary, "cosine": summary, "curve": []}]}
     if what == "reconstruct":
-        return {"rows": [{"l2": 0.5, "psnr": 12.0, "l2_of_images": rng.uniform(0.4, 0.6, 12).tolist(), "psnr_of_images": [12.0] * 12}]}
+        return {"rows": [{"l2": 0.5, "psnr": 12.0, "l2_of_images": rng.uniform(0.4, 0.6, 12).tolist(),
+                          "psnr_of_images": [12.0] * 12}]}
     if what == "glue":
         scores = {"predictions": rng.integers(0, 2, (3, 40)).tolist(), "labels": labels.tolist()}
-        return {"results": {"tasks": {task: {key + suffix: value for suffix, *_ in measures.glue.TASKS[task].parts
-                                             for key, value in scores.items()} for task in measures.glue.TABLE2}}}
+        return {"results": {"tasks": {task: {key + suffix: value for suffix,
+                                             *_ in measures.glue.TASKS[task].parts
+                                             for key, value in scores.items()}
+                                      for task in measures.glue.TABLE2}}}
     if what == "transfer":
         sets = [{"data": path, "correct": right} for path in rest[rest.index("--data") + 1:]]
         return {"results": {"sets": sets}}
     if what == "finetune":
         return {"results": {"correct": [right], "data": "x", "dev": 40}}
-    layers = {"last": {"correct": right, "test": 40}} | ({"pixels": {"correct": right, "test": 40}} if "--pixels" in rest else {})
+    layers = {"last": {"correct": right, "test": 40}} | ({"pixels": {"correct": right, "test": 40}}
+                                                         if "--pixels" in rest else {})
     return {"results": {"layers": layers, "data": "x"}}
 
 
@@ -366,30 +306,36 @@ def pretend(stage, *ignored):
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     if stage.argv[0] in ("train.py", "data.py", "experiments.authors"):
         stage.out.mkdir(exist_ok=True)
-        (stage.out / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": 1.0, "tokens": 1000}) + "\n")
+        (stage.out / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": 1.0, "tokens": 1000})
+                                                 + "\n")
     else:
         stage.out.write_text(json.dumps(fake_result(stage, rng)))
     running.write_record(stage, 1.0, "no machine", None)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-@pytest.mark.parametrize("scale", ["cpu", "paper"])
-def test_every_target_makes_its_page(scale, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("scale, names", [("cpu", list(TARGETS)), ("paper", ["table1", "table6", "table7"])])
+def test_every_target_makes_its_page(scale, names, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "run", pretend)
     monkeypatch.setattr(tables, "plot_similarity", lambda path, found: Path(path).write_text("picture"))
     for name in ("text", "glue", "images", "images100", "wikitext2", "transfer/one", "transfer/two", "other",
                  *(f"transfer/{name}" for name in measures.NINE)):
         (tmp_path / "data" / name).mkdir(parents=True)
-    arguments = ["--scale", scale, "--data-dir", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    assert reproduce.main(["all", "--seeds", "2", *arguments]) == 0
-    for name in TARGETS:
+    arguments = ["--scale", scale, "--data-dir", str(tmp_path / "data"), "--work", str(tmp_path / "work"),
+                 "--out", str(tmp_path / "out")]
+    for name in ["all"] if len(names) == len(TARGETS) else names:
+        assert reproduce.main([name, "--seeds", "2", *arguments]) == 0
+    for name in names:
         text, x = ((tmp_path / "out" / f"{name}-{scale}{suffix}").read_text() for suffix in (".md", ".json"))
         assert "nan" not in text and "NaN" not in x and "None" not in text
-        assert (tmp_path / "out" / f"{name}-{scale}.png").exists() == measures.matplotlib() or name in ("theory", "toy", "table8")
+        assert (tmp_path / "out"
+                / f"{name}-{scale}.png").exists() == measures.matplotlib() or name in ("theory", "toy",
+                                                                                       "table8")
         x = json.loads(x)
-        assert all(column["seeds"] == [] or column["mean"] is not None for row in x["rows"] for column in row["cells"].values())
+        assert all(column["seeds"] == [] or column["mean"] is not None for row in x["rows"]
+                   for column in row["cells"].values())
     reproduce.main(["report", "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "README.md").read_text().count("\n## ") == len(TARGETS)
+    assert (tmp_path / "out" / "README.md").read_text().count("\n## ") == len(names)
 
 
 # ---------------------------------------------------------------------------- from end to end
@@ -403,7 +349,8 @@ def reproduce_in_process(patch, *arguments):
 def smoke(tmp_path_factory):
     """Table 7 at smoke scale, two seeds."""
     folder, patch = tmp_path_factory.mktemp("smoke"), pytest.MonkeyPatch()
-    arguments = ["table7", "--scale", "smoke", "--seeds", 2, "--work", folder / "work", "--out", folder / "results"]
+    arguments = ["table7", "--scale", "smoke", "--seeds", 2, "--work", folder / "work", "--out", folder
+                 / "results"]
     assert reproduce_in_process(patch, *arguments) == 0
     patch.undo()
     return folder, list(map(str, arguments))
@@ -423,10 +370,13 @@ def test_table7_at_smoke_scale(smoke, monkeypatch, capsys):
             assert f"{cell['mean']:.1f} ± {cell['std']:.1f}" in text
         assert row["tokens"] == 40 * 8 * 32
     assert x["rows"][2]["cells"]["padded"]["paper"] == 45.1 and "| 45.1 |" in text
-    assert len(x["claims"]) == 6 and all(claim["interval"] and claim["verdict"] in text for claim in x["claims"])
-    assert x["hardware"] == ["test machine"] and x["versions"]["torch"] == torch.__version__ and x["versions"]["code"] == "abc123"
+    assert len(x["claims"]) == 6 and all(claim["interval"] and claim["verdict"] in text
+                                         for claim in x["claims"])
+    assert x["hardware"] == ["test machine"]
+    assert x["versions"]["torch"] == torch.__version__ and x["versions"]["code"] == "abc123"
     assert len(x["commands"]) == 12 and all(str(folder) not in command for command in x["commands"])
-    assert (folder / "results" / "table7-smoke.png").exists() == (x["picture"] is not None) == measures.matplotlib()
+    picture = folder / "results" / "table7-smoke.png"
+    assert picture.exists() == (x["picture"] is not None) == measures.matplotlib()
     assert "nan" not in text and "NaN" not in json.dumps(x)
 
     monkeypatch.setattr(reproduce, "run", lambda *args: pytest.fail("it was there"))
@@ -444,7 +394,8 @@ def test_without_matplotlib_a_picture_stays(smoke, monkeypatch, capsys):
     picture.write_bytes(before or b"drawn elsewhere")
     monkeypatch.setattr(pages, "matplotlib", lambda: False)
     reproduce.main(arguments)
-    assert picture.read_bytes() == (before or b"drawn elsewhere") and "no new picture" in capsys.readouterr().err
+    assert picture.read_bytes() == (before
+                                    or b"drawn elsewhere") and "no new picture" in capsys.readouterr().err
     assert json.loads((folder / "results" / "table7-smoke.json").read_text())["picture"] == picture.name
 
 
@@ -452,30 +403,37 @@ def made_up(claims, name="table7", scale="cpu", seeds=3):
     """A result of a target with these claims."""
     row = {"row": "a row", "model": "text: ar", "tokens": 1000,
            "cells": {"padded": {"paper": 45.1, "digits": 1, "seeds": [1.0, 2.0], "mean": 1.5, "std": 0.5}}}
-    return {"target": name, "scale": scale, "about": "little", "title": f"The title of {name}", "fair": "Fair.", "seeds": seeds, "rows": [row],
-            "claims": claims, "wall_seconds": 5.0, "hardware": ["a machine"], "versions": {"torch": "2", "code": "abc"}, "run": "run", "commands": [],
-            "picture": None}
+    return {"target": name, "scale": scale, "about": "little", "title": f"The title of {name}",
+            "fair": "Fair.", "seeds": seeds, "rows": [row], "claims": claims, "wall_seconds": 5.0,
+            "hardware": ["a machine"], "versions": {"torch": "2", "code": "abc"}, "run": "run",
+            "commands": [], "picture": None}
 
 
 def test_the_report(tmp_path):
-    primary = {"claim": "one better than two", "ours": False, "primary": True, "unit": "factor", "effect": 0.4, "difference": 0.5,
-               "interval": [0.3, 0.7], "smallest_visible": 0.2, "seeds": 3, "gain_over_untrained": {}, "measured": True, "p_zero": 0.02,
-               "p_paper": 0.4, "verdict": SUPPORTED}
-    other = {**primary, "claim": "a secondary claim", "primary": False, "unit": "points", "interval": [-1.0, 2.0]}
+    primary = {"claim": "one better than two", "ours": False, "primary": True, "unit": "factor",
+               "effect": 0.4, "difference": 0.5, "interval": [0.3, 0.7], "smallest_visible": 0.2, "seeds": 3,
+               "gain_over_untrained": {}, "measured": True, "p_zero": 0.02, "p_paper": 0.4,
+               "verdict": SUPPORTED}
+    other = {**primary, "claim": "a secondary claim", "primary": False, "unit": "points",
+             "interval": [-1.0, 2.0]}
     results = tmp_path / "results"
     results.mkdir()
     (results / "table7-cpu.json").write_text(json.dumps(made_up([primary, other])))
-    (results / "figure3-cpu.json").write_text(json.dumps(made_up([{**primary, "p_zero": 0.03, "effect": None, "p_paper": None}], "figure3")))
+    (results / "figure3-cpu.json").write_text(json.dumps(made_up([{**primary, "p_zero": 0.03, "effect": None,
+                                                                   "p_paper": None}], "figure3")))
     (results / "table9-smoke.json").write_text(json.dumps(made_up([primary], "table9", "smoke")))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results -->\nOLD\n<!-- /results -->\nafter\n")
     reproduce.main(["report", "--out", str(results), "--readme", str(readme)])
     text, full = readme.read_text(), (results / "README.md").read_text()
-    assert text.startswith("before\n<!-- results -->") and text.endswith("<!-- /results -->\nafter\n") and "OLD" not in text
+    assert text.startswith("before\n<!-- results -->") and text.endswith("<!-- /results -->\nafter\n")
+    assert "OLD" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "smallest visible" not in line]
-    assert [row.split("|")[1].strip() for row in rows] == [pages.HEADLINES["table7"], pages.HEADLINES["figure3"]]
-    assert "| x1.49 | x1.65 (x1.35 .. x2.01) | x1.22 | supported |" in rows[0] and "none printed" in rows[1]
-    assert "a secondary claim" in full and "secondary" not in text and "The title of table9" in full.splitlines()[-1]
+    assert [row.split("|")[1].strip() for row in rows] == [pages.HEADLINES["table7"],
+                                                           pages.HEADLINES["figure3"]]
+    assert "| x1.492 | x1.649 (x1.350 .. x2.014) | x1.221 | supported |" in rows[0]
+    assert "none printed" in rows[1] and "a secondary claim" in full and "secondary" not in text
+    assert "The title of table9" in full.splitlines()[-1]
     assert (results / "forest.png").exists() == measures.matplotlib()
     reproduce.main(["report", "--out", str(results), "--readme", str(readme)])
     assert readme.read_text() == text
@@ -493,18 +451,20 @@ def test_theory_in_processes_of_their_own(tmp_path, monkeypatch):
     assert len(x["printed_and_computed"]) > 20 and all(row["checked"] for row in x["printed_and_computed"])
     assert len(x["commands"]) == 1 and "spectral.py all" in x["commands"][0] and x["versions"]["python"]
     reproduce.main(["report", "--out", "results-mine"])
-    assert "What" in (tmp_path / "results-mine" / "README.md").read_text() or "Theory" in (tmp_path / "results-mine" / "README.md").read_text()
+    assert "what is printed and what holds" in (tmp_path / "results-mine" / "README.md").read_text()
 
 
 def test_passages_by_author(tmp_path, capsys):
     from experiments import authors
     rng = np.random.default_rng(0)
-    for author, words, titles in (("Ann", "red green blue", "AB"), ("Bob", "one two three", "ABC"), ("Cid", "alone", "A")):
+    for author, words, titles in (("Ann", "red green blue", "AB"), ("Bob", "one two three", "ABC"),
+                                  ("Cid", "alone", "A")):
         for title in titles:
             text = " ".join(rng.choice(words.split(), 3000)) + f"\r\n {title.lower() * 3}\t"
             (tmp_path / f"{author}_{title}_1900.txt").write_text((text + " ") * 2, encoding="utf-8-sig")
     authors.main([str(tmp_path), "--out", str(tmp_path / "out"), "--train", "5", "--dev", "3"])
-    train_rows, dev_rows = ([line.split("\t") for line in (tmp_path / "out" / f"{side}.tsv").read_text().splitlines()]
+    train_rows, dev_rows = ([line.split("\t") for line in (tmp_path / "out"
+                                                           / f"{side}.tsv").read_text().splitlines()]
                             for side in ("train", "dev"))
     assert train_rows[0] == dev_rows[0] == ["text", "label"]
     assert [row[1] for row in train_rows[1:]] == ["Ann"] * 5 + ["Bob"] * 5 and len(dev_rows) == 1 + 6
@@ -564,5 +524,6 @@ def test_minutes_begin_no_stage_that_would_end_later(tmp_path, monkeypatch, caps
         running.write_record(stage, 500.0, "", None)
 
     monkeypatch.setattr(reproduce, "run", pretend)
-    assert reproduce.main(["table7", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "r"), "--minutes", "1"]) == 1
+    assert reproduce.main(["table7", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "r"), "--minutes",
+                           "1"]) == 1
     assert len(ran) <= 2 and "stages are left" in " ".join(capsys.readouterr().err.split())

@@ -60,14 +60,14 @@ def test_columns_by_number_where_no_line_names_them(tmp_path, name):
     ("a.csv", "review,label\na,x\n", Columns(),
      "no column 'text', only review, label; say with --text-column"),
     ("a.csv", "text,label\na,x\n", Columns(text="review"), "no column 'review', only text, label"),
-    ("a.tsv", "a wonderful film\t1\nawful\t0\n", Columns(), "no line of column names, since it begins with a "
-                                                            "wonderful film, 1;"),
-    ("a.csv", "so good,yes\nbad,no\nnice,yes\n", Columns(), "by their number, such as --text-column 1 "
-                                                            "--label-column 2"),
+    ("a.tsv", "a wonderful film\t1\nawful\t0\n", Columns(),
+     "no line of column names, since it begins with a wonderful film, 1;"),
+    ("a.csv", "so good,yes\nbad,no\nnice,yes\n", Columns(),
+     "by their number, such as --text-column 1 --label-column 2"),
     ("a.csv", '"a very long text, in which there are words and words",x\n', Columns(),
      "no line of column names"),
-    ("a.tsv", "text\tlabel\n\"a\tb\"\tx\n", Columns(), "line 2: 3 columns where there should be 2; in a .tsv "
-                                                       "quotation marks"),
+    ("a.tsv", "text\tlabel\n\"a\tb\"\tx\n", Columns(),
+     "line 2: 3 columns where there should be 2; in a .tsv quotation marks"),
     ("a.csv", 'text,label\n"a"b,x\n', Columns(), "line 2: .*; a quotation mark in a quoted cell is doubled"),
     ("a.csv", 'text,label\n"a,x\nb,y\n', Columns(), "quoted cell"),
     ("a.csv", "text,label\n", Columns(), "no rows"), ("a.tsv", "", Columns(), "no column 'text'|no rows"),
@@ -75,8 +75,8 @@ def test_columns_by_number_where_no_line_names_them(tmp_path, name):
     ("a.jsonl", "[1]\n", Columns(), "line 1 is not a JSON object"),
     ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', Columns(), "line 2: no 'label' among text"),
     ("a.jsonl", '{"text": "a", "label": "x"}\nnot\n', Columns(), "line 2 is not a JSON object"),
-    ("a.json", '{"review": "a", "label": "x"}\n', Columns(), "no column 'text', only review, label; say with "
-                                                             "--text-column")])
+    ("a.json", '{"review": "a", "label": "x"}\n', Columns(),
+     "no column 'text', only review, label; say with --text-column")])
 def test_what_is_wrong_is_said(tmp_path, name, content, columns, says):
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     with pytest.raises(BadInput, match=says):

@@ -19,7 +19,7 @@ from support.cli import BadInput
 from support.objective import Queries
 
 WEIGHTINGS = ("targets", "sequences", "contexts")
-LIMIT = 20_000   # contexts of the enumerated toy model: some seconds
+MOST_CONTEXTS = 20_000   # contexts of the enumerated toy model: some seconds
 
 
 # ---------------------------------------------------------------------------- pairs (context, target)
@@ -188,7 +188,7 @@ def exchangeable(s, inverse):
     return np.append(1, np.full(s - 1, math.sqrt(max(s * inverse - 1, 0) / max(s - 1, 1))))
 
 
-def any_order(s, given=0):
+def any_order_values(s, given=0):
     """The same where each of n = 1 .. s - given weighs alike, as in a uniform order of s positions of which
     the first `given` are not predicted: E[1/n] = H / (s - given), H = 1 + 1/2 + .. + 1/(s - given)."""
     return exchangeable(s, (1 / np.arange(1, s + 1 - given)).mean())
@@ -244,16 +244,17 @@ def closed_form(flag, objective, s, weighting="targets"):
         text = "1, then sqrt((s E[1/n] - 1)/(s-1)), n hidden; E[1/n] is 1/mean n if targets weigh the same"
         values = exchangeable(s, 1 / mean if weighting == "targets" else inverse)
     elif flag == "permutation":
-        text, values = "1, then sqrt((H s/(s-1) - 1)/(s-1)), H = 1 + 1/2 + .. + 1/(s-1)", any_order(s, 1)
+        text = "1, then sqrt((H s/(s-1) - 1)/(s-1)), H = 1 + 1/2 + .. + 1/(s-1)"
+        values = any_order_values(s, 1)
     elif flag == "segments":
         squares, area = s // objective.segment ** 2, objective.segment ** 2
         text = "as for permutation, of the m squares; 0 for what would tell apart the patches of one square"
-        values = np.append(any_order(squares, 1), np.zeros(squares * (area - 1)))
+        values = np.append(any_order_values(squares, 1), np.zeros(squares * (area - 1)))
     elif flag in ("blocks", "diffusion"):
         block = min(getattr(objective, "block", s - 1), s - 1)
         sizes = [block] * ((s - 1) // block) + [(s - 1) % block] * ((s - 1) % block > 0)
         text = "for each block of b tokens 1, then b-1 times sqrt((H - 1)/(b-1)), H = 1 + 1/2 + .. + 1/b"
-        values = np.sort(np.concatenate([any_order(b) for b in sizes]))[::-1]
+        values = np.sort(np.concatenate([any_order_values(b) for b in sizes]))[::-1]
     elif flag == "dar" and weighting == "targets" and t == 2:
         text, values = "cos(pi j/(2s-3)), j = 0..s-2", path_cosines(s)
     elif flag == "dar" and weighting == "targets" and t == s - 1:
@@ -297,10 +298,10 @@ def cooccurrence(objective, tokens):
     if outcomes is not None:
         contexts, q, _, _ = merge(*pairs(objective, *outcomes))
     count = sum(r * T ** int(n) for n in contexts.sum(1))
-    if not 0 < count <= LIMIT:
+    if not 0 < count <= MOST_CONTEXTS:
         raise BadInput(f"r = {r}, s = {s}, T = {T} give {count or 'too many'} contexts, the limit is "
-                       f"{LIMIT}; use a smaller --r, --s or --T, or the command spectrum, which needs no "
-                       "enumeration")
+                       f"{MOST_CONTEXTS}; use a smaller --r, --s or --T, or the command spectrum, which needs "
+                       "no enumeration")
     row, column, entries = {}, {}, []
     for S, weight in zip(contexts, q / q.sum()):
         for y in range(r):

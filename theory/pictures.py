@@ -3,15 +3,16 @@
 import numpy as np
 
 from support.cli import import_optional
+from support.sheet import INK
 
-INK, RED, BLUE, GREEN, GOLD = "#1b2a41", "#c8553d", "#3d7ea6", "#588157", "#c49a3a"
+RED, BLUE, GREEN, GOLD = "#c8553d", "#3d7ea6", "#588157", "#c49a3a"
 
 
 def figure_of(width, height):
     return import_optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
-def tidy(axes, **labels):
+def framed(axes, **labels):
     """Titles, labels and a quiet frame."""
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
@@ -35,7 +36,8 @@ def plot_spectra(x, path):
         colour = colours[2 * row % 20 + row // 10 % 2]
         values, counts = np.unique(np.round(y["singular_values"], 6), return_counts=True)
         axes.hlines(row, 0, 1, color="#d5dce5", linewidth=1, zorder=1)
-        axes.scatter(values, np.full(len(values), row), s=36 + 14 * counts, color=[colour], zorder=3)
+        axes.scatter(values, np.full(len(values), row), s=36 + 14 * counts, color=[colour], edgecolor="white",
+                     zorder=3)
         for value, count in zip(values[counts > 1], counts[counts > 1]):
             axes.annotate(f"{count} x", (value, row), (0, 8), textcoords="offset points", ha="center", size=8)
         axes.text(1.1, row, f"{y['tail_sigma4_per_class']:.3f}", va="center", ha="left", color=INK, size=10)
@@ -43,7 +45,7 @@ def plot_spectra(x, path):
     names = [y["objective"] + ("" if y["s"] == spectra[0]["s"] else f" (s = {y['s']})") for y in spectra]
     axes.set_yticks(range(len(spectra)), names)
     axes.set(ylim=(len(spectra) - 0.4, -1.0), xlim=(-0.04, 1.25), xticks=np.arange(0, 1.01, 0.2))
-    tidy(axes, xlabel="singular values of one class; a label where several are equal",
+    framed(axes, xlabel="singular values of one class; a label where several are equal",
          title=f"Spectra on the toy model, s = {spectra[0]['s']}\ntail sum: sigma_j^4 over j > 1 of a class")
     axes.grid(axis="y", visible=False)
     figure.savefig(path, dpi=150)
@@ -55,8 +57,8 @@ def draw_tails(tail, accuracy, tails, table):
     tail.plot(t, tails, "o-", color=INK)
     for k, value in zip(t, tails):
         tail.annotate(f"{value:.2f}", (k, value), (6, 5), textcoords="offset points", size=9, color=INK)
-    tidy(tail, xlabel="t", ylabel="tail sum, log axis", yscale="log", xticks=list(t),
-         title="dar: the tail sum falls up to t = s - 1")
+    framed(tail, xlabel="t", ylabel="tail sum, log axis", yscale="log", xticks=list(t),
+         xlim=(0.7, len(tails) + 0.6), title="dar: the tail sum falls up to t = s - 1")
     tail.set_yticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
     tail.minorticks_off()
     for column, (name, marker, colour) in enumerate((("linear probe", "o", RED), ("fine-tuning", "s", BLUE))):
@@ -64,7 +66,7 @@ def draw_tails(tail, accuracy, tails, table):
         gains = [value - points[0][1] for _, value in points]
         accuracy.plot([k for k, _ in points], gains, marker + "-", color=colour)
         accuracy.annotate(name, (points[-1][0], gains[-1]), (9, -3), textcoords="offset points", color=colour)
-    tidy(accuracy, xlabel="t", ylabel="points above t = 1", xticks=list(t),
+    framed(accuracy, xlabel="t", ylabel="points above t = 1", xticks=list(t), xlim=(0.7, len(tails) + 0.6),
          title="Table 9 as printed: accuracy peaks at 2 or 3")
 
 
@@ -87,8 +89,8 @@ def plot41(x, path):
             for row, key in enumerate(("error", "bound")):
                 cells[row, column].plot(t, y[key], marker + "-", color=colour, label=text, markersize=5)
         cells[0, column].set_ylim(-0.04, 1)
-        tidy(cells[0, column], ylabel="probe error", title=f"label: the {label} of the context")
-        tidy(cells[1, column], ylabel="4 max P(c) tail + 4 alpha~", xlabel="t, the rank of the features",
+        framed(cells[0, column], ylabel="probe error", title=f"label: the {label} of the context")
+        framed(cells[1, column], ylabel="4 max P(c) tail + 4 alpha~", xlabel="t, the rank of the features",
              title="bound; above 1 it says nothing")
         cells[1, column].axhline(1, color=INK, linewidth=0.8, linestyle=":")
     first, networks = cells[0, 0], np.sort(tie["networks"])
@@ -122,8 +124,8 @@ def plot43(x, path):
     right.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     right.set_ylim(min(0, bounds.min() - 0.2), 2 * bounds.max())
     right.minorticks_off()
-    tidy(left, xlabel="tokens in the prefix", ylabel="spectral loss, coefficient 1", title="Losses")
-    tidy(right, xlabel="tokens in the prefix", ylabel="bound on that loss, log axis above 1",
+    framed(left, xlabel="tokens in the prefix", ylabel="spectral loss, coefficient 1", title="Losses")
+    framed(right, xlabel="tokens in the prefix", ylabel="bound on that loss, log axis above 1",
          title="Bounds of Theorem 4.3, term by term")
     for axes in (left, right):
         axes.set_xticks(x["prefix"])

@@ -76,10 +76,10 @@ def show42(x):
     r, last, printed = x["classes"], len(x["printed"]["masked"]), x["printed"]
     rows = [(name.replace("_", " "), multiplicities(printed[name.split("_")[0]]), multiplicities(x[name]))
             for name in x["unit_values"]]
-    rows += [("entries of masked Abar (A.3)", f"{printed['masked_entry']:.6f}", f"{x['masked_entry']:.6f}"),
-             ("zeros in a row, in its class (A.3)", f"{printed['zeros_in_row']}", f"{x['zeros_in_row']}")]
     if not x["literal_tokens"]:
-        rows.append(("autoregressive blocks, a class (A.3)", *(", ".join(y["blocks"]) for y in (printed, x))))
+        rows += [("entries of masked Abar (A.3)", *(f"{y['masked_entry']:.6f}" for y in (printed, x))),
+                 ("zeros in a row, in its class (A.3)", *(f"{y['zeros_in_row']}" for y in (printed, x))),
+                 ("autoregressive blocks, a class (A.3)", *(", ".join(y["blocks"]) for y in (printed, x)))]
     fails = f"fails at j = {', '.join(map(str, x['not_larger_at']))}" if x["not_larger_at"] else "holds"
     fails += " (one hidden token, which the theorem excludes)" if x["hidden"] == 1 else ""
     lines = [*table([("singular values", "printed", "computed"), *rows], "<"), "",

@@ -100,8 +100,8 @@ def child(argv, log, environment):
 
 
 def start(argv, log, **environment):
-    """Train in a process of its own -> (its id, function that gives its exit status or None). It is forked from
-    one that has imported PyTorch already."""
+    """Train in a process of its own -> (its id, function that gives its exit status or None). It is forked
+    from one that has imported PyTorch already."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH")])
     )
@@ -134,8 +134,8 @@ def start_torchrun(argv, log, processes):
 
 
 def start_group(argv, log, processes):
-    """The same in several processes, joined as torchrun joins them -> (the id of one of them, poll). Where one
-    ends badly the others are ended, as torchrun does."""
+    """The same in several processes, joined as torchrun joins them -> (the id of one of them, poll). Where
+    one ends badly the others are ended, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         several = {

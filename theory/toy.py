@@ -1,0 +1,391 @@
+"""The theory where it applies: networks that are not told the position, on the toy model and a noisy one.
+
+    python spectral.py toy [--quick] [--plot FILE.png]
+
+Noisy toy model. D_sim (Sec. 4.1.2: r classes, s positions, T values for each class and position), but the
+class of each token is redrawn uniformly with probability eps, independently. Given the class y, a token is
+of class c with probability (1 - eps) [c = y] + eps / r. Write pi_y = P(y | x_S) for the posterior of a
+context of m = |S| tokens; it depends on how many of them are of each class alone.
+
+The split of the spectrum. Let R(m) = (r E sum_y pi_y^2 - 1) / (r - 1) and Q = q(S,p) / sqrt(q_C(S) q_G(p)),
+whose singular values are those of the position matrix (position_matrix). The non-zero singular
+values of Abar are those of Q, once, and those of Q with row S times (1 - eps) sqrt(R(|S|)), r - 1 times.
+
+Proof. The target at p is token j of class c with probability ((1 - eps) pi_c + eps / r) / T, so
+
+    Abar[(S, x_S), (p, c, j)] = Q[S, p] sqrt(P(x_S)) sqrt(r / T) (1 / r + (1 - eps) (pi_c - 1 / r)).
+
+For every p take on the right the vectors constant in j, a_c / sqrt(T) at class c. a = 1 / sqrt(r) is mapped
+to Q[S, p] sqrt(P(x_S)), and the vectors sqrt(P(x_S)) of different S are orthonormal: Q, once. A unit a that
+sums to 0 is mapped to (1 - eps) Q[S, p] sqrt(r P(x_S)) (a . pi). Classes are exchangeable, so the
+covariance of pi is a multiple of the identity on such a: E (a . pi)(b . pi) = (a . b) (E sum_y pi_y^2 -
+1/r) / (r - 1) = (a . b) R / r. So the vectors sqrt(r P(x_S) / R) (a . pi) are orthonormal, over S and over
+a basis of the a, and orthogonal to the first kind since E a . pi = 0: the weighted Q, r - 1 times. What
+varies with j is mapped to 0. The empty context has R = 0; eps = 0 has R = 1 elsewhere, which is the
+spectrum of spectral.py.
+
+The sector rule. The least-squares probe of the class on the top t singular vectors has scores 1/r + g_S (pi
+- 1/r) when all r - 1 copies of a class value are kept or none: where g_S > 0 it decides as Bayes does,
+where g_S = 0 it guesses. The left vector of the largest class value is positive (Perron) when contexts and
+targets are connected through q, and then its copies make all g_S positive. So the class survives a
+bottleneck t once t >= #{position sigma_j > sigma_1 of the class part} + r - 1. Where contexts and targets
+fall into components, as for ar, each has its own largest class value, and the least of these must be kept.
+Cutting through the copies of a later class value can undo a little: here an excess of at most 0.015, dar
+and mtp with t = 2. The tail of Theorem 4.1 counts the directions that carry positions alone as well.
+"""
+import itertools
+import math
+import time
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from objectives import OBJECTIVES, describe, from_options
+from support.cli import BadInput, group_size, plain, positive, ratios
+from theory.operator import merge, normalised, position_matrix, singular_values, tell_position
+
+LOSSES = ("spectral", "cross-entropy")
+RIDGES = (0.001, 0.1)
+RESOLUTION = 0.001   # errors closer than this share a rank
+LIMIT = 40_000       # rows of the merged P_M: some seconds
+
+
+# ---------------------------------------------------------------------------- the noisy toy model, exactly
+
+@dataclass(frozen=True)
+class NoisyToy:
+    """r classes, s positions, T values for each class and position; eps: how often a class is redrawn."""
+
+    r: int
+    s: int
+    T: int = 1
+    eps: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.eps < 1:
+            raise BadInput(f"--eps {self.eps:g} is not in [0, 1); at 1 tokens say nothing of the class")
+        if self.r < 2 or not 2 <= self.s <= 12:
+            raise BadInput(f"--r {self.r} --s {self.s}: give at least two classes, and 2 to 12 positions")
+
+    def kinds(self, m):
+        """Contexts of m tokens by how many are of each class -> P(counts) (n,), posterior pi (n, r)."""
+        drawn = [Counter(x) for x in itertools.combinations_with_replacement(range(self.r), m)]
+        counts = np.array([[x[c] for c in range(self.r)] for x in drawn])
+        ways = np.array([math.factorial(m) // math.prod(map(math.factorial, n)) for n in counts.tolist()])
+        other = self.eps / self.r
+        joint = (1 - self.eps + other) ** counts * other ** (m - counts) * ways[:, None] / self.r  # (n, r)
+        joint = joint[joint.sum(1) > 0]
+        return joint.sum(1), joint / joint.sum(1, keepdims=True)
+
+    def R(self, m):
+        """(r E sum_y P(y | x_S)^2 - 1) / (r - 1): how far m tokens tell the class, from 0 to 1."""
+        probability, pi = self.kinds(m)
+        return max((self.r * (probability @ pi ** 2).sum() - 1) / (self.r - 1), 0.0)
+
+
+def distribution(objective, s):
+    """An objective as pairs -> contexts S bool (n, s) and q (n, s) over (S, p), sum 1. Raises BadInput.
+
+    The query (p, c) of a draw f is the pair of S = {j : 0 < f(j) < c} and p, with its weight. Nothing else of
+    an objective is used in this file.
+    """
+    objective.check(s)
+    outcomes = objective.outcomes(s)
+    if outcomes is None:
+        raise BadInput(f"{describe(objective)} has too many outcomes at --s {s} to list; use a smaller --s")
+    f, probability = outcomes
+    targets, cuts, weight = objective.queries(f)                               # (K, n) each
+    contexts = (f[:, None] > 0) & (f[:, None] < cuts[..., None])               # (K, n, s)
+    q = F.one_hot(targets, s) * (probability[:, None] * weight)[..., None]
+    asked = weight.flatten() > 0
+    contexts, q, *_ = merge(*(x.flatten(0, 1)[asked].numpy() for x in (contexts, q)))
+    return contexts, q / q.sum()
+
+
+def split(model, contexts, q):
+    """-> singular values of the position part, of each of the r - 1 class parts, of all, and the t that the
+    sector rule asks for: how many of all are at least the least of the components' largest class values."""
+    q = q[:, q.sum(0) > 0]
+    Q = q / np.sqrt(q.sum(1, keepdims=True) * q.sum(0))
+    weighted = Q * (1 - model.eps) * np.sqrt([[model.R(int(m))] for m in contexts.sum(1)])
+    position, classes = (np.linalg.svd(x, compute_uv=False) for x in (Q, weighted))
+    every = np.sort(np.append(position, np.tile(classes, model.r - 1)))[::-1]
+    linked = np.linalg.matrix_power((weighted.T @ weighted > 0).astype(float), q.shape[1]) > 0   # two targets
+    parts = (weighted[:, part] for part in np.unique(linked, axis=0) if part.any())
+    last = min(np.linalg.svd(part, compute_uv=False)[0] for part in parts)
+    return position, classes, every, int((every > last - 1e-9).sum())
+
+
+def merged(model, contexts, q):
+    """P_M with contexts of the same S and counts as one row, targets (p, class): (n, s r) -> it, pi (n, r).
+
+    Rows that become one are multiples of each other, and so are columns: the singular values stay.
+    """
+    sizes = contexts.sum(1).tolist()
+    kinds = {m: model.kinds(m) for m in set(sizes)}
+    rows = sum(len(kinds[m][0]) for m in sizes)
+    if rows > LIMIT:
+        raise BadInput(f"r = {model.r}, s = {model.s} give {rows} kinds of contexts, the limit is {LIMIT}; "
+                       "use a smaller --r or --s")
+    P = []
+    for m, targets in zip(sizes, q):
+        probability, pi = kinds[m]
+        of_class = (1 - model.eps) * pi + model.eps / model.r                  # P(class of the target | x_S)
+        P.append(np.einsum("n,p,nc->npc", probability, targets, of_class).reshape(len(pi), -1))
+    return np.concatenate(P), np.concatenate([kinds[m][1] for m in sizes])
+
+
+def probe(P, pi, ts, rotations=10, seed=0):
+    """Excess over Bayes of the least-squares probe of the class on the best rank-t features under P, t in ts.
+
+    It is spectral.py's probe_errors for a class that contexts leave open. P (n, m), pi (n, r). Ties in score
+    are a guess; equal sigma_j leave the features free: a mean over random rotations.
+    """
+    rng, C = np.random.default_rng(seed), P.sum(1)
+    U, sigma, _ = np.linalg.svd(normalised(P[:, P.sum(0) > 0]), full_matrices=False)
+    U, sigma = U[:, sigma > 1e-8], sigma[sigma > 1e-8]
+    equal = np.split(np.arange(len(sigma)), np.nonzero(-np.diff(sigma) > 1e-9)[0] + 1)
+    root, error = np.sqrt(C)[:, None], np.zeros(len(ts))
+    for _ in range(rotations):
+        R = np.hstack([U[:, j] @ np.linalg.qr(rng.normal(size=(len(j), len(j))))[0] for j in equal])
+        for k, t in enumerate(ts):
+            scores = R[:, :t] @ (R[:, :t].T @ (root * pi)) / root
+            best = scores > scores.max(1, keepdims=True) - 1e-9
+            error[k] += C @ (pi.max(1) - (best * pi).sum(1) / best.sum(1)) / rotations
+    return error
+
+
+# ---------------------------------------------------------------------------- networks, many at a time
+
+def draw(model, contexts, q, N, generator):
+    """N contexts -> bags of visible tokens (N, V), exact P(target | context) (N, V), pi (N, r), class (N,).
+
+    V = s r T tokens. The conditional in place of one drawn target keeps the expected loss, without noise.
+    """
+    r, s, T, eps = model.r, model.s, model.T, model.eps
+    row = torch.multinomial(q.sum(1), N, replacement=True, generator=generator)
+    y = torch.randint(r, (N, 1), generator=generator)
+    redrawn = torch.rand(N, s, generator=generator) < eps
+    c = torch.where(redrawn, torch.randint(r, (N, s), generator=generator), y)
+    token = c * T + torch.randint(T, (N, s), generator=generator)
+    bag = torch.zeros(N, s, r * T).scatter_(2, token[..., None], contexts[row, :, None].float())
+    counts = bag.view(N, s, r, T).sum((1, 3))                                  # (N, r)
+    pi = torch.softmax(counts * math.log((1 - eps + eps / r) / max(eps / r, 1e-12)), -1)
+    target = ((1 - eps) * pi + eps / r).repeat_interleave(T, 1) / T            # (N, r T), at every position
+    P = (q[row] / q[row].sum(1, keepdim=True))[..., None] * target[:, None]    # (N, s, r T)
+    return bag.flatten(1), P.flatten(1), pi, y[:, 0]
+
+
+def initial(V, ts, seeds, width, generator):
+    """Networks bag -> width -> t -> scores, for every seed and each of n ts: E, b, W2, W, and the features
+    that each may use."""
+    n, most = len(ts), max(ts)
+    used = (torch.arange(most) < torch.tensor(ts)[:, None]).float()            # (n, most)
+    E, W2, W = ((torch.randn(*shape, generator=generator) * scale).requires_grad_() for shape, scale in
+                (((seeds, V, n * width), 0.5), ((seeds * n, width, most), width ** -0.5),
+                 ((seeds * n, most, V), most ** -0.5)))
+    return [E, torch.zeros(seeds, 1, n * width, requires_grad=True), W2, W, used.repeat(seeds, 1)[:, None]]
+
+
+def features(weights, bag):
+    """f(X): bag (seeds, N, V) -> (seeds n, N, t). It knows the positions of visible tokens and no others."""
+    E, b, W2, _, used = weights
+    hidden = torch.relu(bag @ E + b).unflatten(2, (-1, W2.shape[1]))           # (seeds, N, n, width)
+    return hidden.transpose(1, 2).flatten(0, 1) @ W2 * used
+
+
+def losses(weights, bag, P, root, kind):
+    """The loss of each network (seeds, n) on bag and P (seeds, N, V); root = sqrt(P_G).
+
+    The spectral loss (Theorem 3.1) of scores z / root is -2 E sum_v P_v z_v / root_v + E sum_v z_v^2: well
+    conditioned in z.
+    """
+    z, P = (features(weights, bag) @ weights[3]).unflatten(0, (len(bag), -1)), P[:, None]   # (seeds, n, N, V)
+    each = z.square() - 2 * (P / root) * z if kind == "spectral" else -P * torch.log_softmax(z, -1)
+    return each.sum(-1).mean(-1)
+
+
+def train(model, contexts, q, ts, kind, seeds, steps, generator, batch=64, width=64, lr=0.03):
+    """Train all bottlenecks ts from `seeds` initialisations at once by Adam, each seed on own contexts."""
+    weights = initial(model.s * model.r * model.T, ts, seeds, width, generator)
+    root = (q.sum(0).repeat_interleave(model.r * model.T) / (model.r * model.T)).sqrt().clamp(min=1e-6)
+    optimiser = torch.optim.Adam(weights[:4], lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda k: min(1, k / 20) * 0.5 * (1 + math.cos(math.pi * k / max(steps, 1))))
+    for _ in range(steps):
+        drawn = draw(model, contexts, q, seeds * batch, generator)
+        bag, P = (x.unflatten(0, (seeds, batch)) for x in drawn[:2])
+        optimiser.zero_grad()
+        losses(weights, bag, P, root, kind).sum().backward()        # no weight is shared: each is trained
+        optimiser.step()
+        schedule.step()
+    return [x.detach() for x in weights], root
+
+
+def bayes_excess(scores, pi):
+    """scores (nets, N, r), pi (N, r) -> the mean over N of max pi minus pi of the highest score (nets,)."""
+    best = scores.argmax(-1, keepdim=True)
+    return (pi.amax(-1) - pi.expand_as(scores).gather(-1, best)[..., 0]).mean(-1)
+
+
+def all_labels(f, pi):
+    """Excess over Bayes of the least-squares probe on f (nets, N, t) with exact posteriors -> (nets,)."""
+    f, pi = F.pad(f, (0, 1), value=1.0).double(), pi.double()
+    gram = f.mT @ f
+    ridge = 1e-7 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(f.shape[2])
+    return bayes_excess(f @ torch.linalg.solve(gram + ridge, f.mT @ pi), pi)
+
+
+def few_labels(f, pi, y, labels, draws, generator):
+    """Excess over Bayes of ridge regression on `labels` examples a class, a mean over draws (RIDGES, nets).
+
+    A ridge is a share of the mean squared length of the centred examples.
+    """
+    total = torch.zeros(len(RIDGES), len(f))
+    for _ in range(draws):
+        order = torch.randperm(len(y), generator=generator)
+        chosen = torch.cat([order[y[order] == c][:labels] for c in range(pi.shape[1])])
+        centre = f[:, chosen].mean(1, keepdim=True)
+        x = f[:, chosen] - centre                                              # (nets, labels r, t)
+        gram, one_hot = x @ x.mT, torch.eye(pi.shape[1])[y[chosen]]
+        size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        for i, ridge in enumerate(RIDGES):
+            system = gram + (ridge * size + 1e-12) * torch.eye(len(chosen))
+            alpha = torch.linalg.solve(system, (one_hot - one_hot.mean(0)).expand(len(f), -1, -1))
+            total[i] += bayes_excess((f - centre) @ (x.mT @ alpha), pi)
+    return total / draws
+
+
+def measure(model, own, common, sigma, kind, args, generator, draws=20):
+    """Train one objective's networks under one loss -> excess errors over Bayes; own, common: contexts and q.
+
+    `all` (seeds, n): all labels, own contexts. `own`, `common` (RIDGES, seeds): few labels, no bottleneck.
+    `gap` (seeds, n): the share of the optimum, sum_{j<=t} sigma_j^2, that the spectral loss misses.
+    """
+    seeds, ts, result = args.seeds, args.bottlenecks, {}
+    weights, root = train(model, *own, ts, kind, seeds, args.steps if kind in LOSSES else 0, generator)
+    for place, pairs in (("own", own), ("common", common)):
+        bag, P, pi, y = draw(model, *pairs, 2048, generator)
+        f = features(weights, bag.expand(seeds, -1, -1))
+        result[place] = few_labels(f[len(ts) - 1::len(ts)], pi, y, args.labels, draws, generator)
+        if place == "own":
+            result["all"] = all_labels(f, pi).view(seeds, -1)
+            if kind == "spectral":
+                loss = losses(weights, bag.expand(seeds, -1, -1), P.expand(seeds, -1, -1), root, kind)
+                result["gap"] = 1 + loss / torch.tensor([(sigma[:t] ** 2).sum() for t in ts])
+    return {name: value.numpy() for name, value in result.items()}
+
+
+# ---------------------------------------------------------------------------- what follows from the tail
+
+def spearman(x, y):
+    """Rank correlation of x and errors y, mean ranks for ties to RESOLUTION; None where one is constant."""
+    x, y = np.round(x, 6), np.round(y / RESOLUTION)
+    a, b = ((v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 - len(v) / 2 for v in (x, y))
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale else None
+
+
+def correlation(x, errors, resamples=300):
+    """Spearman of x (objectives,) and errors (seeds, objectives): of the means, 95% interval over seeds."""
+    rng, seeds, middle = np.random.default_rng(0), len(errors), spearman(x, errors.mean(0))
+    values = (spearman(x, errors[rng.integers(seeds, size=seeds)].mean(0)) for _ in range(resamples))
+    if middle is not None:
+        return [middle, *np.percentile([v for v in values if v is not None], (2.5, 97.5)).tolist()]
+
+
+def findings(rows, ts, r):
+    """For each noise and loss: what orders the objectives' errors, as Spearman correlations.
+
+    `kept`, `gone`: mean excess where the sector rule says that the class survives, and where the exact
+    features have lost it, as shares of losing it altogether. `few`: no bottleneck, by ridge. `distance`: of
+    the networks' errors from the exact ones. `gap`: how much of the best spectral loss they miss.
+    """
+    result = []
+    for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
+        group = [row for row in rows if row["eps"] == eps]
+        tail, needs, bayes = (np.array([row[name] for row in group]) for name in ("tail", "needs", "bayes"))
+        exact = np.array([[row["exact"][t - 1] for t in ts] for row in group])     # (objectives, n)
+        errors = np.stack([row[kind]["all"] for row in group], 1)                  # (seeds, objectives, n)
+        mean, lost = errors.mean(0), (1 - 1 / r - bayes)[:, None]
+        kept, gone = needs[:, None] <= np.array(ts), exact > 0.95 * lost
+        few = {place: {ridge: correlation(tail, np.stack([row[kind][place][i] for row in group], 1))
+                       for i, ridge in enumerate(RIDGES)} for place in ("own", "common")}
+        at = [{"t": t, "worst_kept": mean[kept[:, k], k].max(initial=0),
+               **{name: correlation(x, errors[:, :, k]) for name, x in
+                  (("tail", tail), ("needs", needs), ("exact", exact[:, k]))}} for k, t in enumerate(ts)]
+        shares = {name: (mean / lost)[which].mean() if which.any() else None
+                  for name, which in (("kept", kept), ("gone", gone))}
+        gap = np.mean([row["spectral"]["gap"] for row in group]) if kind == "spectral" else None
+        result.append({"eps": eps, "loss": kind, "distance": np.abs(mean - exact).mean(), "gap": gap,
+                       "few": few, "at": at, **shares})
+    return result
+
+
+# ---------------------------------------------------------------------------- command
+
+def compared(s, quick=False):
+    """{name: its distribution} of at least 12 objectives on s tokens: the paper's with several options, and
+    every other that is registered and whose outcomes can be listed. Quick: six."""
+    some = [("ar", {}), *(("dar", {"t": t}) for t in (2, 4)),
+            *(("mlm", {"mask": n / s}) for n in (s // 4, s // 2)), ("vl", {"mask": (1 / s, 1 - 1 / s)})]
+    more = [*(("dar", {"t": t}) for t in (3, s - 1)), *(("mlm", {"mask": n / s}) for n in (1, 3 * s // 4)),
+            ("vl", {"mask": (1 / s, 0.5)})]
+    sized = {"blocks": {"block": s // 2}, "spans": {"mask": 0.5, "span": 2}}    # for short sequences
+    more += [(name, sized.get(name, {})) for name in OBJECTIVES if name not in ("ar", "dar", "mlm", "vl")]
+    chosen = {}
+    for name, options in some if quick else some + more:
+        try:
+            objective = from_options(name, **options)
+            chosen[describe(objective)] = distribution(objective, s)
+        except BadInput:                                                       # for images, or too many
+            continue
+    return chosen
+
+
+def add_toy_arguments(parser):
+    """The options of `spectral.py toy`; --seed and --json are those of every command of spectral.py."""
+    for name, default, text in (
+            ("r", 4, "classes"), ("s", 8, "positions"), ("T", 2, "values per class and position"),
+            ("labels", 5, "examples of each class, where few"), ("seeds", None, "(default: 5, quick 2)"),
+            ("steps", None, "of training (default: 1000, quick 300)")):
+        parser.add_argument(f"--{name}", type=positive, default=default, help=text)
+    parser.add_argument("--eps", type=ratios, help="noise: how often a class is redrawn (default: 0,0.3,0.5)")
+    parser.add_argument("--bottlenecks", type=group_size, help="sizes t (default: 2,3,4,6,8,10,12,16)")
+    parser.add_argument("--quick", action="store_true", help="six objectives, few steps: half a minute")
+
+
+def run_toy(args):
+    """Exact spectra, probes and trained networks of all objectives and noises -> results of plain numbers."""
+    quick, start, r, s = args.quick, time.time(), args.r, args.s
+    args.seeds, args.steps = args.seeds or (2 if quick else 5), args.steps or (300 if quick else 1000)
+    args.eps = args.eps or ((0.0, 0.5) if quick else (0.0, 0.3, 0.5))
+    ts = np.unique(args.bottlenecks or ((2, 4, 8) if quick else (2, 3, 4, 6, 8, 10, 12, 16)))
+    args.bottlenecks = [*ts[ts < r * s].tolist(), r * s]            # the last: no less than the rank
+    models, rows = [NoisyToy(r, s, args.T, eps) for eps in args.eps], []
+    chosen = compared(s, quick)
+    subsets = np.indices((2,) * s).reshape(s, -1).T[1:-1] > 0              # common contexts: all sizes alike
+    common = torch.tensor(subsets), torch.tensor([[1 / math.comb(s, int(m))] * s for m in subsets.sum(1)])
+    for model, eps in zip(models, args.eps):
+        for name, (contexts, q) in chosen.items():
+            position, classes, sigma, needs = split(model, contexts, q)
+            told = merge(*tell_position(contexts, q))[1]
+            P, pi = merged(model, contexts, q)
+            row = {"objective": name, "eps": eps, "needs": needs, "position": position, "classes": classes,
+                   "tail": (position[1:] ** 4).sum(), "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
+                   "told": singular_values(position_matrix(told), told.sum(0) > 0).min(),
+                   "exact": probe(P, pi, range(1, r * s + 1), seed=args.seed),
+                   "tails": [(sigma[t:] ** 4).sum() for t in range(1, r * s + 1)]}
+            own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
+            for kind in (*LOSSES, "untrained"):
+                key = f"{args.seed} {name} {eps} {kind}"                       # whatever else is run
+                generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+                row[kind] = measure(model, own, common, sigma, kind, args, generator)
+            rows.append(row)
+    return plain({"bottlenecks": args.bottlenecks, "classes": r, "labels": args.labels, "ridges": RIDGES,
+                  "losses": LOSSES, "seeds": args.seeds, "rows": rows,
+                  "findings": findings(rows, args.bottlenecks, r), "seconds": time.time() - start})
