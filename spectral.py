@@ -344,7 +344,7 @@ def read_command(argv):
     sub.add_argument("--samples", type=positive, default=100_000, help="draws of f where not all can be "
                                                                        "listed")
     add_options(sub)
-    sub = command("toy", run_toy, show_toy, "networks on toy models, with noise and without", picture=plot_toy)
+    sub = command("toy", run_toy, show_toy, "networks on toy models, noisy and not", picture=plot_toy)
     add_toy_arguments(sub)
     sub = command("trained", trained, show_trained, "empirical spectrum of checkpoints of train.py")
     add_trained_arguments(sub)

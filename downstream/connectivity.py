@@ -97,7 +97,7 @@ def mean_product(x, texts):
     return ((x.sum(0).square().sum() - within.square().sum()) / pairs).item()
 
 
-def connectivity(features, texts, count=100_000, quiet=True):
+def similarities(features, texts, count=100_000, quiet=True):
     """Figure 2's surrogate for how connected the samples are: similarity of features f(X) of contexts of
     different texts.
 
@@ -120,7 +120,7 @@ def connectivity(features, texts, count=100_000, quiet=True):
 
 
 def print_connectivity(rows):
-    """rows: results of `connectivity` with `label`."""
+    """rows: results of `similarities` with `label`."""
     width = max(len(row["label"]) for row in rows)
     for name in ("inner_product", "cosine"):
         print(f"{name.replace('_', ' '):{width}s} {'all pairs':>10s} {'top pairs':>10s}"
@@ -155,7 +155,7 @@ def connectivity_command(args):
             features, _, texts = features_of(run, data, args.features, args.seed, quiet=False)
         device = run.model.query.device
         rows.append({"checkpoint": checkpoint, "label": describe(run.objective), **about(run),
-                     **connectivity(features.to(device), texts.to(device), args.top, quiet=False)})
+                     **similarities(features.to(device), texts.to(device), args.top, quiet=False)})
         tokenizers.add((run.tokenizer.to_json(), run.settings.length))
     labels = [row["label"] for row in rows]
     for row in rows:

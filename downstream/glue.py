@@ -36,7 +36,7 @@ class Task:
     ragged: bool = False        # rows with a wrong number of columns are known to exist, and are left out
 
 
-PAIR = ("sentence1", "sentence2")
+SENTENCES = ("sentence1", "sentence2")
 NLI = ("entailment", "neutral", "contradiction")
 
 
@@ -45,17 +45,17 @@ TASKS = {
                  columns=("source", "label", "mark of the source", "sentence")),
     "sst2": Task("SST-2", ("sentence",)),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), label="Quality", metrics=("f1", "accuracy")),
-    "stsb": Task("STS-B", PAIR, label="score", labels=None, metrics=("pearson", "spearman")),
+    "stsb": Task("STS-B", SENTENCES, label="score", labels=None, metrics=("pearson", "spearman")),
     "qqp": Task("QQP", ("question1", "question2"), label="is_duplicate", metrics=("f1", "accuracy"),
                 ragged=True),
-    "mnli": Task("MNLI", PAIR, label="gold_label", labels=NLI,
+    "mnli": Task("MNLI", SENTENCES, label="gold_label", labels=NLI,
                  parts=(("-m", "dev_matched.tsv", "test_matched.tsv"),
                         ("-mm", "dev_mismatched.tsv", "test_mismatched.tsv"))),
     "qnli": Task("QNLI", ("question", "sentence"), labels=("entailment", "not_entailment")),
-    "rte": Task("RTE", PAIR, labels=("entailment", "not_entailment")),
-    "wnli": Task("WNLI", PAIR),
+    "rte": Task("RTE", SENTENCES, labels=("entailment", "not_entailment")),
+    "wnli": Task("WNLI", SENTENCES),
     # no training part: an MNLI model predicts it
-    "ax": Task("AX", PAIR, labels=NLI, parts=(("", None, "AX.tsv"),)),
+    "ax": Task("AX", SENTENCES, labels=NLI, parts=(("", None, "AX.tsv"),)),
 }
 
 
@@ -132,7 +132,7 @@ def pearson(predicted, true):
     return float(x @ y / math.sqrt((x @ x) * (y @ y)))
 
 
-def spearman(predicted, true):
+def rank_correlation(predicted, true):
     """Correlation of the ranks. 0 where either is constant."""
     return pearson(ranks(predicted), ranks(true))
 
@@ -143,7 +143,8 @@ def ranks(x):
     return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
+           "spearman": rank_correlation}
 
 
 # ---------------------------------------------------------------------------- Table 2

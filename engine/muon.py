@@ -5,24 +5,18 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 RATE, MOMENTUM = 4.0, 0.95  # its rate over AdamW's, and the share of the old gradients that it keeps
-# [keys; values], [value; gate]: maps in one matrix, each made orthogonal by itself
-STACKED = {"kv": 2, "up": 2}
 
 
 def muon_groups(named, weight_decay):
-    """Parameter groups for the matrices of the blocks among [(name, parameter)], by how many maps each one
-    stacks."""
-    matrices = {}
-    for name, p in named:
-        if p.dim() == 2 and "blocks." in name:
-            matrices.setdefault(STACKED.get(name.split(".")[-2], 1), []).append(p)
-    return [{"params": matrices[maps], "scale": RATE, "weight_decay": weight_decay / RATE, "maps": maps}
-            for maps in sorted(matrices)]
+    """The parameter group of the matrices of the blocks among [(name, parameter)]. Maps that stand in one
+    matrix, as keys and values do, are made orthogonal together: apart they learn no faster."""
+    matrices = [p for name, p in named if p.dim() == 2 and "blocks." in name]
+    return [{"params": matrices, "scale": RATE, "weight_decay": weight_decay / RATE, "orthogonal": True}]
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but groups with `maps` take Muon's step: Nesterov momentum made orthogonal, with the root mean
-    square of AdamW's (Liu et al. 2025).
+    """AdamW, but groups marked `orthogonal` take Muon's step: Nesterov momentum made orthogonal, with the root
+    mean square of AdamW's (Liu et al. 2025).
 
     Like the fused kernels, found_inf = 1 on the device leaves weights and state as they are. Of a matrix that
     is spread over processes, each gathers the whole update, makes it orthogonal and keeps its own part.
@@ -34,7 +28,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         """One step of both kinds. It uses up the gradients of Muon's matrices."""
-        muon = [(p, group) for group in self.param_groups if "maps" in group
+        muon = [(p, group) for group in self.param_groups if "orthogonal" in group
                 for p in group["params"] if p.grad is not None]
         if muon:
             self.muon_step(muon)
@@ -44,18 +38,16 @@ class Muon(torch.optim.AdamW):
 
     def muon_step(self, todo):
         """Muon's step on [(parameter, its group)]."""
-        wrong, maps = getattr(self, "found_inf", None), []
+        wrong, updates = getattr(self, "found_inf", None), []
         go = 1.0 if wrong is None else 1.0 - wrong
-        for p, group in todo:
+        for p, _ in todo:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             grad, momentum = own(p.grad), own(self.state[p]["momentum"])
             grad = grad if wrong is None else grad.masked_fill(wrong.bool(), 0.0)
             momentum.lerp_(grad, go * (1 - MOMENTUM))
-            maps += gather(grad.lerp(momentum, MOMENTUM), p).chunk(group["maps"])
-        ready = iter(orthogonal(maps))
-        for p, group in todo:
-            change = torch.cat([next(ready) for _ in range(group["maps"])])
+            updates.append(gather(grad.lerp(momentum, MOMENTUM), p))
+        for (p, group), change in zip(todo, orthogonal(updates)):
             if isinstance(p, DTensor):
                 change = distribute_tensor(change, p.device_mesh, p.placements, src_data_rank=None).to_local()
             rate = go * group["lr"]

@@ -8,7 +8,7 @@ from model import VIT_SIZES
 from objectives import OBJECTIVES, choose_path, describe, from_options
 from support.cli import BadInput, dashed, positive, real, seed
 
-TEXT = {"schedule": "triangle", "warmup": 0.0, "optimizer": "adamw", "weight_decay": 0.01, "beta2": 0.98,
+TEXT = {"schedule": "triangle", "warmup": 0.0, "optimizer": "muon", "weight_decay": 0.01, "beta2": 0.98,
         "clip": 0.5, "batch_ramp": 0.0, "length": 128, "mask_rule": "always"}
 IMAGES = {"schedule": "cosine", "warmup": 0.05, "optimizer": "adamw", "weight_decay": 0.05, "beta2": 0.95,
           "clip": 0.0, "batch_ramp": 0.0, "crop": 0.2, "norm_pix": False}
@@ -19,7 +19,7 @@ PRESETS = {  # a size of model.py and a budget that suits it
     "small": {**TEXT, "batch_size": 256, "steps": 20_000, "lr": 1e-3},
     "base": {**TEXT, "batch_size": 1024, "steps": 50_000, "lr": 1e-3},
     "paper": {**TEXT, "batch_size": 8192, "steps": 100_000, "lr": 1e-3, "batch_ramp": 0.6,
-              "mask_rule": "bert"},
+              "optimizer": "adamw", "mask_rule": "bert"},
     "vit-tiny": {**IMAGES, "size": 32, "patch": 4, "batch_size": 64, "steps": 1000, "lr": 2e-3},
     "vit-small": {**IMAGES, "size": 224, "patch": 16, "batch_size": 4096, "epochs": 200, "lr": 8e-3},
     "vit-base": {**IMAGES, "size": 224, "patch": 16, "batch_size": 4096, "epochs": 200, "lr": 8e-3},

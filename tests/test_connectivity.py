@@ -39,7 +39,7 @@ def test_mean_of_all_pairs():
 
 def test_connectivity_summarises_both_kinds_of_similarity():
     x, texts = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40) // 2
-    result = connectivity.connectivity(x, texts, 300)
+    result = connectivity.similarities(x, texts, 300)
     assert (result["features"], result["texts"], result["pairs"]) == (40, 20, 300)
     unit = x / x.norm(dim=1, keepdim=True)
     for name, rows in (("inner_product", x), ("cosine", unit)):
@@ -53,9 +53,9 @@ def test_connectivity_summarises_both_kinds_of_similarity():
         ranks = found["curve"]["rank"]
         assert ranks[0] == 1 and ranks[-1] == 300 and sorted(set(ranks)) == ranks
         np.testing.assert_allclose(found["curve"]["similarity"], top[np.array(ranks) - 1], rtol=1e-5)
-    assert connectivity.connectivity(x, texts, 10 ** 6)["pairs"] == 40 * 39 // 2 - 20
+    assert connectivity.similarities(x, texts, 10 ** 6)["pairs"] == 40 * 39 // 2 - 20
     with pytest.raises(BadInput, match="different texts"):
-        connectivity.connectivity(x, torch.zeros(40))
+        connectivity.similarities(x, torch.zeros(40))
 
 
 @pytest.mark.parametrize("count, each", ((6, 1), (24, 4)))

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from labelled_texts import call
+from test_vision import write_images
 
 import train as training
 from downstream import reconstruct
 from downstream.reconstruct import hidden_patches, measures, to_pictures, with_mean
 from engine.runs import Run
 from engine.settings import Settings, resolve
+from images.shapes import shapes
 from support.cli import BadInput
 
 
@@ -111,9 +113,9 @@ def test_the_baseline_is_the_mean_colour_of_what_is_known():
 def test_command_and_picture(tmp_path, capsys, monkeypatch):
     """One column for the images, one for what was hidden, one for each checkpoint; without matplotlib no
     titles."""
-    training.train(resolve(objective="ar", data="shapes", steps=1, batch_size=8), tmp_path / "ar",
-                   device="cpu",
-                   dtype="fp32", quiet=True)
+    data = write_images(tmp_path / "data", {"train": shapes(60, 32, 0), "val": shapes(30, 32, 1)})
+    settings = resolve(objective="ar", data=str(data), steps=1, batch_size=8)
+    training.train(settings, tmp_path / "ar", device="cpu", dtype="fp32", quiet=True)
     picture, both = tmp_path / "grid.png", (str(tmp_path / "ar"), f"untrained:{tmp_path / 'ar'}")
     few = ("--max-images", 20, "--hide", 0.1)
 

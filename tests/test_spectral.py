@@ -277,9 +277,9 @@ def test_theorem_commands(capsys):
 
 @pytest.mark.parametrize("argv", [
     "theorem4.1 --r 1 --s 2 --T 1", "theorem4.1 --r 2 --s 2", "theorem4.1 --s 3 --rho 0.4",
-    "theorem4.2 --rho 0.3", "theorem4.2 --r 1 --s 2 --T 1", "theorem4.2 --s 13 --T 1 --r 1", "theorem4.3 --s 2 --steps 3",
-    "theorem4.3 --r 1 --s 3 --T 1 --rho 0.7 --steps 3", "spectrum --objective ar --s 2",
-    "spectrum --objective segments dar --s 16 --t 5 --segment 2"])
+    "theorem4.2 --rho 0.3", "theorem4.2 --r 1 --s 2 --T 1", "theorem4.2 --s 13 --T 1 --r 1",
+    "theorem4.3 --s 2 --steps 3", "theorem4.3 --r 1 --s 3 --T 1 --rho 0.7 --steps 3",
+    "spectrum --objective ar --s 2", "spectrum --objective segments dar --s 16 --t 5 --segment 2"])
 def test_small_toy_models_print_no_warning_and_no_nan(argv, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -299,9 +299,9 @@ def cooccurrence(objective, tokens):
         contexts, q, _, _ = merge(*pairs(objective, *outcomes))
     count = sum(r * T ** int(n) for n in contexts.sum(1))
     if not 0 < count <= MOST_CONTEXTS:
-        raise BadInput(f"r = {r}, s = {s}, T = {T} give {count or 'too many'} contexts, the limit is "
-                       f"{MOST_CONTEXTS}; use a smaller --r, --s or --T, or the command spectrum, which needs "
-                       "no enumeration")
+        raise BadInput(f"r = {r}, s = {s}, T = {T} give {count or 'too many'} contexts and the limit is "
+                       f"{MOST_CONTEXTS}; use a smaller --r, --s or --T, or the command spectrum, which "
+                       "needs no enumeration")
     row, column, entries = {}, {}, []
     for S, weight in zip(contexts, q / q.sum()):
         for y in range(r):

@@ -14,7 +14,7 @@ import torch
 from test_bad_input import write_run
 
 import data
-from downstream import glue, glue_runs, labelled
+from downstream import glue, glue_runs, labelled, tables
 from engine import runs
 from images import files, sets
 from support.cli import BadInput
@@ -151,20 +151,20 @@ def test_glue(tmp_path, name, rows):
     path = tmp_path / glue.TASKS[name].folder / "train.tsv"
     path.parent.mkdir()
     path.write_text(rows * (1 if name != "cola" else 5))
-    fuzz(path, lambda: glue.targets(name, glue.read(tmp_path, name, "train.tsv")), 60)
+    fuzz(path, lambda: glue.task_labels(name, glue.read_task(tmp_path, name, "train.tsv")), 60)
     for text in ("\n" + rows, "\n\n", "\r\n", "\t\t\t\n", "\0" * 100, rows + "\n\n"):
-        feed(path, [text], lambda: glue.targets(name, glue.read(tmp_path, name, "train.tsv")))
+        feed(path, [text], lambda: glue.task_labels(name, glue.read_task(tmp_path, name, "train.tsv")))
 
 
 def test_a_blank_first_line_is_skipped(tmp_path):
     (tmp_path / "a.tsv").write_text("\ntext\tlabel\nfine\t1\n")
-    assert glue.read_table(tmp_path / "a.tsv", ("text",), "label").texts == [("fine",)]
+    assert tables.read_table(tmp_path / "a.tsv", ("text",), "label").texts == [("fine",)]
 
 
 def test_labelled_text(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("text\tlabel\n" + "fine\t1\ndull\t0\n" * 10)
-    fuzz(path, lambda: labelled.tsv_dataset(path), 100)
+    fuzz(path, lambda: labelled.table_dataset(path), 100)
 
 
 def test_glue_results(tmp_path):
