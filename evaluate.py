@@ -166,7 +166,8 @@ def bound(run, data=None, max_sequences=200, draws=8, orders=0, seed=0, quiet=Tr
     exact = left_to_right(run, sequences, quiet=quiet)
     gaps = {name: mixed["bound"] - nll.double().mean(1) for name, nll in exact.items()}
     mixed = {name: nll[:, None].expand(wide) for name, nll in mixed.items()}
-    return {"data": data, "length": sequences.shape[1], "sequences": len(sequences), "draws": draws, "orders": orders,
+    return {"data": data, "length": sequences.shape[1], "sequences": len(sequences),
+            "draws": draws, "orders": orders,
             "any_order": {name: summary(nll, tokens_per_byte) for name, nll in mixed.items()},
             "left_to_right": {name: summary(nll, tokens_per_byte) for name, nll in exact.items()},
             "difference": {name: {"nll": gap.mean().item(), "stderr": gap.std().item() / math.sqrt(len(gap))}
@@ -201,8 +202,9 @@ def print_bound(results, run):
     print("\nThe chain from left to right, another distribution: exactly")
     for name, r in results["left_to_right"].items():
         print(line_of(name, r, "="))
+    print()
     for name, gap in results["difference"].items():
-        print(f"\nbound - {name}: {gap['nll']:+.4f} ± {gap['stderr']:.4f} nats a token, sequence by sequence")
+        print(f"bound - {name}: {gap['nll']:+.4f} ± {gap['stderr']:.4f} nats a token, paired by sequence")
     if run.path == "mask" and run.objective.generation == "left":
         print("The bound takes every share of hidden tokens, of which this model was trained with some only.")
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from downstream import glue
-from experiments.stages import Model, evaluation, pretrain, source
+from experiments.stages import Model, evaluation, parsed, pretrain, source
 from experiments.verdicts import Cell, cell_of
 from objectives import OBJECTIVES
-from train import parse
 
 # the paper's, Table 6
 NINE = ("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food101", "pets")
@@ -151,7 +150,7 @@ def any_order_bound():
 
 def task_of(model):
     """(objective, path, positions) of a text model; length does not matter to what is asked of it here."""
-    settings, _ = parse(["--objective", *Model(model).as_trained().flags.split()])
+    settings = parsed(("--objective", *Model(model).as_trained().flags.split()))
     return *settings.task(), settings.positions
 
 

@@ -20,6 +20,7 @@ from experiments.scales import SCALES
 from experiments.stages import Model, pretrain, with_needs
 from experiments.verdicts import MEANING, corrected, judge, remark
 from support.cli import BadInput, write_json
+from theory.toy_report import show_toy
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
 
@@ -202,6 +203,8 @@ def markdown(x, level=1):
         columns = ["claim", "printed", "computed", "verdict"]
         lines += [*rows_of([columns, *([c[name] for name in columns] for c in x["printed_and_computed"])]),
                   ""]
+    if x.get("text"):
+        lines += ["```", *x["text"], "```", ""]
     spread = " ± is the standard deviation over seeds." if x["seeds"] > 1 and x["rows"] else ""
     seeds = f"{x['seeds']} seed{'s' * (x['seeds'] > 1)}"
     scale = f" {seeds}; {x['scale']} scale: {x['about']}." if x["rows"] else ""
@@ -274,7 +277,7 @@ def report(folder, targets, scales, readme=None):
                   "", *claim_rows(primaries), "", *(f"- *{word}*: {meaning}."
                                                     for word, meaning in MEANING.items()), "", LEGEND, ""]
         if matplotlib() and headlines:
-            forest(headlines, folder / "forest.png", effect_text)
+            forest(headlines, folder / "forest.png")
         if (folder / "forest.png").exists():
             lines += ["![Primary claims: ours with intervals, and the paper's effects](forest.png)", ""]
     for x in told:

@@ -54,13 +54,14 @@ def legend(figure, panels, columns=3):
                   frameon=False)
 
 
-def plain_log(panel, ticks=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)):
-    """A logarithmic x axis with numbers that people read."""
-    panel.set_xscale("log")
+def plain_log(panel):
+    """A logarithmic x axis with numbers that people read, where there is room for a few of them."""
     low, high = panel.get_xlim()
+    ticks = [tick * 10 ** k for k in range(5) for tick in (1, 1.5, 2, 3, 5, 7)]
     shown = [tick for tick in ticks if low <= tick <= high]
-    if len(shown) > 1:
-        panel.set_xticks(shown, shown)
+    if len(shown) > 2:
+        panel.set_xscale("log")
+        panel.set_xticks(shown, [f"{tick:g}" for tick in shown])
         panel.minorticks_off()
 
 
@@ -169,9 +170,9 @@ def plot_curves_by_length(path, place, rows, seeds):
     plot_by_length(path, curves)
 
 
-def forest(claims, path, text):
-    """Claims below one another, each on an axis of its own in its own unit: our difference with its interval,
-    the paper's effect. `text(value, unit)` writes a value."""
+def forest(claims, path):
+    """Claims below one another, each on an axis of its own in its own unit: our difference with its
+    interval, the paper's effect."""
     figure, panels = new_figure(9, 0.5 + 0.85 * len(claims), nrows=len(claims), squeeze=False)
     for panel, c in zip(panels[:, 0], claims):
         if c["interval"]:
@@ -182,10 +183,16 @@ def forest(claims, path, text):
         panel.axvline(0, color="black", linewidth=0.8)
         panel.margins(x=0.1)
         panel.xaxis.set_major_locator(import_optional("matplotlib.ticker").MaxNLocator(5))
-        panel.xaxis.set_major_formatter(lambda value, _, unit=c["unit"]: text(value, unit))
+        panel.xaxis.set_major_formatter(in_factors if c["unit"] == "factor" else "{x:+g}")
         panel.tick_params(labelsize=8)
-        panel.set_yticks([0], [f"{c['short']}\n{c['verdict']}"], fontsize=9)
+        unit = "share" if not c["unit"] else c["unit"]
+        panel.set_yticks([0], [f"{c['short']}\n{c['verdict']}; axis: {unit}"], fontsize=9)
         panel.grid(axis="x", alpha=0.3)
     panels[-1, 0].set_xlabel("difference; right of the black line, no difference, is as the paper has it")
     legend(figure, panels[:, 0])
     save(figure, path)
+
+
+def in_factors(value, position):
+    """A tick of an axis of logarithms."""
+    return f"x{np.exp(value):.2f}"

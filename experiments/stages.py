@@ -4,6 +4,7 @@ A stage is one command line of train.py, evaluate.py, spectral.py, data.py or a 
 folder or file is named by a checksum of that line, so that tables share stages.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -128,7 +129,7 @@ def source(place, kind):
 def budget_flags(place, model, given):
     """The steps or epochs of a model; `given` are its other arguments."""
     tokens, epochs = place.scale.tokens, place.scale.epochs
-    settings, _ = parse(given)
+    settings = parsed(given)
     if model.kind == "text":
         tokens = tokens or settings.steps * settings.batch_size * settings.length
         return ("--steps", str(max(1, round(model.budget * tokens / settings.batch_size / settings.length))))
@@ -155,9 +156,16 @@ def pretrain(place, model, seed):
                        disk=disk)
 
 
+@functools.cache
+def parsed(argv):
+    """The Settings of a train.py command line."""
+    return parse(argv)[0]
+
+
+@functools.cache
 def cost(argv, vocab, examples):
     """Of a training's arguments: (FLOPs of a sequence, sequences, bytes of memory, bytes of disk)."""
-    settings, _ = parse(argv)
+    settings = parsed(argv)
     (objective, path), size = settings.task(), dict(SIZES.get(settings.preset) or VIT_SIZES[settings.preset])
     S, n = settings.positions, objective.max_targets(settings.positions)
     if settings.images:

@@ -34,7 +34,7 @@ def plot_spectra(x, path):
     colours = import_optional("matplotlib").colormaps["tab20"].colors
     for row, y in enumerate(spectra):
         colour = colours[2 * row % 20 + row // 10 % 2]
-        values, counts = np.unique(np.round(y["singular_values"], 6), return_counts=True)
+        values, counts = np.unique(np.round(y["singular_values"], 2), return_counts=True)
         axes.hlines(row, 0, 1, color="#d5dce5", linewidth=1, zorder=1)
         axes.scatter(values, np.full(len(values), row), s=36 + 14 * counts, color=[colour], edgecolor="white",
                      zorder=3)
@@ -45,7 +45,7 @@ def plot_spectra(x, path):
     names = [y["objective"] + ("" if y["s"] == spectra[0]["s"] else f" (s = {y['s']})") for y in spectra]
     axes.set_yticks(range(len(spectra)), names)
     axes.set(ylim=(len(spectra) - 0.4, -1.0), xlim=(-0.04, 1.25), xticks=np.arange(0, 1.01, 0.2))
-    framed(axes, xlabel="singular values of one class; a label where several are equal",
+    framed(axes, xlabel="singular values of one class; a label where several lie together",
          title=f"Spectra on the toy model, s = {spectra[0]['s']}\ntail sum: sigma_j^4 over j > 1 of a class")
     axes.grid(axis="y", visible=False)
     figure.savefig(path, dpi=150)

@@ -213,27 +213,28 @@ def steps_in(out):
 
 
 def differences(whole, other, rounding=0.0):
-    """What differs between two finished runs, as a list of words. `rounding`: how much numbers may, relatively and for
-    weights near zero absolutely. More than two processes add up gradients in another order after a resume."""
+    """What differs between two finished runs by more than `rounding`, as a list of words. More than two
+    processes add up gradients in another order after a resume."""
     a, b = (runs.load_checkpoint(out) for out in (whole, other))
 
     def equal(x, y):
         return torch.equal(x, y) if not rounding else torch.allclose(x, y, rtol=10 * rounding, atol=rounding)
     found = [f"weight {name}" for name in a["model"] if not equal(a["model"][name], b["model"][name])]
     for i, entry in a["optimizer"]["state"].items():
-        found += [f"optimiser {i} {name}" for name, x in entry.items() if not equal(x, b["optimizer"]["state"][i][name])]
+        state = b["optimizer"]["state"][i]
+        found += [f"optimiser {i} {name}" for name, x in entry.items() if not equal(x, state[name])]
     found += [name for name in ("step", "seen", "skipped") if a[name] != b[name]]
-    lines = [[logged(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, other)]
-    for x, y in itertools.zip_longest(*lines, fillvalue={}):
+    for x, y in itertools.zip_longest(logged(whole), logged(other), fillvalue={}):
         if x.keys() != y.keys() or any(abs(x[key] - y[key]) > 100 * rounding for key in x):
             return [*found, f"metrics.jsonl {y} instead of {x}"]
     return found
 
 
-def logged(line):
-    """A line of metrics.jsonl without what the clock says."""
+def logged(out):
+    """The lines of metrics.jsonl without what the clock says."""
     clocked = ("seconds", "tokens_per_second", "images_per_second", "mfu")
-    return {key: value for key, value in json.loads(line).items() if key not in clocked}
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in clocked} for line in lines]
 
 
 def crash(kills, cases, folder, seed=0, launch=start, each=5, steps=60, rounding=0.0, say=print):

@@ -16,6 +16,7 @@ import train
 from engine import machine, runs
 from engine.settings import resolve
 from support.cli import BadInput, command_line
+from text.folders import prepare_text
 
 SMALL = {"length": 32, "batch_size": 8, "steps": 30, "lr": 2e-3, "schedule": "cosine"}
 
@@ -70,7 +71,8 @@ class PowerLoss(Exception):
 @pytest.mark.parametrize("moment", ["fsync", "link", "replace"])
 def test_power_loss_while_saving(tmp_path, text, monkeypatch, moment):
     """All ends at a system call that follows the writing; the file of the last checkpoint is whole."""
-    settings = resolve(data=text, **{**SMALL, "steps": 12})
+    prepare_text([text], tmp_path / "tokens", quiet=True)  # which has system calls of its own
+    settings = resolve(data=str(tmp_path / "tokens"), **{**SMALL, "steps": 12})
     run(settings, tmp_path / "whole", save_every=5, log_every=2)
     calls, genuine = [], getattr(os, moment)
 
@@ -95,7 +97,6 @@ def test_power_loss_while_saving(tmp_path, text, monkeypatch, moment):
         "ckpt.pt",
         "ckpt.prev.pt",
         "config.json",
-        "data",
         "metrics.jsonl",
     }
 
@@ -224,7 +225,7 @@ def test_a_step_that_is_not_finite_never_happened(tmp_path, text, monkeypatch):
     a, b = (runs.load_checkpoint(tmp_path / name) for name in ("run", "without"))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
-        assert all(torch.equal(x[name], y[name]) for name in x) and x["step"] == 27
+        assert all(torch.equal(x[name], y[name]) for name in x) and x.get("step", 27) == 27  # Muon counts none
     assert (a["skipped"], b["skipped"]) == (3, 0)
     assert [line.get("skipped", 0) for line in lines(tmp_path / "run") if "loss" in line] == [
         1,
