@@ -22,8 +22,8 @@ Causal attention counts half of its square for every model.
 The peers are transformers' models with random weights and their usual shape: dropout 0, feed-forward 4 x
 width with GELU (here: GEGLU, 2 x width after the gate), `sdpa` attention where they have it (XLNet has not).
 They get the same batches, optimiser, clipping, precision (autocast) and compiler, and read their inputs from
-the same Batch. So the ratios compare what a user gets from either at the same width, depth and vocabulary,
-and the ratio of FLOPs says how much of it is less work.
+the same Batch. So the ratios compare what a user gets from either at the same width, depth and
+vocabulary, and the ratio of FLOPs says how much of it is less work.
 
     causal      GPT2LMHeadModel       scores every position
     mask        BertForMaskedLM       scores every position, hidden or not
@@ -41,7 +41,7 @@ from engine.machine import choose_device, choose_dtype
 from engine.settings import IMAGE_OPTIONS, PRESETS
 from experiments.gpu import write_report
 from experiments.peers import peers_of
-from experiments.speed import NAMES, Case, compare, doubled, loop_share, measure, processor
+from experiments.speed import NAMES, Case, doubled, loop_share, processor, speed_ratio, time_cases
 from model import SIZES, VIT_SIZES, Config
 from objectives import OBJECTIVES, add_options, all_options, choose_path, from_options, options_of
 from support.cli import BadInput, Parser, command_line, output_file, positive, real, write_json
@@ -150,7 +150,7 @@ def chosen(args, images):
     return [from_options(name, **{**defaults.get(name, {}), **ours[name]}) for name in flags]
 
 
-def make_parser():
+def bench_parser():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--objectives", default="ar,dar,mlm,vl", metavar="A,B,...", help="what to time")
@@ -207,7 +207,7 @@ def run_cases(args, device):
     cases = [*ours, *(p for group in peers.values() for p in group),
              *(c for group in larger.values() for c in group.values())]
     cases = list(dict.fromkeys(cases))
-    results, peaks = measure(cases, device, args.rounds, CLOCKS[args.clock], quiet=False)
+    results, peaks = time_cases(cases, device, args.rounds, CLOCKS[args.clock], quiet=False)
     of = dict(zip(cases, results))
 
     def same_task(case, other):
@@ -218,7 +218,7 @@ def run_cases(args, device):
     growth = []
     for case, group in larger.items():
         for what, larger_case in group.items():
-            r = compare(of[larger_case], of[case])
+            r = speed_ratio(of[larger_case], of[case])
             growth.append({"objective": of[case]["name"], "dtype": of[case]["dtype"], "doubled": what,
                            "time": 1 / r["speed"], "flops": r["flops"], "memory": r["memory"],
                            "mfu": of[larger_case]["mfu"]})
@@ -229,9 +229,9 @@ def run_cases(args, device):
                        "rounds": share})
     return {"matrix_product_flops": peaks, "results": results,
             "shown": [of[case] for case in (*ours, *others)],
-            "ratios": [compare(of[case], of[other]) for case in ours for other in others
+            "ratios": [speed_ratio(of[case], of[other]) for case in ours for other in others
                        if same_task(case, other)],
-            "against_causal": [compare(of[case], of[causal[case.dtype]])
+            "against_causal": [speed_ratio(of[case], of[causal[case.dtype]])
                                for case in ours if case.path != "causal" and case.dtype in causal],
             "scaling": growth, "loop": shares, "config": vars(ours[0].config), "compiled": ours[0].compiled}
 
@@ -257,7 +257,7 @@ def print_all(found, args, name):
 
 
 def main(argv=None):
-    args = make_parser().parse_args(argv)
+    args = bench_parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)

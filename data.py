@@ -23,7 +23,7 @@ from images.patches import shown_images
 from images.pixels import contact_sheet, write_png
 from images.sets import load_images, prepare_images
 from support.cli import BadInput, Parser, command_line, output_file, positive, seed
-from text.folders import SIDES, Corpus, held_out, open_tokens, prepare_text, sha256, within
+from text.folders import SPLITS, Corpus, held_out, open_tokens, prepare_text, sha256, within
 from text.sources import checksum_of, documents
 from text.tokenizers import ByteTokenizer, token_type
 
@@ -125,7 +125,7 @@ def text_command(args):
     """`python data.py text`."""
     manifest = prepare_text(args.inputs, args.out, args.tokenizer, args.vocab, args.val, args.val_fraction,
                             args.max_bytes)
-    for side in SIDES:
+    for side in SPLITS:
         count = manifest[side]
         print(f"{side:5s} {count['documents']:8,} documents {count['tokens']:14,} tokens "
               f"{count['bytes']:14,} bytes"
@@ -138,7 +138,7 @@ def text_command(args):
 def images_command(args):
     """`python data.py images`."""
     manifest = prepare_images(args.input, args.out, args.size, args.val_fraction, args.seed)
-    for side in SIDES:
+    for side in SPLITS:
         count = manifest[side]
         print(f"{side:5s} {count['images']:10,} images"
               + (f", {len(count['skipped']):,} corrupt files skipped" if count["skipped"] else ""))

@@ -15,8 +15,8 @@ def muon_groups(named, weight_decay):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but groups marked `orthogonal` take Muon's step: Nesterov momentum made orthogonal, with the root
-    mean square of AdamW's (Liu et al. 2025).
+    """AdamW, but groups marked `orthogonal` take Muon's step: Nesterov momentum made orthogonal, with the
+    root mean square of AdamW's (Liu et al. 2025).
 
     Like the fused kernels, found_inf = 1 on the device leaves weights and state as they are. Of a matrix that
     is spread over processes, each gathers the whole update, makes it orthogonal and keeps its own part.

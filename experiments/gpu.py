@@ -20,13 +20,12 @@ from tqdm import tqdm
 from engine.machine import choose_dtype
 from engine.settings import IMAGE_OPTIONS, PRESETS
 from experiments.peers import peers_of
-from experiments.speed import Case, compare, in_turn, loop_share, make_draw, measure, synchronize
+from experiments.speed import Case, in_turn, loop_share, make_draw, speed_ratio, synchronize, time_cases
 from images.files import FileSet
 from model import SIZES, VIT_SIZES, Config, Transformer
-from objectives import choose_path, from_options
+from objectives import PAPER, choose_path, from_options
 from support.cli import import_optional, write_json
 
-OBJECTIVES = ("ar", "dar", "mlm", "vl")
 GOALS = ("ar at half of the data sheet's FLOP/s or more, and as fast as nanoGPT; dar at most 1.85 and mlm "
          "at most 0.75 "
          "of ar's time; train.py's loop at 97% of the bare step")
@@ -88,7 +87,7 @@ def text_cases(preset, length, batch, device, compiled):
     """The paper's four objectives at a preset's size."""
     config, dtype = Config(32768 if device.type == "cuda" else 4096, length,
                            **SIZES[preset]), choose_dtype(device)
-    made = [from_options(name) for name in OBJECTIVES]
+    made = [from_options(name) for name in PAPER]
     return [Case(objective, choose_path(objective), config, batch, dtype, compiled=compiled)
             for objective in made]
 
@@ -107,11 +106,11 @@ def timed(cases, device, nanogpt, transformers):
     """Cases and their peers in one interleaved run."""
     peers = {case: peers_of(case, transformers, nanogpt) for case in cases}
     everything = list(dict.fromkeys([*cases, *itertools.chain.from_iterable(peers.values())]))
-    results, peaks = measure(everything, device, rounds=3)
+    results, peaks = time_cases(everything, device, rounds=3)
     of = dict(zip(everything, results))
     return {"matrix_product_flops": peaks, "results": results,
-            "ratios": [compare(of[case], of[peer]) for case in cases for peer in peers[case]]
-            + [compare(of[case], of[cases[0]]) for case in cases[1:]]}
+            "ratios": [speed_ratio(of[case], of[peer]) for case in cases for peer in peers[case]]
+            + [speed_ratio(of[case], of[cases[0]]) for case in cases[1:]]}
 
 
 def loop_shares(cases, preset, device):

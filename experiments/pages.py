@@ -109,10 +109,10 @@ def summarise(place, name, table, seeds):
                            if len(values) > 1 else None}
         content["rows"].append({"row": row, "model": model, "cells": own, **seen(place, Model(model))})
     content["claims"] = [judge(claim, cells) for claim in table.claims]
-    if not table.rows:  # theory and toy: their own pages of claims
-        content["printed_and_computed"] = table.extra[0].result().get("claims", [])
-        content["results"] = {key: value for key, value in table.extra[0].result().items() if key
-                              == "results"}
+    if not table.rows:  # theory: every claim; toy: what its own command prints
+        found = table.extra[0].result()
+        content["printed_and_computed"] = found.get("claims", [])
+        content["text"] = show_toy(found) if "findings" in found else []
     return content
 
 

@@ -239,7 +239,7 @@ def in_turn(functions, rounds, quiet=True):
     return values
 
 
-def measure(cases, device, rounds, clock=time.perf_counter, quiet=True):
+def time_cases(cases, device, rounds, clock=time.perf_counter, quiet=True):
     """Time the cases against each other -> ([a dict for each case], {dtype name: FLOP/s of a matrix
     product})."""
     torch.set_float32_matmul_precision("high")
@@ -329,7 +329,7 @@ def graphs_compiled():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def compare(result, other):
+def speed_ratio(result, other):
     """How many times as fast `result` is as `other`, with the range over the rounds; ratios of memory and
     FLOPs."""
     each = [b / a for a, b in zip(result["ms_rounds"], other["ms_rounds"])]

@@ -89,8 +89,8 @@ def hold_out(files, fraction, seed):
     rng, sides = np.random.default_rng(seed), {"train": {}, "val": {}}
     for name, paths in files.items():
         held = set(rng.permutation(len(paths))[:max(1, round(fraction * len(paths)))].tolist())
-        for side in sides:
-            sides[side][name] = [path for i, path in enumerate(paths) if (i in held) == (side == "val")]
+        for side, chosen in sides.items():
+            chosen[name] = [path for i, path in enumerate(paths) if (i in held) == (side == "val")]
     return sides
 
 

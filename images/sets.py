@@ -170,8 +170,8 @@ def prepare_images(source, out, size=None, val_fraction=0.1, seed=0, quiet=False
     out.parent.mkdir(parents=True, exist_ok=True)
     total, free = sum(map(len, sets.values())), shutil.disk_usage(out.parent).free
     if total * size * size * 3 > free:
-        raise BadInput(f"{total:,} images of {size} x {size} pixels need {total * size * size * 3 / 1e9:,.0f} GB, "
-                       f"but there are {free / 1e9:,.0f} GB free at {out.parent}; "
+        needed = f"{total * size * size * 3 / 1e9:,.0f} GB, but there are {free / 1e9:,.0f} GB free"
+        raise BadInput(f"{total:,} images of {size} x {size} pixels need {needed} at {out.parent}; "
                        f"{source} can be given to train.py --data as it is")
     partial = out.with_name(out.name + ".partial")  # renamed when complete
     shutil.rmtree(partial, ignore_errors=True)

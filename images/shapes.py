@@ -77,11 +77,11 @@ def shapes(count, size=32, seed=0):
     for label, distance in enumerate(SHAPES.values()):
         rows = np.flatnonzero(labels == label)
         for part in np.array_split(rows, max(1, len(rows) * size * size >> 18)):  # about 1 MB for each array
-            images[part] = draw(distance, len(part), size, rng)
+            images[part] = draw_shape(distance, len(part), size, rng)
     return images, labels
 
 
-def draw(distance, count, size, rng):
+def draw_shape(distance, count, size, rng):
     """`count` images of one shape -> uint8 (count, size, size, 3)."""
 
     def uniform(low, high, *shape):

@@ -1,5 +1,6 @@
 """What bench.py times is a whole training step, in turn with the others; FLOPs, memory and peers are what it
 says."""
+
 import json
 from dataclasses import replace
 
@@ -12,7 +13,16 @@ from engine.settings import resolve
 from engine.steps import make_optimizer
 from experiments import gpu, speed
 from experiments.peers import make_peer, peer_inputs
-from experiments.speed import Case, compare, counted_flops, doubled, in_turn, make_draw, set_up, step_flops
+from experiments.speed import (
+    Case,
+    counted_flops,
+    doubled,
+    in_turn,
+    make_draw,
+    set_up,
+    speed_ratio,
+    step_flops,
+)
 from model import Config, Transformer
 from objectives import choose_path, from_options, loss_sum
 from support.cli import BadInput
@@ -20,22 +30,46 @@ from support.cli import BadInput
 CPU = torch.device("cpu")
 
 
-def text(objective, streams=None, vocab=23, length=8, layers=2, width=16, heads=2, batch=3,
-         dtype=torch.float32, **options):
+def text(
+    objective,
+    streams=None,
+    vocab=23,
+    length=8,
+    layers=2,
+    width=16,
+    heads=2,
+    batch=3,
+    dtype=torch.float32,
+    **options,
+):
     objective = from_options(objective, **options)
-    return Case(objective, choose_path(objective, streams), Config(vocab, length, layers, width, heads),
-                batch, dtype)
+    return Case(
+        objective, choose_path(objective, streams), Config(vocab, length, layers, width, heads), batch, dtype
+    )
 
 
 def image(mask=0.75, batch=3):
-    config = Config(0, length=16, layers=2, width=16, heads=2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3,
-                    decoder=(2, 8, 2))
+    config = Config(
+        0,
+        length=16,
+        layers=2,
+        width=16,
+        heads=2,
+        patch=4,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        decoder=(2, 8, 2),
+    )
     return Case(from_options("mlm", mask=mask), "mae", config, batch, torch.float32)
 
 
-CASES = {"ar": text("ar"), "dar": text("dar", t=2), "mlm": text("mlm", mask=0.3),
-         "vl": text("vl", mask=(0.2, 0.5)),
-         "mae": image()}
+CASES = {
+    "ar": text("ar"),
+    "dar": text("dar", t=2),
+    "mlm": text("mlm", mask=0.3),
+    "vl": text("vl", mask=(0.2, 0.5)),
+    "mae": image(),
+}
 
 
 def test_functions_run_in_turn():
@@ -90,10 +124,13 @@ def test_flops_are_those_that_pytorch_counts(name):
 def test_doubling_changes_one_thing():
     case = text("ar", length=16, width=32, heads=4)
     for what, larger in doubled(case).items():
-        changed = {name for name in vars(case.config)
-                   if getattr(case.config, name) != getattr(larger.config, name)}
+        changed = {
+            name for name in vars(case.config) if getattr(case.config, name) != getattr(larger.config, name)
+        }
         if what == "batch":
-            assert not changed and larger.batch == 2 * case.batch and step_flops(larger) == 2 * step_flops(case)
+            assert (
+                not changed and larger.batch == 2 * case.batch and step_flops(larger) == 2 * step_flops(case)
+            )
         else:
             assert changed == {"width": {"width", "heads"}}.get(what, {what}) and larger.batch == case.batch
             assert 1.5 < step_flops(larger) / step_flops(case) < 4
@@ -102,12 +139,20 @@ def test_doubling_changes_one_thing():
 
 
 def test_ratios_are_of_medians_and_show_the_range():
-    a, b = ({"name": name, "dtype": "fp32", "ms_per_step": ms[1], "ms_rounds": ms, "peak_memory": memory,
-             "flops_per_step": flops} for name, ms, memory, flops in (("a", [2.0, 4.0, 10.0], 50, 3),
-                                                                     ("b", [6.0, 8.0, 10.0], 100, 6)))
-    r = compare(a, b)
+    a, b = (
+        {
+            "name": name,
+            "dtype": "fp32",
+            "ms_per_step": ms[1],
+            "ms_rounds": ms,
+            "peak_memory": memory,
+            "flops_per_step": flops,
+        }
+        for name, ms, memory, flops in (("a", [2.0, 4.0, 10.0], 50, 3), ("b", [6.0, 8.0, 10.0], 100, 6))
+    )
+    r = speed_ratio(a, b)
     assert (r["speed"], r["speed_low"], r["speed_high"], r["memory"], r["flops"]) == (2.0, 1.0, 3.0, 0.5, 0.5)
-    assert compare({**a, "peak_memory": None}, b)["memory"] is None
+    assert speed_ratio({**a, "peak_memory": None}, b)["memory"] is None
 
 
 def test_command_line_writes_all_fields(tmp_path, capsys, monkeypatch):
@@ -115,19 +160,47 @@ def test_command_line_writes_all_fields(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(speed, "SQUARES", {True: (256,)})
     out = tmp_path / "bench.json"
-    argv = ["--objectives", "ar", "--layers", "1", "--width", "128", "--heads", "2", "--length", "8",
-            "--batch-size", "2",
-            "--vocab", "16384", "--rounds", "2", "--device", "cpu", "--dtype", "fp32", "--json", str(out)]
+    argv = [
+        "--objectives",
+        "ar",
+        "--layers",
+        "1",
+        "--width",
+        "128",
+        "--heads",
+        "2",
+        "--length",
+        "8",
+        "--batch-size",
+        "2",
+        "--vocab",
+        "16384",
+        "--rounds",
+        "2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--json",
+        str(out),
+    ]
     assert bench.main(argv) == 0
     content = json.loads(out.read_text())
     assert content["command"] == "bench.py" and content["threads"] == torch.get_num_threads()
     assert content["settings"]["length"] == 8 and content["matrix_product_flops"]["fp32"] > 1e9
     [r] = content["results"]
-    assert (r["name"], r["path"], r["dtype"], r["peer"], r["compiled"]) == ("ar", "causal", "fp32", False,
-                                                                            False)
+    assert (r["name"], r["path"], r["dtype"], r["peer"], r["compiled"]) == (
+        "ar",
+        "causal",
+        "fp32",
+        False,
+        False,
+    )
     assert len(r["ms_rounds"]) == 2 and min(r["ms_rounds"]) <= r["ms_per_step"] <= max(r["ms_rounds"])
     assert r["tokens_per_second"] == pytest.approx(2 * 8 / r["ms_per_step"] * 1e3)
-    assert r["mfu"] == pytest.approx(r["flops_per_step"] / r["ms_per_step"] * 1e3 / content["matrix_product_flops"]["fp32"])
+    assert r["mfu"] == pytest.approx(
+        r["flops_per_step"] / r["ms_per_step"] * 1e3 / content["matrix_product_flops"]["fp32"]
+    )
     assert r["first_step_seconds"] > 0 and 0 < r["mfu"] < 1
     assert 16 * r["parameters"] < r["peak_memory"] < 16 * r["parameters"] + 100e6
     assert "ar fp32" in capsys.readouterr().out
@@ -137,15 +210,45 @@ def test_command_line_compares_and_doubles(capsys, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(speed, "SQUARES", {True: (256,)})
     monkeypatch.setattr(speed, "cpu_memory", lambda case: 1000 * case.batch)
-    bench.main(["--objectives", "ar,vl", "--mask", "0.2,0.4", "--layers", "1", "--width", "16", "--heads",
-                "2",
-                "--length", "8", "--batch-size", "2", "--vocab", "50", "--rounds", "2", "--device", "cpu",
-                "--dtype", "bf16,fp32", "--scaling", "--json", "-"])
+    bench.main(
+        [
+            "--objectives",
+            "ar,vl",
+            "--mask",
+            "0.2,0.4",
+            "--layers",
+            "1",
+            "--width",
+            "16",
+            "--heads",
+            "2",
+            "--length",
+            "8",
+            "--batch-size",
+            "2",
+            "--vocab",
+            "50",
+            "--rounds",
+            "2",
+            "--device",
+            "cpu",
+            "--dtype",
+            "bf16,fp32",
+            "--scaling",
+            "--json",
+            "-",
+        ]
+    )
     content = json.loads(capsys.readouterr().out)
     assert [(r["name"], r["dtype"]) for r in content["results"][:4]] == [
-        ("ar", "bf16"), ("ar", "fp32"), ("vl 0.2,0.4", "bf16"), ("vl 0.2,0.4", "fp32")]
+        ("ar", "bf16"),
+        ("ar", "fp32"),
+        ("vl 0.2,0.4", "bf16"),
+        ("vl 0.2,0.4", "fp32"),
+    ]
     assert [(r["name"], r["other"], r["dtype"], r["other_dtype"]) for r in content["against_causal"]] == [
-        ("vl 0.2,0.4", "ar", dtype, dtype) for dtype in ("bf16", "fp32")]
+        ("vl 0.2,0.4", "ar", dtype, dtype) for dtype in ("bf16", "fp32")
+    ]
     assert len(content["scaling"]) == 4 * 4 and len(content["results"]) == 4 + 16
     for g in content["scaling"]:
         assert g["time"] > 0 and g["memory"] == (2 if g["doubled"] == "batch" else 1)
@@ -160,8 +263,9 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
     def train(settings, out, **machine):
         seen["train"], lines = settings, range(10, settings.steps + 1, 10)
         with open(f"{out}/metrics.jsonl", "w") as file:
-            file.writelines(json.dumps({"step": step, "seconds": 10 + 2.5 * (step - 10)}) + "\n"
-                            for step in lines)
+            file.writelines(
+                json.dumps({"step": step, "seconds": 10 + 2.5 * (step - 10)}) + "\n" for step in lines
+            )
             file.write(json.dumps({"step": settings.steps, "val_loss": 1.0}) + "\n")
 
     def prepare(case, device):
@@ -173,28 +277,58 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(speed, "SQUARES", {True: (64,)})
     monkeypatch.setattr(speed, "cpu_memory", lambda case: None)
-    monkeypatch.setattr(speed, "set_up",
-                        lambda case, *rest: (prepare if case.config.vocab == 257 else real)(case, *rest))
-    bench.main(["--objectives", flag, *options, "--preset", "tiny", "--length", "16", "--batch-size", "2",
-                "--rounds", "2",
-                "--device", "cpu", "--loop", "--json", "-"])
-    loop, = json.loads(capsys.readouterr().out)["loop"]
+    monkeypatch.setattr(
+        speed, "set_up", lambda case, *rest: (prepare if case.config.vocab == 257 else real)(case, *rest)
+    )
+    bench.main(
+        [
+            "--objectives",
+            flag,
+            *options,
+            "--preset",
+            "tiny",
+            "--length",
+            "16",
+            "--batch-size",
+            "2",
+            "--rounds",
+            "2",
+            "--device",
+            "cpu",
+            "--loop",
+            "--json",
+            "-",
+        ]
+    )
+    (loop,) = json.loads(capsys.readouterr().out)["loop"]
     assert loop == {"name": name, "dtype": loop["dtype"], "share": 0.8, "rounds": [0.8, 0.8]}
     settings, case = seen["train"], seen["bare"]
-    assert (settings.objective, settings.preset, settings.length, settings.batch_size) == (flag, "tiny", 16,
-                                                                                           2)
+    assert (settings.objective, settings.preset, settings.length, settings.batch_size) == (
+        flag,
+        "tiny",
+        16,
+        2,
+    )
     assert settings.task()[0] == case.objective
     assert (case.config.length, case.config.layers, case.batch) == (16, 4, 2)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--objectives", "ar,gpt"], "gpt"), (["--dtype", "fp64"], "fp64"),
-                                         (["--t", "3", "--objectives", "ar"], "--t 3"),
-    (["--mask", "0.3", "--objectives", "vl"], "--mask 0.3"),
-                                         (["--preset", "vit-tiny", "--size", "30"], "--size 30"),
-    (["--json", "/nowhere/x.json"], "/nowhere"), (["--width", "30"], "30"), (["--length", "1"], "1"),
-    (["--rounds", "0"], "0"), (["--loop", "--width", "32"], "--width"),
-                                         (["--loop", "--clock", "cpu"], "--clock cpu")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--objectives", "ar,gpt"], "gpt"),
+        (["--dtype", "fp64"], "fp64"),
+        (["--t", "3", "--objectives", "ar"], "--t 3"),
+        (["--mask", "0.3", "--objectives", "vl"], "--mask 0.3"),
+        (["--preset", "vit-tiny", "--size", "30"], "--size 30"),
+        (["--json", "/nowhere/x.json"], "/nowhere"),
+        (["--width", "30"], "30"),
+        (["--length", "1"], "1"),
+        (["--rounds", "0"], "0"),
+        (["--loop", "--width", "32"], "--width"),
+        (["--loop", "--clock", "cpu"], "--clock cpu"),
+    ],
+)
 def test_bad_input_is_refused_in_one_line(argv, words):
     with pytest.raises(BadInput) as error:
         bench.main([*argv, "--device", "cpu"])
@@ -202,6 +336,7 @@ def test_bad_input_is_refused_in_one_line(argv, words):
 
 
 # ---------------------------------------------------------------------------- peers
+
 
 def peer(name, scale=1.0):
     """A peer's case, its model in float32 with larger weights, so that its output depends on its input, and a
@@ -226,11 +361,12 @@ def test_extras_peers_have_the_size_that_is_claimed():
     ours = sum(p.numel() for p in Transformer(CASES["ar"].config).parameters())
     # GEGLU at 2 D is six of the ten, here eight of twelve
     assert ours == V * D + L * (10 * D * D + 2 * D) + 3 * D + 1
-    sizes = {"ar": V * D + S * D + L * layer + 2 * D,
-             "mlm": V * D + S * D + 2 * D + 2 * D + L * layer + D * D + D + 2 * D + V,
-             # segments; the head's extra layer
-             "dar": V * D + D + V + L * (layer + D * D - 4 * D + 3 * D
-                                         + 2 * D)}      # + positions' keys; other biases
+    sizes = {
+        "ar": V * D + S * D + L * layer + 2 * D,
+        "mlm": V * D + S * D + 2 * D + 2 * D + L * layer + D * D + D + 2 * D + V,
+        # segments; the head's extra layer
+        "dar": V * D + D + V + L * (layer + D * D - 4 * D + 3 * D + 2 * D),
+    }  # + positions' keys; other biases
     for name, size in sizes.items():
         case, model, batch = peer(name)
         assert sum(p.numel() for p in model.parameters()) == size
@@ -267,8 +403,8 @@ def test_extras_xlnet_predictions_see_their_groups_context_and_nothing_else():
             tokens = batch.tokens.clone()
             tokens[:, j] = (tokens[:, j] + 1) % case.config.vocab
             other = model(**peer_inputs(batch._replace(tokens=tokens), case)).logits
-            changed = (other != logits).any(-1)                                          # (B, n)
-            context = batch.groups[:, j:j + 1] < batch.groups.gather(1, batch.targets)
+            changed = (other != logits).any(-1)  # (B, n)
+            context = batch.groups[:, j : j + 1] < batch.groups.gather(1, batch.targets)
             assert torch.equal(changed | (batch.weight == 0), context | (batch.weight == 0))
 
 
@@ -277,12 +413,18 @@ def test_extras_mae_peer_hides_as_many_patches():
     c, seen = case.config, []
     model.vit.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape))
     out = model(**peer_inputs(batch, case))
-    assert seen == [(case.batch, 1 + batch.given.shape[1], c.width)]                       # and a class token
-    assert torch.equal(out.mask.sum(1), batch.weight.sum(1)) and out.logits.shape == (case.batch, c.length,
-                                                                                      c.values)
+    assert seen == [(case.batch, 1 + batch.given.shape[1], c.width)]  # and a class token
+    assert torch.equal(out.mask.sum(1), batch.weight.sum(1)) and out.logits.shape == (
+        case.batch,
+        c.length,
+        c.values,
+    )
     decoder = model.decoder.decoder_layers
-    assert (len(decoder), model.decoder.decoder_embed.out_features,
-            model.config.decoder_num_attention_heads) == c.decoder
+    assert (
+        len(decoder),
+        model.decoder.decoder_embed.out_features,
+        model.config.decoder_num_attention_heads,
+    ) == c.decoder
     assert model.config.decoder_intermediate_size == 4 * c.decoder[1]
 
 
@@ -292,10 +434,33 @@ def test_extras_peers_and_flops(capsys, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(speed, "SQUARES", {True: (256,)})
     monkeypatch.setattr(speed, "cpu_memory", lambda case: 2000 if case.peer else 1000)
-    bench.main(["--objectives", "ar", "--layers", "2", "--width", "16", "--heads", "2", "--length", "8",
-                "--batch-size", "2",
-                "--vocab", "23", "--rounds", "2", "--device", "cpu", "--dtype", "fp32,bf16", "--peers",
-                "--json", "-"])
+    bench.main(
+        [
+            "--objectives",
+            "ar",
+            "--layers",
+            "2",
+            "--width",
+            "16",
+            "--heads",
+            "2",
+            "--length",
+            "8",
+            "--batch-size",
+            "2",
+            "--vocab",
+            "23",
+            "--rounds",
+            "2",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32,bf16",
+            "--peers",
+            "--json",
+            "-",
+        ]
+    )
     content = json.loads(capsys.readouterr().out)
     pairs = [(r["dtype"], r["other_dtype"]) for r in content["ratios"]]
     assert pairs == [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
@@ -348,11 +513,34 @@ def test_nanogpt_is_a_peer_of_the_causal_path_and_scores_the_next_tokens(tmp_pat
     expected = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(speed.make_loss(case)(model, batch, "causal"), expected)
     assert count == batch.tokens[:, 1:].numel() and capsys.readouterr().out == ""
-    bench.main(["--objectives", "ar,mlm", "--layers", "1", "--width", "16", "--heads", "2", "--length", "8",
-                "--vocab", "23",
-                "--batch-size", "2", "--rounds", "2", "--device", "cpu", "--dtype", "fp32", "--peer-nanogpt",
-                str(folder),
-                "--json", "-"])
+    bench.main(
+        [
+            "--objectives",
+            "ar,mlm",
+            "--layers",
+            "1",
+            "--width",
+            "16",
+            "--heads",
+            "2",
+            "--length",
+            "8",
+            "--vocab",
+            "23",
+            "--batch-size",
+            "2",
+            "--rounds",
+            "2",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            "--peer-nanogpt",
+            str(folder),
+            "--json",
+            "-",
+        ]
+    )
     found = json.loads(capsys.readouterr().out)
     assert [r["name"] for r in found["results"]] == ["ar", "mlm 0.15", "nanoGPT"]
     assert [(r["name"], r["other"]) for r in found["ratios"]] == [("ar", "nanoGPT")]
@@ -367,15 +555,18 @@ def test_extras_the_report_for_a_gpu_runs_every_section_here_too(tmp_path, capsy
     monkeypatch.setattr(speed, "SQUARES", {True: (64,)})
     monkeypatch.setattr(speed, "cpu_memory", lambda case: 1)
     monkeypatch.setattr(gpu, "loop_share", lambda *args, **kwargs: [0.9, 1.0, 0.95])
-    monkeypatch.setattr(gpu, "measure", lambda cases, device, rounds: speed.measure(cases, device, 1))
+    monkeypatch.setattr(gpu, "time_cases", lambda cases, device, rounds: speed.time_cases(cases, device, 1))
     monkeypatch.setattr(gpu, "SIZES", {name: {"layers": 1, "width": 32, "heads": 2} for name in gpu.SIZES})
     out = tmp_path / "gpu.json"
     bench.main(["--report", str(out), "--device", "cpu", "--minutes", "30"])
     found = json.loads(out.read_text())["sections"]
-    assert len(found) == 9 and not [title for title, content in found.items()
-                                    if {"failed", "left_out"} & set(content)]
+    assert len(found) == 9 and not [
+        title for title, content in found.items() if {"failed", "left_out"} & set(content)
+    ]
     assert found["two streams, long sequences: FlexAttention against the dense mask"]["times_as_fast"] > 0
     assert found["decoding JPEG files"]["images_per_second"] > 0
     assert "MAE" in capsys.readouterr().out
     bench.main(["--report", str(out), "--device", "cpu", "--minutes", "0"])  # the first begins in any case
-    assert ["no time left" in str(content) for content in json.loads(out.read_text())["sections"].values()] == [True] * 9
+    assert [
+        "no time left" in str(content) for content in json.loads(out.read_text())["sections"].values()
+    ] == [True] * 9

@@ -1,4 +1,5 @@
 """Reading text, tokenizing, packing."""
+
 import gzip
 import json
 import lzma
@@ -19,9 +20,16 @@ def read(path):
     return "".join(sources.read_text(path))
 
 
-@pytest.mark.parametrize("raw, text", [
-    (b"plain\ntext\n", "plain\ntext\n"), (b"\xef\xbb\xbfwith a mark\r\nand CRLF\r", "with a mark\nand CRLF\n"),
-    ("na\u00efve \u65e5\u672c".encode(), "na\u00efve \u65e5\u672c"), (b"bad \xff byte", "bad \ufffd byte"), (b"", "")])
+@pytest.mark.parametrize(
+    "raw, text",
+    [
+        (b"plain\ntext\n", "plain\ntext\n"),
+        (b"\xef\xbb\xbfwith a mark\r\nand CRLF\r", "with a mark\nand CRLF\n"),
+        ("na\u00efve \u65e5\u672c".encode(), "na\u00efve \u65e5\u672c"),
+        (b"bad \xff byte", "bad \ufffd byte"),
+        (b"", ""),
+    ],
+)
 @pytest.mark.parametrize("suffix, pack", [(".txt", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
 def test_text_files_in_every_form(tmp_path, raw, text, suffix, pack):
     path = tmp_path / ("file" + suffix)
@@ -125,7 +133,10 @@ def test_pydoc_is_the_same_every_time_and_split_by_module():
     again = data.load_corpus("pydoc")
     assert np.array_equal(first.train, again.train) and np.array_equal(first.val, again.val)
     assert 1.5e6 < len(first.train) + len(first.val) < 3e6 and 0.05 < len(first.val) / len(first.train) < 0.25
-    modules = [[d.module for d in sources.documents("pydoc") if folders.held_out(d, 0.1) == side] for side in (False, True)]
+    modules = [
+        [d.module for d in sources.documents("pydoc") if folders.held_out(d, 0.1) == side]
+        for side in (False, True)
+    ]
     assert not set(modules[0]) & set(modules[1])
     assert "the" in first.tokenizer.decode(first.val[:500])
 
@@ -138,9 +149,13 @@ def test_every_token_once_per_epoch_in_a_seeded_order(count):
     epochs = [torch.cat([sequences.batch(e * 8 + i, 2) for i in range(0, 8, 2)]) for e in range(2)]
     for epoch in epochs:
         ids = epoch.flatten()
-        assert ids[ids != 999].sort().values.tolist() == list(range(count)) and (ids == 999).sum() == 64 - count
+        assert (
+            ids[ids != 999].sort().values.tolist() == list(range(count)) and (ids == 999).sum() == 64 - count
+        )
     assert not torch.equal(*epochs)
-    assert torch.equal(Sequences(tokens, 8, 999, 1).batch(5, 6), torch.cat(epochs)[5:11])  # also across epochs
+    assert torch.equal(
+        Sequences(tokens, 8, 999, 1).batch(5, 6), torch.cat(epochs)[5:11]
+    )  # also across epochs
     assert not torch.equal(Sequences(tokens, 8, 999, 2).batch(0, 8), epochs[0])
 
 
@@ -149,7 +164,11 @@ def test_trained_tokenizers(folder, tmp_path, kind):
     pytest.importorskip("tokenizers")
     folders.prepare_text([str(folder)], tmp_path / "tokens", kind, 400, quiet=True)
     corpus = folders.open_tokens(tmp_path / "tokens")
-    assert corpus.tokenizer.kind == kind and corpus.tokenizer.vocab <= 400 and corpus.train.max() < corpus.tokenizer.vocab
+    assert (
+        corpus.tokenizer.kind == kind
+        and corpus.tokenizer.vocab <= 400
+        and corpus.train.max() < corpus.tokenizer.vocab
+    )
     text = "this is book number 7." if kind == "wordpiece" else "This is [SEP] book\n number 7.\n"
     assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
     assert corpus.tokenizer.separator not in corpus.tokenizer.encode("a [SEP] b")
@@ -162,8 +181,14 @@ def test_trained_tokenizers(folder, tmp_path, kind):
 
 def test_max_bytes_is_kept_for_each_source(folder, tmp_path):
     (tmp_path / "one.txt").write_text("0123456789" * 1000)
-    manifest = folders.prepare_text([str(tmp_path / "one.txt")], tmp_path / "a", max_bytes=1000, val=[str(folder)], quiet=True)
-    assert manifest["train"]["bytes"] == 1000 and manifest["val"]["bytes"] == 1000 and manifest["val"]["documents"] == 1
+    manifest = folders.prepare_text(
+        [str(tmp_path / "one.txt")], tmp_path / "a", max_bytes=1000, val=[str(folder)], quiet=True
+    )
+    assert (
+        manifest["train"]["bytes"] == 1000
+        and manifest["val"]["bytes"] == 1000
+        and manifest["val"]["documents"] == 1
+    )
 
 
 def test_hugging_face_data_sets_are_streamed(tmp_path):
@@ -204,9 +229,11 @@ class Rows:
 
 def stream(monkeypatch, rows):
     """load_dataset gives these rows from the start, as often as it is called."""
+
     def load_dataset(*args, **kwargs):
         rows.at = 0
         return rows
+
     package = type("datasets", (), {"load_dataset": staticmethod(load_dataset)})
     monkeypatch.setattr(sources, "import_optional", lambda name: package)
 
@@ -238,13 +265,14 @@ def test_another_recipe_does_not_go_on_from_the_same_folder(tmp_path, monkeypatc
         folders.prepare_text(["hf:set"], tmp_path / "tokens", quiet=True)
     stream(monkeypatch, Rows(60))
     manifest = folders.prepare_text(["hf:other"], tmp_path / "tokens", quiet=True)
-    assert sum(manifest[side]["documents"] for side in folders.SIDES) == 60
+    assert sum(manifest[side]["documents"] for side in folders.SPLITS) == 60
 
 
 def test_compressed_datasets_name_the_package_they_need(tmp_path, monkeypatch):
     class Compressed(Rows):
         def __iter__(self):
             raise ValueError("Compression type zstd not supported")
+
     stream(monkeypatch, Compressed(3))
     with pytest.raises(BadInput, match="pip install zstandard"):
         folders.prepare_text(["hf:set"], tmp_path / "tokens", quiet=True)
@@ -261,8 +289,20 @@ def test_many_documents_in_one_call_are_encoded_as_one_by_one(folder):
 def test_wordpiece_tells_the_share_of_unknown_words(folder, tmp_path, capsys):
     pytest.importorskip("tokenizers")
     (folder / "book99.txt").write_text("\u65e5\u672c\u8a9e " * 40)
-    data.main(["text", str(folder), "--out", str(tmp_path / "tokens"), "--tokenizer", "wordpiece", "--vocab", "300",
-               "--val", str(folder / "book99.txt")])
+    data.main(
+        [
+            "text",
+            str(folder),
+            "--out",
+            str(tmp_path / "tokens"),
+            "--tokenizer",
+            "wordpiece",
+            "--vocab",
+            "300",
+            "--val",
+            str(folder / "book99.txt"),
+        ]
+    )
     val = json.loads((tmp_path / "tokens" / "manifest.json").read_text())["val"]
     ids = folders.open_tokens(tmp_path / "tokens")
     assert val["unknown"] == (ids.val == ids.tokenizer.unknown).sum()
@@ -296,16 +336,22 @@ def test_tokens_of_a_text_that_changed_are_not_taken_again(tmp_path):
     with pytest.raises(BadInput, match="as it was before it changed.*--overwrite"):
         data.load_corpus(str(text), cache)
     again = data.load_corpus(str(text), cache, replace=True)
-    assert "four" in again.tokenizer.decode(again.train) and np.array_equal(data.load_corpus(str(text), cache).train, again.train)
+    assert "four" in again.tokenizer.decode(again.train) and np.array_equal(
+        data.load_corpus(str(text), cache).train, again.train
+    )
 
 
 def test_more_of_a_dataset_is_read_when_more_is_asked_for(tmp_path, monkeypatch):
     stream(monkeypatch, Rows(400))
     small = data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=500)
     stream(monkeypatch, Rows(400))
-    assert len(data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=5000, resume=True).train) == len(small.train)
+    assert len(data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=5000, resume=True).train) == len(
+        small.train
+    )
     stream(monkeypatch, Rows(400))
-    assert len(data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=5000, replace=True).train) > 5 * len(small.train)
+    assert len(data.load_corpus("hf:set", tmp_path / "cache", hf_bytes=5000, replace=True).train) > 5 * len(
+        small.train
+    )
 
 
 def test_a_missing_package_is_named():

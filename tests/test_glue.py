@@ -149,7 +149,8 @@ def test_binary_metrics_by_counting():
 
 def test_correlations():
     x, y = np.array([1.0, 2.0, 4.0, 3.0]), np.array([10.0, 20.0, 25.0, 24.0])
-    assert glue.rank_correlation(x, y) == pytest.approx(1) and glue.rank_correlation(x, -y) == pytest.approx(-1)
+    assert glue.rank_correlation(x, y) == pytest.approx(1) and glue.rank_correlation(x,
+                                                                                     -y) == pytest.approx(-1)
     assert glue.pearson(x, 3 * x - 1) == pytest.approx(1) and 0.9 < glue.pearson(x, y) < 0.999
     assert glue.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert glue.ranks(np.array([5, 1, 5, 7])).tolist() == [2.5, 1, 2.5, 4]

@@ -392,7 +392,7 @@ def test_a_new_objective_claims_nothing():
 def run_main(code, **environment):
     """Run `code` with support.cli at hand in a process of its own -> (status, standard error)."""
     result = subprocess.run([sys.executable, "-c", "import sys, io\nfrom support import cli\n" + code],
-                            text=True, capture_output=True, cwd=Path(objectives.__file__).parent,
+                            text=True, capture_output=True, check=False, cwd=Path(objectives.__file__).parent,
                             env={**os.environ, **environment})
     return result.returncode, result.stderr
 

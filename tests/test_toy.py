@@ -71,8 +71,8 @@ def test_merged_contexts_give_the_probe_of_all_contexts(name, options, eps):
     contexts, q = toy.distribution(from_options(name, **options), 4)
     needs = toy.split(model, contexts, q)[3]
     ts = [needs - 1, needs, 12]
-    whole = toy.probe(*enumerated(model, contexts, q), ts)
-    parts = toy.probe(*toy.merged(model, contexts, q), ts)
+    whole = toy.exact_probe(*enumerated(model, contexts, q), ts)
+    parts = toy.exact_probe(*toy.merged(model, contexts, q), ts)
     assert whole[1:] == pytest.approx([0, 0], abs=1e-10) and parts[1:] == pytest.approx([0, 0], abs=1e-10)
     assert min(whole[0], parts[0]) > 0.01              # one direction fewer loses some of the class
 
@@ -86,10 +86,11 @@ def test_sector_rule_against_the_best_features_for_every_objective():
             if name != "ar":                           # connected: the rule as it is stated
                 assert needs == (position > classes[0] - 1e-9).sum() + r - 1, name
             P, pi = toy.merged(model, contexts, q)
-            error = toy.probe(P, pi, [max(needs - r + 1, 1), needs - 1, needs, needs + 3, r * s], rotations=3)
+            error = toy.exact_probe(P, pi, [max(needs - r + 1, 1), needs - 1, needs, needs + 3, r * s],
+                                    rotations=3)
             assert error[2:].max() < 1e-10, (name, eps)
             if eps == 0.5:                             # cutting a later tie of the class undoes little
-                assert toy.probe(P, pi, range(needs, needs + 8), rotations=3).max() < 0.02, name
+                assert toy.exact_probe(P, pi, range(needs, needs + 8), rotations=3).max() < 0.02, name
             if eps:                                    # at eps = 0 ties are wider
                 assert error[1] > 1e-3, (name, eps)
             if eps and name != "ar":                   # before the first of its copies the class is gone
@@ -101,7 +102,8 @@ def test_a_smaller_tail_can_need_a_larger_bottleneck():
     for name, options in (("mlm", {"mask": 0.25}), ("dar", {"t": 2})):
         contexts, q = toy.distribution(from_options(name, **options), 8)
         position, _, _, needs = toy.split(model, contexts, q)
-        found[name] = (position[1:] ** 4).sum(), needs, toy.probe(*toy.merged(model, contexts, q), [8])[0]
+        found[name] = (position[1:] ** 4).sum(), needs, toy.exact_probe(*toy.merged(model, contexts, q),
+                                                                        [8])[0]
     assert found["mlm"] == pytest.approx((1.2857, 11, 0.624), abs=1e-3)
     assert found["dar"] == pytest.approx((1.9375, 8, 0), abs=1e-3)
 
@@ -110,7 +112,7 @@ def test_draw_agrees_with_the_exact_model():
     model = toy.NoisyToy(3, 4, T=2, eps=0.4)
     contexts, q = toy.distribution(from_options("dar", t=2), 4)
     tensors = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
-    bag, P, pi, y = toy.draw(model, *tensors, 40_000, torch.Generator().manual_seed(1))
+    bag, P, pi, y = toy.draw_texts(model, *tensors, 40_000, torch.Generator().manual_seed(1))
     assert torch.allclose(P.sum(1), torch.ones(len(P)), atol=1e-5)
     merged, exact = toy.merged(model, contexts, q)
     G = merged.sum(0).repeat(2) / 2                    # T = 2 values share the mass of a class
@@ -127,9 +129,9 @@ def test_spectral_networks_reach_the_optimum_and_loss_is_that_of_the_theorem():
     own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
     sigma = toy.split(model, contexts, q)[2]
     generator = torch.Generator().manual_seed(0)
-    weights, root = toy.train(model, *own, ts, "spectral", seeds, 800, generator)
-    bag, P, _, _ = toy.draw(model, *own, 20_000, generator)
-    loss = toy.losses(weights, bag.expand(seeds, -1, -1), P.expand(seeds, -1, -1), root, "spectral")
+    weights, root = toy.train_networks(model, *own, ts, "spectral", seeds, 800, generator)
+    bag, P, _, _ = toy.draw_texts(model, *own, 20_000, generator)
+    loss = toy.network_losses(weights, bag.expand(seeds, -1, -1), P.expand(seeds, -1, -1), root, "spectral")
     best = -torch.tensor([(sigma[:t] ** 2).sum() for t in ts])
     assert ((loss - best) / -best).abs().max() < 0.06, (loss, best)
     # the same number from objectives.spectral_loss, with targets drawn from P
@@ -144,7 +146,7 @@ def test_probes_of_features_that_are_known():
     pi = torch.eye(4)[y]
     f = torch.stack([pi, torch.rand(400, 4, generator=generator)])
     assert toy.all_labels(f, pi)[0] == 0 and toy.all_labels(f, pi)[1] > 0.4
-    few = toy.few_labels(f, pi, y, 5, 10, generator)
+    few = toy.few_label_errors(f, pi, y, 5, 10, generator)
     assert few.shape == (2, 2) and (few[:, 0] == 0).all() and (few[:, 1] > 0.4).all()
 
 
@@ -159,11 +161,14 @@ def test_spearman():
     assert toy.correlation(x, np.array([[2, 4, 1, 3]] * 2)) == [0, 0, 0]
 
 
+SMALL_RUN = ["--quick", "--s", "4", "--r", "3", "--T", "1", "--steps", "20", "--bottlenecks", "2,4"]
+
+
 @pytest.fixture(scope="module")
 def results():
     parser = argparse.ArgumentParser()
     toy.add_toy_arguments(parser)
-    args = parser.parse_args("--quick --s 4 --r 3 --T 1 --steps 20 --bottlenecks 2,4 --eps 0,0.5".split())
+    args = parser.parse_args([*SMALL_RUN, "--eps", "0,0.5"])
     args.seed = 3
     return toy.run_toy(args)
 
@@ -182,7 +187,7 @@ def test_results_are_plain_numbers(results):
 def test_rows_do_not_depend_on_what_else_is_run(results):
     parser = argparse.ArgumentParser()
     toy.add_toy_arguments(parser)
-    args = parser.parse_args("--quick --s 4 --r 3 --T 1 --steps 20 --bottlenecks 2,4 --eps 0.5".split())
+    args = parser.parse_args([*SMALL_RUN, "--eps", "0.5"])
     args.seed = 3
     assert toy.run_toy(args)["rows"] == [row for row in results["rows"] if row["eps"] == 0.5]
 

@@ -23,7 +23,7 @@ from engine import settings as settings_module
 from engine.runs import load_checkpoint, load_run
 from engine.settings import Settings, resolve
 from engine.steps import parts
-from images import shapes
+from images import sets
 from support import kernels
 from support.cli import BadInput
 from train import batch_sizes, learning_rate, steps_for, train
@@ -60,7 +60,7 @@ def run(settings, out, **kwargs):
 def test_every_objective_learns_a_period(options, text, tmp_path):
     """Whoever sees any of the other tokens knows this one; the unigram entropy is log 7 = 1.95."""
     masks = options["objective"] in ("mlm", "vl") and "streams" not in options
-    settings = resolve(data=text, **{**SMALL, "batch_size": 16, "steps": 400 if masks else 150}, **options)
+    settings = resolve(data=text, **{**SMALL, "batch_size": 16, "steps": 150 if masks else 60}, **options)
     assert run(settings, tmp_path / "run") < 0.5
 
 
@@ -106,8 +106,8 @@ def test_so_does_one_on_images(options, small_shapes, tmp_path, monkeypatch):
 @pytest.fixture
 def small_shapes(monkeypatch):
     """The drawn images, 200 of them."""
-    drawn = shapes.shapes
-    monkeypatch.setattr(shapes, "shapes", lambda count, size, seed: drawn(200, size, seed))
+    drawn = sets.shapes
+    monkeypatch.setattr(sets, "shapes", lambda count, size, seed: drawn(200, size, seed))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_every_objective_learns_flat_images(options, tmp_path, monkeypatch):
     """Images of one colour each, so that any patch tells all others. Guessing the mean gives a loss of 1."""
     colours = np.random.default_rng(0).integers(0, 256, (300, 1, 1, 3), dtype=np.uint8)
     monkeypatch.setattr(
-        shapes,
+        sets,
         "shapes",
         lambda count, size, seed: (np.broadcast_to(colours, (300, size, size, 3)), np.zeros(300, np.int64)),
     )

@@ -23,7 +23,7 @@ from support.cli import BadInput
 from text.sources import Documents, documents
 from text.tokenizers import ByteTokenizer, TrainedTokenizer, cut_at_lines, token_type, tokenizer_from_json
 
-SIDES = ("train", "val")
+SPLITS = ("train", "val")
 AT_ONCE = 1 << 22  # characters encoded in one call, on all cores
 COMMIT = 1 << 26   # characters after which what is written is made fast
 
@@ -132,7 +132,7 @@ class Writer:
         folder.mkdir(parents=True)
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         counts = {side: dict.fromkeys(("documents", "tokens", "bytes", "replaced", "unknown"), 0)
-                  for side in SIDES}
+                  for side in SPLITS}
         return cls(folder, recipe, tokenizer, {"input": 0, "place": None, "left": None,
                                                "by_document": by_document, **counts})
 
@@ -145,7 +145,7 @@ class Writer:
                 return None
             text = (folder / "tokenizer.json").read_text(encoding="utf-8")
             writer = cls(folder, recipe, tokenizer_from_json(text), saved["state"])
-            for side in SIDES:
+            for side in SPLITS:
                 os.truncate(folder / f"{side}.bin", writer.state[side]["tokens"] * writer.dtype().itemsize)
             return writer
 
@@ -153,7 +153,7 @@ class Writer:
         """Read all inputs from where the state says, and write their tokens."""
         state, files = self.state, {}
         with contextlib.ExitStack() as stack:
-            for side in SIDES:
+            for side in SPLITS:
                 files[side] = stack.enter_context(open(self.folder / f"{side}.bin", "ab"))
             for number, (source, for_validation) in enumerate(self.recipe.inputs()):
                 if number < state["input"]:
@@ -208,7 +208,7 @@ class Writer:
 
     def finish(self, key):
         """Check, hold out the tail where no document is, and write the manifest."""
-        counts, recipe = {side: self.state[side] for side in SIDES}, self.recipe
+        counts, recipe = {side: self.state[side] for side in SPLITS}, self.recipe
         if counts["train"]["bytes"] == 0:
             raise BadInput(f"no text in {', '.join(recipe.sources)}"
                            + (" outside the validation documents" if counts["val"]["bytes"] else ""))
@@ -270,7 +270,7 @@ def open_tokens(folder):
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         dtype = {"uint16": np.uint16, "uint32": np.uint32}[manifest["dtype"]]
-        sizes = {side: manifest[side]["tokens"] for side in SIDES}
+        sizes = {side: manifest[side]["tokens"] for side in SPLITS}
         val_bytes = max(1, int(manifest["val"]["bytes"]))
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except Exception as error:  # noqa: BLE001  a file of any content can fail in any way

@@ -98,7 +98,8 @@ def text_files(source):
     left out of a folder with a note, and refused where it is the whole or the larger part."""
     root = Path(source)
     if not source or not root.exists():
-        raise BadInput(f"{source or 'the empty name'} does not exist; give a text file, a folder, pydoc or hf:NAME")
+        raise BadInput(f"{source or 'the empty name'} does not exist; give a text file, a folder, pydoc "
+                       "or hf:NAME")
     if (root / "manifest.json").exists():
         raise BadInput(f"{source} holds tokens already; give it to train.py --data as it is")
     walked = sorted(Path(folder, name) for folder, _, names in os.walk(root) for name in names)

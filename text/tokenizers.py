@@ -73,7 +73,8 @@ class TrainedTokenizer:
         """A list of str -> a list of arrays, on all cores: many short texts, or few long ones cut at line
         ends."""
         pieces = [list(cut_at_lines(text, 1 << 14)) for text in texts]
-        encoded = iter(self.tokenizer.encode_batch_fast(sum(pieces, []), add_special_tokens=False))
+        flat = list(itertools.chain.from_iterable(pieces))
+        encoded = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         ids = (itertools.chain.from_iterable(next(encoded).ids for _ in parts) for parts in pieces)
         return [np.fromiter(one, dtype=token_type(self.vocab)) for one in ids]
 

@@ -139,7 +139,7 @@ def merged(model, contexts, q):
     return np.concatenate(P), np.concatenate([kinds[m][1] for m in sizes])
 
 
-def probe(P, pi, ts, rotations=10, seed=0):
+def exact_probe(P, pi, ts, rotations=10, seed=0):
     """Excess over Bayes of the least-squares probe of the class on the best rank-t features under P, t in ts.
 
     It is spectral.py's probe_errors for a class that contexts leave open. P (n, m), pi (n, r). Ties in score
@@ -161,7 +161,7 @@ def probe(P, pi, ts, rotations=10, seed=0):
 
 # ---------------------------------------------------------------------------- networks, many at a time
 
-def draw(model, contexts, q, N, generator):
+def draw_texts(model, contexts, q, N, generator):
     """N contexts -> bags of visible tokens (N, V), exact P(target | context) (N, V), pi (N, r), class (N,).
 
     V = s r T tokens. The conditional in place of one drawn target keeps the expected loss, without noise.
@@ -198,7 +198,7 @@ def features(weights, bag):
     return hidden.transpose(1, 2).flatten(0, 1) @ W2 * used
 
 
-def losses(weights, bag, P, root, kind):
+def network_losses(weights, bag, P, root, kind):
     """The loss of each network (seeds, n) on bag and P (seeds, N, V); root = sqrt(P_G).
 
     The spectral loss (Theorem 3.1) of scores z / root is -2 E sum_v P_v z_v / root_v + E sum_v z_v^2: well
@@ -209,7 +209,7 @@ def losses(weights, bag, P, root, kind):
     return each.sum(-1).mean(-1)
 
 
-def train(model, contexts, q, ts, kind, seeds, steps, generator, batch=64, width=64, lr=0.03):
+def train_networks(model, contexts, q, ts, kind, seeds, steps, generator, batch=64, width=64, lr=0.03):
     """Train all bottlenecks ts from `seeds` initialisations at once by Adam, each seed on own contexts."""
     weights = initial(model.s * model.r * model.T, ts, seeds, width, generator)
     root = (q.sum(0).repeat_interleave(model.r * model.T) / (model.r * model.T)).sqrt().clamp(min=1e-6)
@@ -217,10 +217,11 @@ def train(model, contexts, q, ts, kind, seeds, steps, generator, batch=64, width
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda k: min(1, k / 20) * 0.5 * (1 + math.cos(math.pi * k / max(steps, 1))))
     for _ in range(steps):
-        drawn = draw(model, contexts, q, seeds * batch, generator)
+        drawn = draw_texts(model, contexts, q, seeds * batch, generator)
         bag, P = (x.unflatten(0, (seeds, batch)) for x in drawn[:2])
         optimiser.zero_grad()
-        losses(weights, bag, P, root, kind).sum().backward()        # no weight is shared: each is trained
+        # no weight is shared: each is trained
+        network_losses(weights, bag, P, root, kind).sum().backward()
         optimiser.step()
         schedule.step()
     return [x.detach() for x in weights], root
@@ -240,7 +241,7 @@ def all_labels(f, pi):
     return bayes_excess(f @ torch.linalg.solve(gram + ridge, f.mT @ pi), pi)
 
 
-def few_labels(f, pi, y, labels, draws, generator):
+def few_label_errors(f, pi, y, labels, draws, generator):
     """Excess over Bayes of ridge regression on `labels` examples a class, a mean over draws (RIDGES, nets).
 
     A ridge is a share of the mean squared length of the centred examples.
@@ -260,22 +261,23 @@ def few_labels(f, pi, y, labels, draws, generator):
     return total / draws
 
 
-def measure(model, own, common, sigma, kind, args, generator, draws=20):
+def measure_networks(model, own, common, sigma, kind, args, generator, draws=20):
     """Train one objective's networks under one loss -> excess errors over Bayes; own, common: contexts and q.
 
     `all` (seeds, n): all labels, own contexts. `own`, `common` (RIDGES, seeds): few labels, no bottleneck.
     `gap` (seeds, n): the share of the optimum, sum_{j<=t} sigma_j^2, that the spectral loss misses.
     """
     seeds, ts, result = args.seeds, args.bottlenecks, {}
-    weights, root = train(model, *own, ts, kind, seeds, args.steps if kind in LOSSES else 0, generator)
+    weights, root = train_networks(model, *own, ts, kind, seeds, args.steps if kind in LOSSES else 0,
+                                   generator)
     for place, pairs in (("own", own), ("common", common)):
-        bag, P, pi, y = draw(model, *pairs, 2048, generator)
+        bag, P, pi, y = draw_texts(model, *pairs, 2048, generator)
         f = features(weights, bag.expand(seeds, -1, -1))
-        result[place] = few_labels(f[len(ts) - 1::len(ts)], pi, y, args.labels, draws, generator)
+        result[place] = few_label_errors(f[len(ts) - 1::len(ts)], pi, y, args.labels, draws, generator)
         if place == "own":
             result["all"] = all_labels(f, pi).view(seeds, -1)
             if kind == "spectral":
-                loss = losses(weights, bag.expand(seeds, -1, -1), P.expand(seeds, -1, -1), root, kind)
+                loss = network_losses(weights, bag.expand(seeds, -1, -1), P.expand(seeds, -1, -1), root, kind)
                 result["gap"] = 1 + loss / torch.tensor([(sigma[:t] ** 2).sum() for t in ts])
     return {name: value.numpy() for name, value in result.items()}
 
@@ -378,13 +380,13 @@ def run_toy(args):
             row = {"objective": name, "eps": eps, "needs": needs, "position": position, "classes": classes,
                    "tail": (position[1:] ** 4).sum(), "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
                    "told": singular_values(position_matrix(told), told.sum(0) > 0).min(),
-                   "exact": probe(P, pi, range(1, r * s + 1), seed=args.seed),
+                   "exact": exact_probe(P, pi, range(1, r * s + 1), seed=args.seed),
                    "tails": [(sigma[t:] ** 4).sum() for t in range(1, r * s + 1)]}
             own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
             for kind in (*LOSSES, "untrained"):
                 key = f"{args.seed} {name} {eps} {kind}"                       # whatever else is run
                 generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-                row[kind] = measure(model, own, common, sigma, kind, args, generator)
+                row[kind] = measure_networks(model, own, common, sigma, kind, args, generator)
             rows.append(row)
     return plain({"bottlenecks": args.bottlenecks, "classes": r, "labels": args.labels, "ridges": RIDGES,
                   "losses": LOSSES, "seeds": args.seeds, "rows": rows,

@@ -5,7 +5,7 @@ from support.cli import import_optional
 from theory.show import table
 
 
-def number(x):
+def spearman_text(x):
     """'0.62 [0.60, 0.65]' for a correlation with its interval, '-' for none."""
     return "-" if x is None else "{:.2f} [{:.2f}, {:.2f}]".format(*x)
 
@@ -31,9 +31,9 @@ def show_toy(x):
                   *table(few), ""]
     rows = [("eps", "loss", "t", "tail", "needs t", "exact error", "few labels: tail, own", "tail, common")]
     for y in x["findings"]:
-        few = [number(list(y["few"][place].values())[-1]) for place in ("own", "common")]
+        few = [spearman_text(list(y["few"][place].values())[-1]) for place in ("own", "common")]
         for at in y["at"]:
-            found = (number(at[name]) for name in ("tail", "needs", "exact"))
+            found = (spearman_text(at[name]) for name in ("tail", "needs", "exact"))
             last = few if at["t"] == ts[-1] else ()
             rows.append((f"{y['eps']:g}", y["loss"], str(at["t"]), *found, *last))
     return [*lines, f"Spearman of excess error with .., over objectives [95% over {x['seeds']} seeds]", "",
@@ -47,7 +47,7 @@ def meaning(x):
         values = [[y[name] for y in found if y["loss"] == kind] for kind in x["losses"]]
         return " and ".join(f"{np.mean(value):.2f}" if value else "-" for value in values)
 
-    few = [(y["loss"], *(number(list(y["few"][place].values())[-1]) for place in ("own", "common")))
+    few = [(y["loss"], *(spearman_text(list(y["few"][place].values())[-1]) for place in ("own", "common")))
            for y in x["findings"] if y["eps"] == 0]
     gap, distance = (np.mean([y[name] for y in x["findings"] if y["loss"] == "spectral"]) for name in
                      ("gap", "distance"))

@@ -225,7 +225,7 @@ def test_a_step_that_is_not_finite_never_happened(tmp_path, text, monkeypatch):
     a, b = (runs.load_checkpoint(tmp_path / name) for name in ("run", "without"))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
-        assert all(torch.equal(x[name], y[name]) for name in x) and x.get("step", 27) == 27  # Muon counts none
+        assert all(torch.equal(x[name], y[name]) for name in x) and x.get("step", 27) == 27
     assert (a["skipped"], b["skipped"]) == (3, 0)
     assert [line.get("skipped", 0) for line in lines(tmp_path / "run") if "loss" in line] == [
         1,

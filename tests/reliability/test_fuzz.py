@@ -1,4 +1,6 @@
-"""Random bytes, cuts and flipped bits at everything that reads a file: a clear error or none, no hang, no runaway memory."""
+"""Random bytes, cuts and flipped bits at everything that reads a file: a clear error or none, no hang, no
+runaway memory."""
+
 import gzip
 import json
 import lzma
@@ -15,7 +17,7 @@ from test_bad_input import write_run
 
 import data
 from downstream import glue, glue_runs, labelled, tables
-from engine import runs
+from engine import log, runs
 from images import files, sets
 from support.cli import BadInput
 from text import folders, sources
@@ -24,8 +26,10 @@ from text import folders, sources
 @pytest.fixture(autouse=True)
 def limits():
     """A minute, on a machine that may be busy with other things, and 300 MB for each test."""
+
     def late(*_):
         raise TimeoutError("a reader hangs")
+
     before, peak = signal.signal(signal.SIGALRM, late), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.setitimer(signal.ITIMER_REAL, 60)
     yield
@@ -40,20 +44,25 @@ def spoilt(content, rng):
     if kind == 0:
         return rng.bytes(rng.integers(200))
     if kind == 1:
-        return bytes(content[:rng.integers(len(content) + 1)])
+        return bytes(content[: rng.integers(len(content) + 1)])
     if kind == 2:
         return bytes(content) + rng.bytes(rng.integers(1, 50))
     if kind == 3:  # the header becomes large numbers
-        content[rng.integers(4):rng.integers(4, 33)] = b"\xff" * rng.integers(1, 33)
+        content[rng.integers(4) : rng.integers(4, 33)] = b"\xff" * rng.integers(1, 33)
         return bytes(content)
-    places = rng.integers(0, len(content), rng.integers(1, 20)) if kind == 4 else rng.integers(0, min(len(content), 64), 3)
+    places = (
+        rng.integers(0, len(content), rng.integers(1, 20))
+        if kind == 4
+        else rng.integers(0, min(len(content), 64), 3)
+    )
     for place in places:
         content[place] ^= 1 << rng.integers(8)
     return bytes(content)
 
 
 def fuzz(path, read, count=40):
-    """`read` takes damaged versions of this file, or refuses them; returns how many it took and how many it refused."""
+    """`read` takes damaged versions of this file, or refuses them; returns how many it took and how many it
+    refused."""
     whole, taken, refused = path.read_bytes(), 0, 0
     read()
     for number in range(count):
@@ -70,12 +79,18 @@ def fuzz(path, read, count=40):
 
 # ---------------------------------------------------------------------------- text
 
+
 @pytest.mark.parametrize("name, pack", [("a.txt", bytes), ("a.gz", gzip.compress), ("a.xz", lzma.compress)])
 def test_text(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack("naïve text\n".encode() * 300))
-    taken, refused = fuzz(path, lambda: [block.encode() for document in sources.documents(str(path)) for block in document.blocks], 100)
-    assert taken == 100 if pack is bytes else refused > 50
+    taken, refused = fuzz(
+        path,
+        lambda: [block.encode() for document in sources.documents(str(path)) for block in document.blocks],
+        100,
+    )
+    # most damage leaves a text a text; what it turns into mostly other bytes is refused
+    assert 60 < taken < 100 and refused == 100 - taken if pack is bytes else refused > 50
 
 
 @pytest.fixture
@@ -88,7 +103,11 @@ def tokens(tmp_path):
 def read_tokens(folder):
     corpus = folders.open_tokens(folder)
     sequences = data.Sequences(corpus.train, 16, corpus.tokenizer.separator, seed=0)
-    assert 0 <= sequences.batch(0, 8).min() and sequences.batch(0, 8).max() < corpus.tokenizer.vocab and corpus.val_bytes > 0
+    assert (
+        0 <= sequences.batch(0, 8).min()
+        and sequences.batch(0, 8).max() < corpus.tokenizer.vocab
+        and corpus.val_bytes > 0
+    )
     corpus.tokenizer.decode(corpus.tokenizer.encode("cat"))
 
 
@@ -98,7 +117,23 @@ def test_token_folder(tokens, name):
     fuzz(tokens / name, lambda: (data.load_corpus(str(tokens)), sets.is_images(str(tokens))), 20)
 
 
-ODD = [None, True, -1, 10 ** 12, 10 ** 400, 0.5, float("inf"), float("nan"), "", "x", [], [[]], {}, {"tokens": "x"}, [None] * 3]
+ODD = [
+    None,
+    True,
+    -1,
+    10**12,
+    10**400,
+    0.5,
+    float("inf"),
+    float("nan"),
+    "",
+    "x",
+    [],
+    [[]],
+    {},
+    {"tokens": "x"},
+    [None] * 3,
+]
 
 
 def with_odd_values(content):
@@ -126,7 +161,13 @@ def feed(path, texts, read):
 
 def test_token_manifest_with_odd_values(tokens):
     path = tokens / "manifest.json"
-    texts = [json.dumps(x) for x in with_odd_values(json.loads(path.read_text()))] + ["[" * 100_000, "null", "[]", '"x"', "1e999"]
+    texts = [json.dumps(x) for x in with_odd_values(json.loads(path.read_text()))] + [
+        "[" * 100_000,
+        "null",
+        "[]",
+        '"x"',
+        "1e999",
+    ]
     assert feed(path, texts, lambda: (sets.is_images(str(tokens)), read_tokens(tokens))) > 80
 
 
@@ -144,9 +185,16 @@ def test_extras_trained_tokenizers(tmp_path, kind):
 
 # ---------------------------------------------------------------------------- labelled text
 
-@pytest.mark.parametrize("name, rows", [
-    ("cola", "a\t1\t\tGood.\na\t0\t\tBad.\n"), ("qqp", "question1\tquestion2\tis_duplicate\nx\ty\t1\nx\tz\t0\n"),
-    ("stsb", "sentence1\tsentence2\tscore\nx\ty\t1.5\nx\tz\t5\n"), ("sst2", "sentence\tlabel\nfine\t1\ndull\t0\n")])
+
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("cola", "a\t1\t\tGood.\na\t0\t\tBad.\n"),
+        ("qqp", "question1\tquestion2\tis_duplicate\nx\ty\t1\nx\tz\t0\n"),
+        ("stsb", "sentence1\tsentence2\tscore\nx\ty\t1.5\nx\tz\t5\n"),
+        ("sst2", "sentence\tlabel\nfine\t1\ndull\t0\n"),
+    ],
+)
 def test_glue(tmp_path, name, rows):
     path = tmp_path / glue.TASKS[name].folder / "train.tsv"
     path.parent.mkdir()
@@ -169,31 +217,45 @@ def test_labelled_text(tmp_path):
 
 def test_glue_results(tmp_path):
     path = tmp_path / "glue.json"
-    path.write_text(json.dumps([{"key": {"task": "cola"}, "scores": {"matthews": 0.5}, "figures": {}, "predictions": {}}]))
+    path.write_text(
+        json.dumps([{"key": {"task": "cola"}, "scores": {"matthews": 0.5}, "figures": {}, "predictions": {}}])
+    )
     fuzz(path, lambda: glue_runs.read_results(path))
 
 
 # ---------------------------------------------------------------------------- images
 
+
 def read_images(folder):
     found = sets.load_images(str(folder))
     for part in (found.train, found.val):
         pixels, labels = part.batch(np.arange(min(4, len(part))))
-        assert pixels.shape[1:] == (found.size, found.size, 3) and 0 <= labels.min() and labels.max() < len(found.classes)
-    assert all(isinstance(name, str) for name in found.classes) and np.isfinite([*found.mean, *found.std]).all()
+        assert (
+            pixels.shape[1:] == (found.size, found.size, 3)
+            and 0 <= labels.min()
+            and labels.max() < len(found.classes)
+        )
+    assert (
+        all(isinstance(name, str) for name in found.classes) and np.isfinite([*found.mean, *found.std]).all()
+    )
 
 
 @pytest.mark.parametrize("end, pack", [("", bytes), (".gz", gzip.compress)])
-@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"])
+@pytest.mark.parametrize(
+    "name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"]
+)
 def test_idx(tmp_path, name, end, pack):
     rng = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
-        for kind, header, content in (("images-idx3", struct.pack(">4I", 0x803, 6, 5, 5), rng.bytes(150)),
-                                      ("labels-idx1", struct.pack(">2I", 0x801, 6), bytes(range(6)))):
+        for kind, header, content in (
+            ("images-idx3", struct.pack(">4I", 0x803, 6, 5, 5), rng.bytes(150)),
+            ("labels-idx1", struct.pack(">2I", 0x801, 6), bytes(range(6))),
+        ):
             (tmp_path / f"{prefix}-{kind}-ubyte{end}").write_bytes(pack(header + content))
     path = tmp_path / (name + end)
     assert fuzz(path, lambda: read_images(tmp_path))[1] > 15
-    for shape in ((10_000, 10_000, 10_000), (2 ** 32 - 1,) * 3, (6, 0, 5)):  # headers that claim 10^12 bytes and more
+    # headers that claim 10^12 bytes and more
+    for shape in ((10_000, 10_000, 10_000), (2**32 - 1,) * 3, (6, 0, 5)):
         path.write_bytes(pack(struct.pack(">4I", 0x803, *shape) + bytes(100)))
         with pytest.raises(BadInput, match="idx file|should have"):
             files.read_idx(path, 3)
@@ -223,7 +285,12 @@ def test_image_folder(cifar, tmp_path, name):
     assert fuzz(folder / name, lambda: read_images(folder))[1] > 10
     if name == "manifest.json":
         content = json.loads((folder / name).read_text())
-        texts = [json.dumps(x) for x in with_odd_values(content)] + ["[" * 100_000, "null", "[]", '{"format": "images"}']
+        texts = [json.dumps(x) for x in with_odd_values(content)] + [
+            "[" * 100_000,
+            "null",
+            "[]",
+            '{"format": "images"}',
+        ]
         assert feed(folder / name, texts, lambda: (sets.is_images(str(folder)), read_images(folder))) > 50
 
 
@@ -232,7 +299,9 @@ def test_extras_image_files(tmp_path, kind):
     Image = pytest.importorskip("PIL.Image")
     for k in range(4):
         (tmp_path / f"class{k % 2}").mkdir(exist_ok=True)
-        Image.fromarray(np.full((20, 30, 3), 60 * k, np.uint8)).save(tmp_path / f"class{k % 2}" / f"{k}.{kind.lower()}", kind)
+        Image.fromarray(np.full((20, 30, 3), 60 * k, np.uint8)).save(
+            tmp_path / f"class{k % 2}" / f"{k}.{kind.lower()}", kind
+        )
     path = tmp_path / "class0" / f"0.{kind.lower()}"
     assert fuzz(path, lambda: read_images(tmp_path))[1] > 5
 
@@ -241,14 +310,22 @@ def test_extras_a_small_file_that_claims_a_huge_image(tmp_path):
     pytest.importorskip("PIL")
 
     def part(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    for side in (12_000, 2 ** 30):
-        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-                                         + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b""))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    for side in (12_000, 2**30):
+        (tmp_path / "a.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + part(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+            + part(b"IDAT", zlib.compress(bytes(1000)))
+            + part(b"IEND", b"")
+        )
         assert "is corrupt" in files.decode(tmp_path / "a.png", 32)
 
 
 # ---------------------------------------------------------------------------- checkpoints
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -258,13 +335,29 @@ def run(tmp_path):
 
 
 def test_checkpoint(run):
-    assert fuzz(run / "ckpt.pt", lambda: runs.load_run(run), 80)[1] > 60  # flipped bits in the padding between the archive's members change nothing
+    assert (
+        fuzz(run / "ckpt.pt", lambda: runs.load_run(run), 80)[1] > 60
+    )  # flipped bits in the padding between the archive's members change nothing
 
 
-@pytest.mark.parametrize("change", [
-    {"vocab": 10 ** 12}, {"vocab": 3 * 10 ** 9, "width": 16}, {"width": 10 ** 9}, {"layers": 10 ** 12}, {"length": 10 ** 12}, {"heads": 3},
-    {"heads": 0}, {"length": "x"}, {"vocab": -1}, {"dropout": 7.0}, {"decoder": [10 ** 9, 16, 2]}, {"patch": 10 ** 6}],
-    ids=lambda change: "-".join(f"{key} {value}" for key, value in change.items()))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab": 10**12},
+        {"vocab": 3 * 10**9, "width": 16},
+        {"width": 10**9},
+        {"layers": 10**12},
+        {"length": 10**12},
+        {"heads": 3},
+        {"heads": 0},
+        {"length": "x"},
+        {"vocab": -1},
+        {"dropout": 7.0},
+        {"decoder": [10**9, 16, 2]},
+        {"patch": 10**6},
+    ],
+    ids=lambda change: "-".join(f"{key} {value}" for key, value in change.items()),
+)
 def test_checkpoint_whose_sizes_are_not_its_weights(run, change):
     content = torch.load(run / "ckpt.pt", weights_only=True)
     torch.save({**content, "model_config": {**content["model_config"], **change}}, run / "ckpt.pt")
@@ -301,8 +394,12 @@ def test_nothing_in_a_checkpoint_is_executed(run, tmp_path):
 def test_metrics_of_any_content(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 30)))
-    fuzz(path, lambda: runs.open_metrics(path, 20).close())
-    feed(path, ["[" * 100_000, "null\n3\n[]\n{}\n" + '{"step": "x"}\n{"step": null}\n', "\0\n"], lambda: runs.open_metrics(path, 20).close())
+    fuzz(path, lambda: log.open_metrics(path, 20).close())
+    feed(
+        path,
+        ["[" * 100_000, "null\n3\n[]\n{}\n" + '{"step": "x"}\n{"step": null}\n', "\0\n"],
+        lambda: log.open_metrics(path, 20).close(),
+    )
     path.write_text('{"step": 20}\n{"step": 21}\n{"st')
-    runs.open_metrics(path, 20).close()
+    log.open_metrics(path, 20).close()
     assert path.read_text() == '{"step": 20}\n'
