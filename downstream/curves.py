@@ -29,7 +29,9 @@ def read_curves(folder):
     unit = "images" if "images" in train[0] else "tokens"
     seen = {row["step"]: row[unit] for row in train}
     val = [row for row in rows if "val_loss" in row and row["step"] in seen]
-    return {"name": Path(folder).name, "unit": unit, "seen": [row[unit] for row in train],
+    name = Path(folder).resolve().name  # which may hold bytes that are no text, and no font draws
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return {"name": name, "unit": unit, "seen": [row[unit] for row in train],
             "loss": [row["loss"] for row in train], "lr": [row["lr"] for row in train],
             "speed": [row[f"{unit}_per_second"] for row in train],
             "val_seen": [seen[row["step"]] for row in val], "val_loss": [row["val_loss"] for row in val]}
@@ -47,7 +49,7 @@ def plot_curves(path, runs):
             losses.plot(run["val_seen"], run["val_loss"], marker=".", **how)
         rates.plot(run["seen"], run["lr"], **how)
         speeds.plot(run["seen"], run["speed"], **how)
-        losses.plot([], [], label=run["name"], **how)
+        losses.plot([], [], label=run["name"].replace("$", r"\$"), **how)
     units = " or ".join(sorted({run["unit"] for run in runs}))
     losses.set(title="loss: pale in training, dots on validation data", ylabel="nats for each target"
                if units == "tokens" else "loss for each target")

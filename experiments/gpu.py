@@ -38,19 +38,15 @@ def write_report(file, device, minutes, nanogpt):
     name = torch.cuda.get_device_name(device) if on_gpu else device.type
     for title, section in sections(device, nanogpt, on_gpu):
         spent = (time.perf_counter() - start) / 60
+        tqdm.write(f"{spent:5.1f} min  {title}", file=sys.stderr)
         if spent >= minutes:
             found[title] = {"left_out": f"no time left after {spent:.1f} minutes"}
-            continue
-        tqdm.write(f"{spent:5.1f} min  {title}", file=sys.stderr)
-        try:
-            found[title] = section()
-        except Exception as error:  # noqa: BLE001  one section that fails must not cost the others
-            found[title] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
-        if on_gpu:
-            torch.cuda.empty_cache()
+        else:
+            found[title] = attempt(section)
+            if on_gpu:
+                torch.cuda.empty_cache()
         write_json(file, {"command": "bench.py --report", "device": name, "torch": torch.__version__,
-                          "goals": GOALS,
-                          "minutes": (time.perf_counter() - start) / 60, "sections": found})
+                          "goals": GOALS, "minutes": (time.perf_counter() - start) / 60, "sections": found})
     if file != "-":
         print(f"{name}, torch {torch.__version__}. Goals: {GOALS}\n")
         for title, content in found.items():
@@ -58,10 +54,18 @@ def write_report(file, device, minutes, nanogpt):
     return 0
 
 
+def attempt(section):
+    """What a section found, or how it failed: one that fails must not cost the others."""
+    try:
+        return section()
+    except Exception as error:  # noqa: BLE001
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+
+
 def sections(device, nanogpt, on_gpu):
     """[(title, function that returns what it found)], in order of importance; small sizes where there is no
     GPU."""
-    big, base, vit = ("paper", "base", "vit-base") if on_gpu else ("tiny", "tiny", "vit-tiny")
+    big, base, vit = ("paper", "base", "vit-base") if on_gpu else ("tiny", "mini", "vit-tiny")
     short, long = ((128, 128), (1024, 16)) if on_gpu else ((32, 4), (64, 2))  # length, batch
 
     def speed(preset, size, compiled, peers=True):
@@ -127,15 +131,18 @@ def flex(device, on_gpu):
     drawn = make_draw(case)()[0].to(device)
     model = Transformer(config).to(device)
 
+    autocast = torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32)
+
     def one(long):
         def run():
             synchronize(device)
             start = time.perf_counter()
-            with torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32):
+            with autocast, torch.set_grad_enabled(on_gpu):  # there is no backward pass on a CPU
                 x = model(drawn.tokens, drawn.groups, drawn.targets, "two-stream", cuts=drawn.cuts,
                           padded=False, long=long)
-            x.float().square().mean().backward()
-            model.zero_grad()
+            if on_gpu:
+                x.float().square().mean().backward()
+                model.zero_grad()
             synchronize(device)
             return time.perf_counter() - start
         return run

@@ -44,11 +44,11 @@ SMOKE = Scale(
 
 CPU = Scale(
     "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32", flops=4e10, seeds=3,
-    tokens=1_500_000, epochs=2, vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.5, 1),
+    tokens=1_500_000, epochs=1, vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.25, 1),
     prepare={"text": "--tokenizer wordpiece --vocab 1024", "images": "--size 32"},
     train={"text": "--preset tiny --batch-size 16",
            "images": "--preset vit-tiny --batch-size 64"},
-    evaluate={"perplexity": "--max-sequences 64", "bound": "--max-sequences 32", "connectivity": "",
+    evaluate={"perplexity": "--max-sequences 48", "bound": "--max-sequences 24", "connectivity": "",
               "probe text": "--max-train 5000", "probe images": "--max-train 10000",
               "finetune": "--epochs 4 --max-train 10000", "reconstruct": "--max-images 200",
               "transfer": "--max-train 10000", "glue": "--seeds 3 --epochs 3 --max-train 5000 --pool mean"},

@@ -168,7 +168,7 @@ def counted_flops(case, model):
     # The counter does not know the fused CPU kernel of attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
         make_loss(case)(model, batch, case.path).backward()
-    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    counts = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     return sum(flops * (0.5 if case.path == "causal" and "bmm" in op else 1) for op, flops in counts.items())
 
 
@@ -338,7 +338,7 @@ def speed_ratio(result, other):
             "other_dtype": other["dtype"],
             "speed": other["ms_per_step"] / result["ms_per_step"], "speed_low": min(each),
             "speed_high": max(each),
-            "memory": memory, "flops": result["flops_per_step"] / other["flops_per_step"]}
+            "memory": memory, "flops": result["flops_per_step"] / max(1, other["flops_per_step"])}
 
 
 def doubled(case):

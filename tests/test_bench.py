@@ -193,7 +193,7 @@ def test_command_line_writes_all_fields(tmp_path, capsys, monkeypatch):
         "ar",
         "causal",
         "fp32",
-        False,
+        "",
         False,
     )
     assert len(r["ms_rounds"]) == 2 and min(r["ms_rounds"]) <= r["ms_per_step"] <= max(r["ms_rounds"])

@@ -21,7 +21,7 @@ IMAGE = {"vocab": 0, "length": 64, "layers": 2, "width": 128, "heads": 4, "patch
          "std": (0.25,) * 3}
 
 
-def ways():
+def all_ways():
     """(objective, path, config) for all that is registered, in one stream where it can be and in two."""
     for name in OBJECTIVES:
         objective = from_options(name)
@@ -63,7 +63,7 @@ def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
-@pytest.mark.parametrize("objective, path, config", ways())
+@pytest.mark.parametrize("objective, path, config", list(all_ways()))
 def test_the_gpu_computes_what_the_cpu_does(objective, path, config):
     model, batch = set_up(objective, path, config)
     loss, gradient = loss_and_gradients(loss_sum, model, batch, path)
@@ -73,7 +73,7 @@ def test_the_gpu_computes_what_the_cpu_does(objective, path, config):
     assert cosine(gradient.cpu(), expected_gradient) > 0.9999
 
 
-@pytest.mark.parametrize("objective, path, config", ways())
+@pytest.mark.parametrize("objective, path, config", list(all_ways()))
 def test_bf16_and_the_compiler_keep_loss_and_gradient(objective, path, config):
     model, batch = set_up(objective, path, config)
     loss, gradient = loss_and_gradients(loss_sum, model, batch, path)

@@ -544,8 +544,8 @@ def test_order_is_stateless_and_each_epoch_a_permutation():
 
 
 def plain_crop(image, view, size):
-    """One image (H, W, C) in 0..1, one view, pixel by pixel: the weight of an old pixel falls off linearly from
-    the centre of the new one, reaching 0 at a distance of one new pixel or one old one, the larger of both."""
+    """One image (H, W, C) in 0..1, one view, pixel by pixel: the weight of an old pixel falls off linearly
+    from the centre of the new one, reaching 0 at a distance of one new or old pixel, the larger of both."""
     cx, cy, wide, high, sign = map(float, view)
     H, W, C = image.shape
     out = np.zeros((size, size, C))

@@ -24,7 +24,7 @@ from text.sources import Documents, documents
 from text.tokenizers import ByteTokenizer, TrainedTokenizer, cut_at_lines, token_type, tokenizer_from_json
 
 SPLITS = ("train", "val")
-AT_ONCE = 1 << 22  # characters encoded in one call, on all cores
+AT_ONCE = 1 << 21  # characters encoded in one call, on all cores
 COMMIT = 1 << 26   # characters after which what is written is made fast
 
 

@@ -91,7 +91,7 @@ def test_one_long_line_takes_little_memory(tmp_path):
 
 
 def test_nul_bytes_and_invalid_utf8_are_counted(tmp_path, capsys):
-    (tmp_path / "a.txt").write_bytes(b"a\0b\xff\xfec" * 100 + b"\xc3")
+    (tmp_path / "a.txt").write_bytes((b"a\0b\xff\xfec" + b"text " * 9) * 100 + b"\xc3")
     manifest = prepare(tmp_path / "a.txt", "--out", tmp_path / "out")
     assert manifest["train"]["replaced"] == 201 and "201 characters were not UTF-8" in capsys.readouterr().out
     ids = np.concatenate(
