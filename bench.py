@@ -43,9 +43,9 @@ from experiments.gpu import write_report
 from experiments.peers import peers_of
 from experiments.speed import NAMES, Case, doubled, loop_share, processor, speed_ratio, time_cases
 from model import SIZES, VIT_SIZES, Config
-from objectives import OBJECTIVES, add_options, all_options, choose_path, from_options, options_of
+from objectives import OBJECTIVES, add_options, choose_path, from_options, options_of
 from support.cli import BadInput, Parser, command_line, output_file, positive, real, write_json
-from support.objective import show
+from support.options import share_options
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -136,15 +136,8 @@ def chosen(args, images):
     for name in flags:
         if name not in OBJECTIVES:
             raise BadInput(f"there is no objective {name!r}; choose from {', '.join(OBJECTIVES)}")
-    given, owners = options_of(vars(args)), all_options(OBJECTIVES)
-    for option, value in given.items():
-        if not owners[option].keys() & set(flags):
-            raise BadInput(f"--{option} {show(value)} is for {' and '.join(owners[option])}, which "
-                           "--objectives "
-                           f"{args.objectives} leaves out")
-    defaults = IMAGE_OPTIONS if images else {}
-    ours = {name: {option: value for option, value in given.items() if name in owners[option]}
-            for name in flags}
+    given, defaults = options_of(vars(args)), IMAGE_OPTIONS if images else {}
+    ours = share_options(OBJECTIVES, flags, given)
     if "mask" in given and {"mlm", "vl"} <= set(flags):  # a range is for vl, a ratio for mlm
         ours["mlm" if len(given["mask"]) > 1 else "vl"].pop("mask")
     return [from_options(name, **{**defaults.get(name, {}), **ours[name]}) for name in flags]

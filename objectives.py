@@ -43,7 +43,7 @@ from support.objective import (
     option,
     show,
 )
-from support.options import add_flags, all_options, make
+from support.options import add_flags, all_options, make, share_options
 from support.sheet import draw_sheets, sheet_of
 from theory.operator import spectrum
 
@@ -63,11 +63,9 @@ def main(argv=None):
         raise BadInput(f"name an objective, {' or '.join(OBJECTIVES)}; or give --all for the paper's")
     if (args.length or 0) > 200:
         raise BadInput(f"--length {args.length} is too wide to draw; use at most 200")
-    sheets, spectra, given, owners = [], [], options_of(vars(args)), all_options(OBJECTIVES)
-    for name in names:  # an option goes to those of the named objectives that have it
-        ours = {option: value for option, value in given.items()
-                if name in owners[option] or not owners[option].keys() & set(names)}
-        objective = from_options(name, **ours)
+    sheets, spectra = [], []
+    for name, given in share_options(OBJECTIVES, names, options_of(vars(args))).items():
+        objective = from_options(name, **given)
         path = choose_path(objective, images=objective.images_only)
         length = args.length or room_for(objective)
         sheets.append(sheet_of(objective, describe(objective), path, length, args.samples, args.seed))

@@ -33,7 +33,7 @@ from support.cli import (
     write_json,
 )
 from support.objective import Objective
-from support.options import all_options
+from support.options import share_options
 from theory import claims, operator, pictures, show
 from theory.attention import theorem43
 from theory.operator import cooccurrence, hidden_of, normalised, spectrum, token_sets
@@ -293,10 +293,8 @@ def every_claim(seed=0, s=8):
 # ---------------------------------------------------------------------------- command line
 
 def spectrum_command(args):
-    given, owners, spectra = options_of(vars(args)), all_options(OBJECTIVES), []
-    for name in dict.fromkeys(args.objective):  # an option goes to those of the named objectives that have it
-        ours = {option: value for option, value in given.items()
-                if name in owners[option] or not owners[option].keys() & set(args.objective)}
+    given, spectra = options_of(vars(args)), []
+    for name, ours in share_options(OBJECTIVES, list(dict.fromkeys(args.objective)), given).items():
         x = of_one(from_options(name, **ours), args.s, args.weighting, args.samples, args.seed)
         others = x.get("singular_values_other_classes", x["singular_values"])
         every = np.sort(np.append(x["singular_values"], np.tile(others, args.r - 1)))[::-1]

@@ -28,6 +28,14 @@ def all_options(registry):
     return found
 
 
+def share_options(registry, names, given):
+    """{name: its options} of what was given for several objectives: an option goes to those that have it; one
+    that none of them has goes to all, which refuse it."""
+    owners = all_options(registry)
+    return {name: {option: value for option, value in given.items()
+                   if name in owners[option] or not owners[option].keys() & set(names)} for name in names}
+
+
 def add_flags(parser, registry):
     """One flag for each option. Objectives that share a name share the flag, so its text is read by
     `make`."""

@@ -318,7 +318,7 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
     [
         (["--objectives", "ar,gpt"], "gpt"),
         (["--dtype", "fp64"], "fp64"),
-        (["--t", "3", "--objectives", "ar"], "--t 3"),
+        (["--t", "3", "--objectives", "ar"], "--t belongs to dar"),
         (["--mask", "0.3", "--objectives", "vl"], "--mask 0.3"),
         (["--preset", "vit-tiny", "--size", "30"], "--size 30"),
         (["--json", "/nowhere/x.json"], "/nowhere"),

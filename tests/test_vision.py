@@ -21,7 +21,7 @@ from engine.settings import Settings, resolve
 from images.files import FileSet, Images, ImageSet
 from images.pixels import write_png
 from images.sets import load_images
-from images.shapes import SHAPES, draw, shapes
+from images.shapes import SHAPES, draw_shape, shapes
 from model import Config, Transformer
 from objectives import from_options
 from support.cli import BadInput
@@ -279,7 +279,7 @@ def pretrained_and_pixels(folder, seed):
     """Accuracies of a linear probe."""
     rng, sets = np.random.default_rng(seed), {}
     for side, count in (("train", 500), ("val", 400)):
-        sets[side] = (np.concatenate([draw(SHAPES[name], count, 16, rng)
+        sets[side] = (np.concatenate([draw_shape(SHAPES[name], count, 16, rng)
                                       for name in ("circle", "frame", "bar")]),
                       np.repeat(np.arange(3), count))
     write_images(folder / "data", sets, ["circle", "frame", "bar"])
