@@ -43,9 +43,9 @@ from support.objective import (
     option,
     show,
 )
+from support.operator import spectrum
 from support.options import add_flags, all_options, make, share_options
 from support.sheet import draw_sheets, sheet_of
-from theory.operator import spectrum
 
 
 def main(argv=None):

@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 
 from experiments import ours, tables
-from experiments.pages import duration, markdown, report, stages_of, write_results
+from experiments.pages import duration, markdown, stages_of, write_pages, write_results
 from experiments.running import (
     Worker,
     adopt,
@@ -53,7 +53,7 @@ from experiments.scales import RISK, SCALES
 from experiments.stages import Place, with_needs
 from support.cli import BadInput, Parser, command_line, positive
 
-TARGETS = {**tables.TARGETS, **ours.TARGETS}
+TARGETS = {**tables.PAPERS, **ours.OURS}
 ONCE = ("theory", "toy")  # these bring their own seeds
 
 
@@ -185,7 +185,7 @@ def carry_out(place, names, args):
 def make_parser():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("target", choices=(*TARGETS, "all", "report"), nargs="?", help="a table or figure of "
-                        "the paper, or beyond it: " + ", ".join(ours.TARGETS) + "; all; report: pages from "
+                        "the paper, or beyond it: " + ", ".join(ours.OURS) + "; all; report: pages from "
                         "--out")
     parser.add_argument("--scale", choices=SCALES, help="smoke, cpu, gpu or paper (default: smoke; --list: "
                         "every one)")
@@ -220,7 +220,7 @@ def main(argv=None):
         parser.print_help()
         return 0
     if args.target == "report":
-        return report(args.out, TARGETS, SCALES, args.readme)
+        return write_pages(args.out, TARGETS, SCALES, args.readme)
     for name in ("tokens", "epochs", "minutes"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < 1e15:
             raise BadInput(f"--{name} {getattr(args, name):g} is not a positive number")

@@ -9,7 +9,7 @@
 Set-up (Sec. 3.2). An objective pairs a context X with a target X+; P_M is their joint distribution, P_C and
 P_G its marginals, Abar = P_M / sqrt(P_C P_G), sigma_j the j-th singular value of Abar. The toy model D_sim
 (Sec. 4.1.2) has r classes, s positions and T values for each class and position; given the class, tokens are
-independent and uniform. How P_M follows from f, and the closed forms, are in theory/operator.py; Theorem 4.3
+independent and uniform. How P_M follows from f, and the closed forms, are in support/operator.py; Theorem 4.3
 is in theory/attention.py, networks on the toy model are in theory/toy.py. Here are Theorems 3.1, 4.1 and 4.2.
 """
 
@@ -21,6 +21,7 @@ import torch
 
 from downstream.trained import add_trained_arguments, show_trained, trained
 from objectives import OBJECTIVES, add_options, describe, flag, from_options, options_of, spectral_loss
+from support import operator
 from support.cli import (
     BadInput,
     Parser,
@@ -33,10 +34,10 @@ from support.cli import (
     write_json,
 )
 from support.objective import Objective
+from support.operator import cooccurrence, hidden_of, normalised, spectrum, token_sets
 from support.options import share_options
-from theory import claims, operator, pictures, show
+from theory import claims, pictures, show
 from theory.attention import theorem43
-from theory.operator import cooccurrence, hidden_of, normalised, spectrum, token_sets
 from theory.toy import add_toy_arguments, run_toy
 from theory.toy_report import plot_toy, show_toy
 
@@ -263,7 +264,7 @@ def registered(s):
 
 
 def of_one(objective, s, weighting="targets", samples=100_000, seed=0):
-    """`theory.operator.spectrum` with the names of what it is of."""
+    """`support.operator.spectrum` with the names of what it is of."""
     if hasattr(objective, "mask"):
         low, high = np.broadcast_to(objective.mask, 2).tolist()
         for nearest in (1 / s, 1 - 1 / s):  # a range may end outside, not lie there

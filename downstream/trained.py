@@ -3,7 +3,7 @@
     python spectral.py trained CKPT [CKPT ...]
 
 Networks are told which position they predict, so the theory's spectrum of every objective is flat for them
-(theory/operator.py, tell_position): what is measured here is about text, not about the toy model.
+(support/operator.py, tell_position): what is measured here is about text, not about the toy model.
 """
 
 import math

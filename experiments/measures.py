@@ -61,7 +61,7 @@ def regime_of(results, regime):
     return regimes.get(regime) or next(iter(regimes.values()))
 
 
-def perplexity(regime, data="", bits=False):
+def perplexity_column(regime, data="", bits=False):
     """Left-to-right perplexity in a regime, judged as a factor; or bits per byte, which models of two
     vocabularies share.
 
@@ -127,7 +127,7 @@ def loss_at(ratio, ratios):
 def exact_or_none(place):
     """Perplexity of objectives that have an exact left-to-right likelihood, the better regime where there are
     two."""
-    measure = perplexity("best")
+    measure = perplexity_column("best")
 
     def stages(place, model, seed):
         objective, path, length = task_of(model)

@@ -12,7 +12,7 @@ from experiments.measures import (
     few_labels,
     loss_at,
     matplotlib,
-    perplexity,
+    perplexity_column,
     probe,
     probe_after,
     reconstruction,
@@ -41,7 +41,7 @@ def variety(place):
     drawn = {f"[0.15, {high:g}]": f"text: vl --mask 0.15,{high:g}" for high in (0.3, 1.0)}
     long = f"fixed 0.15, {place.scale.longer:g} x longer"
     rows = fixed | drawn | {long: f"text x{place.scale.longer:g}: mlm --mask 0.15"}
-    columns = {regime: perplexity(regime) for regime in REGIMES}
+    columns = {regime: perplexity_column(regime) for regime in REGIMES}
     columns |= {f"loss at {ratio}": loss_at(ratio, TEST_RATIOS) for ratio in TEST_RATIOS}
     paper = {"fixed 0.15": 59.6, "fixed 0.225": round(float(np.sqrt(59.6 * 50.2)), 1), "fixed 0.3": 50.2,
              "[0.15, 0.3]": 45.1}
@@ -72,7 +72,7 @@ def dose(place):
     paper = {"t = 1": {last: 56.2}, "t = 2": {last: 59.4}, "t = 4": {last: 58.8}}
     x = np.log2(ts) - np.mean(np.log2(ts))
     doubling = claim(columns, last, "accuracy rises with every doubling of t",
-                     dict(zip(rows_of(ts), x / np.sum(x * x))), paper, untrained)
+                     dict(zip(t_rows(ts), x / np.sum(x * x))), paper, untrained)
     slope = replace(doubling, effect=slope_of({1: 56.2, 2: 59.4, 3: 59.6, 4: 58.8}), ours=False)
     claims = compare({last: columns[last]}, [("t = 2", "t = 1"), ("t = 4", "t = 1"), ("t = 8", "t = 1")],
                      paper, untrained, (last, "t = 2", "t = 1"))
@@ -85,7 +85,7 @@ def dose(place):
                  (*claims, slope, *compare(attention, pairs, untrained=untrained)), picture=plot_doses)
 
 
-def rows_of(ts):
+def t_rows(ts):
     return [f"t = {t}" for t in ts]
 
 
@@ -133,7 +133,7 @@ def fourbytwo(place):
                  for label, x in flags.items()}
     rows, untrained = with_untrained(rows)
     classify = {"classification (probe)": by_kind(place)}
-    text = {"generation (perplexity)": only("text", perplexity("next"))}
+    text = {"generation (perplexity)": only("text", perplexity_column("next"))}
     images = {"generation (L2)": only("images", reconstruction("l2", 4))}
     better = [("mlm", "ar"), ("dar t=2", "ar"), ("vl", "mlm")]
     pairs = [(f"{kind} {a}", f"{kind} {b}") for kind in ("text", "images") for a, b in better]
@@ -154,7 +154,7 @@ def only(kind, measure):
 
 
 def table9_text(place):
-    classify, generate = text_probe(place), {"Perplexity": perplexity("")}
+    classify, generate = text_probe(place), {"Perplexity": perplexity_column("")}
     rows, untrained = with_untrained(of("text", STEPS))
     return Table("The choice of t in text", TWO_STREAMS.format("tokens"), rows, classify | generate, {},
                  compare(classify, STEP_PAIRS, untrained=untrained,
@@ -176,4 +176,4 @@ def toy(place):
                  "spectral.py toy.", extra=(stage,))
 
 
-TARGETS = {f.__name__: f for f in (variety, dose, masked, objectives, fourbytwo, table9_text, theory, toy)}
+OURS = {f.__name__: f for f in (variety, dose, masked, objectives, fourbytwo, table9_text, theory, toy)}

@@ -261,7 +261,7 @@ def primaries_of(told):
     return corrected(claims)
 
 
-def report(folder, targets, scales, readme=None):
+def write_pages(folder, targets, scales, readme=None):
     """Write FOLDER/README.md with all tables in full; in `readme`, if given, the part between the two
     markers."""
     best = best_of(folder, targets, scales)

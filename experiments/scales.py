@@ -31,7 +31,7 @@ SAFER = "--lr 2.4e-3 --clip 1"  # MAE's base rate of 1.5e-4, times batch/256
 RISK = ("the paper's image settings are a rate of 8e-3 (5e-4 x 4096/256) without clipping, and such a run "
         "may " f"diverge after days; --safer trains with {SAFER} instead")
 
-SMOKE = Scale(
+SMOKE_SCALE = Scale(
     "two cores, minutes, nothing downloaded; the numbers mean nothing", flops=2e10, seeds=2, tokens=10_240,
     epochs=0.08, vocab=257, counts={"text": 2e5, "images": 8000}, longer=2,
     train={"text": "--preset tiny --length 32 --batch-size 8", "images": "--preset vit-tiny --batch-size 16"},
@@ -42,7 +42,7 @@ SMOKE = Scale(
     forward={"perplexity": 1e3, "bound": 1e3, "connectivity": 500, "probe": 1000, "finetune": 2000,
              "reconstruct": 320, "transfer": 1000})
 
-CPU = Scale(
+CPU_SCALE = Scale(
     "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32", flops=4e10, seeds=3,
     tokens=1_500_000, epochs=1, vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.25, 1),
     prepare={"text": "--tokenizer wordpiece --vocab 1024", "images": "--size 32"},
@@ -55,7 +55,7 @@ CPU = Scale(
     forward={"perplexity": 1.2e4, "bound": 8e3, "connectivity": 8e3, "probe": 2e4, "finetune": 8e5,
              "reconstruct": 2e4, "transfer": 2e4, "glue": 1e5})
 
-GPU = Scale(
+GPU_SCALE = Scale(
     "8 layers x 512 for text and 12 x 384 for images of 32 x 32; one H100 or H200 at 40% MFU",
     flops=0.4 * 989e12, seeds=3, tokens=4e8, epochs=100, vocab=8192, counts={"text": 4e8, "images": 50_000},
     curve=(0.1, 0.2, 0.5, 1), prepare={"text": "--tokenizer wordpiece --vocab 8192", "images": "--size 32"},
@@ -67,7 +67,7 @@ GPU = Scale(
     forward={"perplexity": 2e5, "bound": 2e5, "connectivity": 8e3, "probe": 6e4, "finetune": 8e6,
              "reconstruct": 2e5, "transfer": 1e5, "glue": 6e6})
 
-PAPER = Scale(
+PAPER_SCALE = Scale(
     "the paper's settings", flops=0.4 * 989e12, seeds=1, tokens=None, epochs=None, vocab=32_768,
     counts={"text": 7.5e10, "images": 1_281_167, "images100": 126_689},
     prepare={"text": "--tokenizer wordpiece --vocab 32768 --val-fraction 0.001 --max-bytes 330000000000",
@@ -79,4 +79,4 @@ PAPER = Scale(
     forward={"perplexity": 8e5, "bound": 8e5, "connectivity": 8e3, "probe": 1.4e6, "finetune": 4e8,
              "reconstruct": 3e6, "transfer": 3e5, "glue": 2e7})
 
-SCALES = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU, "paper": PAPER}
+SCALES = {"smoke": SMOKE_SCALE, "cpu": CPU_SCALE, "gpu": GPU_SCALE, "paper": PAPER_SCALE}

@@ -15,7 +15,7 @@ from experiments.measures import (
     finetune,
     gain_share,
     glue_columns,
-    perplexity,
+    perplexity_column,
     probe,
     reconstruction,
     text_probe,
@@ -107,7 +107,7 @@ def table1(place):
     if place.name == "paper":
         rows = {AR: "hf:openai-community/gpt2-medium", "Masked": "hf:google-bert/bert-large-uncased"}
         wikitext = f"--data {shlex.quote(str(place.data / 'wikitext2'))}"
-        columns = glue_columns(place) | {"Bits per byte": perplexity("padded", wikitext, bits=True)}
+        columns = glue_columns(place) | {"Bits per byte": perplexity_column("padded", wikitext, bits=True)}
         fair = ("Public GPT-2 medium and BERT large, of about one size but of other data and longer training "
                 "each, for the paper's. It takes perplexity from BERT-Large-CAS, and its perplexities are of "
                 "other vocabularies than each other's, so that here bits per byte are judged, and no effect "
@@ -116,7 +116,8 @@ def table1(place):
     else:
         rows, untrained = with_untrained(of("text", {AR: "ar", "Masked": "mlm --mask 0.15"}))
         probes = text_probe(place) if place.name == "cpu" else glue_columns(place)
-        columns = probes | {f"Perplexity, {regime}": perplexity(regime) for regime in ("padded", "truncated")}
+        columns = probes | {f"Perplexity, {regime}": perplexity_column(regime)
+                            for regime in ("padded", "truncated")}
         fair = ("Stand-ins of one size, trained here on the same tokens, for GPT-2 medium and BERT large; "
                 "held-out text for WikiText-2, " + ("a linear probe for GLUE." if place.name == "cpu"
                                                     else "the dev parts of GLUE."))
@@ -214,9 +215,9 @@ REGIMES = ("padded", "truncated")
 
 def table7(place):
     other = {"paper": "hf:allenai/c4::en"}.get(place.name, str(place.data / "other"))
-    columns = {regime: perplexity(regime) for regime in REGIMES}
+    columns = {regime: perplexity_column(regime) for regime in REGIMES}
     if place.name == "paper" or place.name != "smoke" and Path(other).exists():
-        columns |= {f"other text, {regime}": perplexity(regime, f"--data {shlex.quote(other)}")
+        columns |= {f"other text, {regime}": perplexity_column(regime, f"--data {shlex.quote(other)}")
                     for regime in REGIMES}
     fifteen, thirty, vl = MASKED
     paper = {row: {c: numbers[c.startswith("other")] for c in columns} for row, numbers in
@@ -311,5 +312,5 @@ def figure3(place):
                  "paper shows a picture without numbers.", rows, columns, {}, tuple(claims), picture=picture)
 
 
-TARGETS = {f.__name__: f for f in (table1, table2, table3, table4, table5, table6, table7, table8, table9,
+PAPERS = {f.__name__: f for f in (table1, table2, table3, table4, table5, table6, table7, table8, table9,
                                    figure2, figure3)}

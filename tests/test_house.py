@@ -15,7 +15,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Who may import whom: only what stands in an earlier row, or beside it in its own row.
 ROWS = (
     ("masks",),
-    ("support", "theory.operator"),
+    ("support",),
     ("model", "beyond", "text", "images"),
     ("objectives", "data"),
     ("engine", "theory"),

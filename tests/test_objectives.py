@@ -41,7 +41,7 @@ from support.objective import (
     one_query_per_prefix,
     option,
 )
-from theory.operator import spectrum
+from support.operator import spectrum
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

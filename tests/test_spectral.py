@@ -16,10 +16,10 @@ from beyond import BEYOND
 from downstream.trained import empirical_spectrum
 from engine.settings import resolve
 from objectives import OBJECTIVES, PAPER, from_options
+from support import operator
 from support.cli import BadInput
 from support.objective import Objective
-from theory import operator
-from theory.operator import cooccurrence, normalised, token_sets
+from support.operator import cooccurrence, normalised, token_sets
 from train import train
 
 

@@ -1,4 +1,4 @@
-"""theory/operator.py and theory/attention.py, against an enumeration that knows no position matrices."""
+"""support/operator.py and theory/attention.py, against an enumeration that knows no position matrices."""
 
 import itertools
 import math
@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from objectives import OBJECTIVES, flag, from_options
+from support import operator
 from support.cli import BadInput
 from support.objective import Objective, Queries
-from theory import attention, operator
-from theory.operator import spectrum
+from support.operator import spectrum
+from theory import attention
 
 S = 4
 

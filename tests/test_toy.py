@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from objectives import from_options, spectral_loss
+from support import operator
 from support.cli import BadInput
-from theory import operator, toy, toy_report
+from theory import toy, toy_report
 
 SMALL = [("ar", {}), ("prefix", {}), ("dar", {"t": 2}), ("mlm", {"mask": 0.5}), ("permutation", {}),
          ("vl", {"mask": (0.25, 0.75)})]

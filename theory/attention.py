@@ -16,7 +16,7 @@ import torch
 
 from objectives import from_options, spectral_loss
 from support.cli import BadInput
-from theory.operator import hidden_of, token_sets
+from support.operator import hidden_of, token_sets
 
 
 class LinearAttention:

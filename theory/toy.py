@@ -46,7 +46,7 @@ import torch.nn.functional as F
 
 from objectives import OBJECTIVES, describe, from_options
 from support.cli import BadInput, group_size, plain, positive, ratios
-from theory.operator import merge, normalised, position_matrix, singular_values, tell_position
+from support.operator import merge, normalised, position_matrix, singular_values, tell_position
 
 LOSSES = ("spectral", "cross-entropy")
 RIDGES = (0.001, 0.1)
