@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from engine.machine import choose_dtype
 from engine.runs import load_checkpoint
 from engine.settings import Settings
 from experiments.stages import with_needs
@@ -242,19 +243,18 @@ def hardware():
 
 
 def measured_flops(share=0.4):
-    """FLOP/s that a training can be expected to reach here: a share of what a product of matrices does."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(4096 if device == "cuda" else 768, 4096 if device == "cuda" else 768, device=device,
-                    dtype=torch.bfloat16)
-    x = x if device == "cuda" else x.float()
-    best = 0.0
+    """FLOP/s that a training can be expected to reach here: a share of what a product of matrices does in the
+    precision of training."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size, best = 4096 if device.type == "cuda" else 768, 0.0
+    x = torch.randn(size, size, device=device).to(choose_dtype(device))
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(4):
             x @ x
-        if device == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        best = max(best, 4 * 2 * len(x) ** 3 / (time.perf_counter() - start))
+        best = max(best, 4 * 2 * size ** 3 / (time.perf_counter() - start))
     return share * best
 
 

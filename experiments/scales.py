@@ -43,7 +43,7 @@ SMOKE_SCALE = Scale(
              "reconstruct": 320, "transfer": 1000})
 
 CPU_SCALE = Scale(
-    "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32", flops=4e10, seeds=3,
+    "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32", flops=1.5e11, seeds=3,
     tokens=1_500_000, epochs=1, vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.25, 1),
     prepare={"text": "--tokenizer wordpiece --vocab 1024", "images": "--size 32"},
     train={"text": "--preset tiny --batch-size 16",
