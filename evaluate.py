@@ -260,14 +260,15 @@ def report(checkpoint, device=None):
         print_perplexity(results)
     else:
         print(f"\n{describe(run.objective)} has no exact left-to-right likelihood, so there is no perplexity")
-    starts = evaluation_sequences(run, count=32)[0][:, :max(1, run.settings.length // 4)]
-    prompt = max(starts, key=lambda start: start.unique().numel()).tolist()  # prose rather than a table
-    ids = best_sample(run, prompt, run.settings.length // 2)
-    print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
-    if exact:
+    if exact or run.objective.decoding(torch.tensor([1, 0]), 1) is not None:
+        starts = evaluation_sequences(run, count=32)[0][:, :max(1, run.settings.length // 4)]
+        prompt = max(starts, key=lambda start: start.unique().numel()).tolist()  # prose rather than a table
+        ids = best_sample(run, prompt, run.settings.length // 2)
+        print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
+    if exact and run.tokenizer.kind == "byte":  # bits of other tokenizers do not compare
         bits = min(regime["bits_per_byte"] for regime in results["regimes"].values())
         print(f"\nwhat to expect of {bits:.2f} bits per byte: {what_to_expect(bits)}")
-    more = f"perplexity {checkpoint} --by-length" if exact else f"generate {checkpoint}"
+    more = f"perplexity {checkpoint}" if exact else f"probe {checkpoint}"
     print(f"\nrun folder: {checkpoint}    more: python evaluate.py {more}")
 
 
