@@ -295,7 +295,7 @@ WRONG = {
     ],
     bench: [
         ("--objectives bert", "'bert' choose from"),
-        ("--objectives ar --t 2", "--t 2 for dar --objectives ar"),
+        ("--objectives ar --t 2", "--t belongs to dar leave out"),
         ("--objectives dar --t 500", "--t 500 1..127"),
         ("--streams 3", "3 choose from 1, 2"),
         ("--preset huge", "'huge' choose from tiny"),
