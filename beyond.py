@@ -99,8 +99,8 @@ class MultiToken(Objective):
 
     f          1, 2, .., S
     queries    (k + h, k + 1) for each prefix k = 1..S-1 and h = 1..t with k + h <= S
-    weights    1/min(t, S - k): each prefix counts the same. With weights of 1 the loss would be in
-               expectation that of `dar`, which draws about a t-th of these pairs in each pass
+    weights    1/min(t, S - k): each prefix counts the same. With weights of 1 the loss of large batches
+               would be that of `dar`, which draws about a t-th of these pairs in each pass
     """
 
     t: int = option(2, "tokens predicted from each prefix")
@@ -217,7 +217,8 @@ class Blocks(Objective):
             return f, (-choices).exp().div(size).prod(1)          # 1/B / comb(B, n) for each block
 
     def left_to_right(self, length, path):
-        """Pass j scores token j of every block: the j before it are visible."""
+        """Pass j scores token j of every block: the j before it are visible. The first of a block, which has
+        its prefix as context in every pass, counts once."""
         block, size = self.blocks(length)
         within = torch.arange(length) - (size.cumsum(0) - size)[block]
         hidden = within >= torch.arange(self.block)[:, None]
@@ -256,7 +257,7 @@ class Spans(Objective):
     """Fill in contiguous spans, token by token (GLM; Du et al. 2022; there the spans are shuffled).
 
     f          visible 1; hidden 2, 3, .. from left to right. All sets of n = round(rho S) hidden tokens that
-               form exactly m = round(n/L) spans are equally likely: the mean length of a span is n/m
+               form exactly m = round(n/L) spans, or as many as there is room for, are equally likely
     queries    default, the hidden tokens: each sees all visible ones and the hidden ones before it
     weights    1
     """

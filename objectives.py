@@ -288,7 +288,7 @@ class Batch(NamedTuple):
     stream  the content stream h holds the tokens, the query stream g what is asked; one stream mixes the two
     path    how the network is run, one of model.PATHS: causal, mask, mae or two-stream
     pass    one run of the network over a sequence under one f
-    regime  a set of passes in which every token is scored once (likelihood): padded, truncated or next
+    regime  passes that score every token, the first that does counts (likelihood): padded, truncated, next
     given   what is context only, f = 1
     blank   where the input shows [MASK] instead of the token (mask path)
     padded  whether some f are 0: no token is there

@@ -112,7 +112,7 @@ def singular_values(M, positions):
 
 
 def sample_matrix(objective, s, weighting, samples, generator):
-    """An unbiased estimate of sum_S q(S,p) q(S,p') / q_C(S), (s, s), and of q_G, (s,), from draws of f; None
+    """A consistent estimate of sum_S q(S,p) q(S,p') / q_C(S), (s, s), and of q_G, (s,), from draws of f; None
     where they cannot tell.
 
     q(S,p) q(S,p') needs two independent looks at S. Where all f are 1 or 2 one draw shows all targets of its
@@ -136,7 +136,7 @@ def spectrum(objective, s, weighting="targets", samples=100_000, seed=0, flag=No
 
     Exact where all f can be listed; elsewhere the closed form of the objective registered as `flag`; else
     from draws of f, where `noise` tells how far the sigma_j^2 may be off. `tail_sigma4_per_class` is the sum
-    over j > 1 within a class: a share 1/r of the sum over j > r.
+    over j > 1 within a class: where no context is empty a share 1/r of the sum over j > r.
     """
     objective.check(s)
     text, values, tail = closed_form(flag, objective, s, weighting)
@@ -160,7 +160,7 @@ def from_draws(objective, s, weighting, samples, seed):
     """M and its singular values where f can neither be listed nor has a closed form.
 
     No eigenvalue is off by more than the spectral norm of the error of M (Weyl). The difference of two halves
-    of the draws, over 2, has the distribution of that error: its norm is the `noise`.
+    of the draws, over 2, is about as large as that error: its norm is the `noise`.
     """
     if samples < 1000:
         raise BadInput(f"--samples {samples} are too few; use at least 1000")
@@ -237,7 +237,11 @@ def closed_form(flag, objective, s, weighting="targets"):
     """
     t, text, values = getattr(objective, "t", None), None, None
     if flag in ("ar", "prefix", "spans") or flag in ("dar", "mtp") and t == 1:
-        text, values = "all 1: each context has one target", np.ones(s if flag == "spans" else s - 1)
+        count = s - 1
+        if flag == "spans":  # any token may be hidden, unless there is but one way to hide so many
+            n, spans = objective.counts(s)
+            count = n if n == spans == s - n + 1 else s
+        text, values = "all 1: each context has one target", np.ones(count)
     elif flag in ("mlm", "vl"):
         counts = objective.hidden_counts(s)                                    # {n: probability}
         mean, inverse = (sum(p * g(n) for n, p in counts.items()) for g in (float, lambda n: 1 / n))
