@@ -307,13 +307,18 @@ def test_small_toy_models_print_no_warning_and_no_nan(argv, capsys):
     ("spectrum --objective dar --t 8 --s 8", "--t 8"),
     ("spectrum --objective ar --t 2 --s 8", "--t belongs to dar"),
     ("spectrum --objective nothing", "nothing"),
-    ("spectrum --objective dar --t 2 --s 8 --plot x.txt", "x.txt"),
     ("trained no/such/run", "no/such/run"),
 ])
 def test_refusals_say_what_to_use(argv, says):
     with pytest.raises(BadInput) as refused:
         spectral.main(argv.split())
     assert says in str(refused.value)
+
+
+def test_plot_of_an_unknown_kind_is_refused():
+    pytest.importorskip("matplotlib")
+    with pytest.raises(BadInput, match=r"x\.txt"):
+        spectral.main("spectrum --objective dar --t 2 --s 8 --plot x.txt".split())
 
 
 def test_refusal_is_one_line_with_status_2():
