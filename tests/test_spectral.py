@@ -318,7 +318,7 @@ def test_refusals_say_what_to_use(argv, says):
 def test_plot_of_an_unknown_kind_is_refused():
     pytest.importorskip("matplotlib")
     with pytest.raises(BadInput, match=r"x\.txt"):
-        spectral.main("spectrum --objective dar --t 2 --s 8 --plot x.txt".split())
+        spectral.main(["spectrum", "--objective", "dar", "--s", "8", "--plot", "x.txt"])
 
 
 def test_refusal_is_one_line_with_status_2():
