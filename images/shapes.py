@@ -1,6 +1,6 @@
 """Drawn images of twelve shapes: a set to learn from with nothing to download.
 
-Look at them: python images.py shapes --out sheet.png
+Look at them: python data.py sheet shapes --out sheet.png
 """
 
 import itertools
