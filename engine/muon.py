@@ -4,7 +4,7 @@ step."""
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-RATE, MOMENTUM = 4.0, 0.95  # its rate over AdamW's, and the share of the old gradients that it keeps
+RATE, MOMENTUM = 1.5, 0.9  # its rate over AdamW's, and the share of the old gradients that it keeps
 
 
 def muon_groups(named, weight_decay):

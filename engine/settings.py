@@ -14,10 +14,10 @@ IMAGES = {"schedule": "cosine", "warmup": 0.05, "optimizer": "adamw", "weight_de
           "clip": 0.0, "batch_ramp": 0.0, "crop": 0.2, "norm_pix": False}
 
 PRESETS = {  # a size of model.py and a budget that suits it
-    "tiny": {**TEXT, "batch_size": 16, "steps": 1800, "lr": 2e-3},
-    "mini": {**TEXT, "batch_size": 64, "steps": 3000, "lr": 2e-3},
-    "small": {**TEXT, "batch_size": 256, "steps": 20_000, "lr": 1e-3},
-    "base": {**TEXT, "batch_size": 1024, "steps": 50_000, "lr": 1e-3},
+    "tiny": {**TEXT, "batch_size": 16, "steps": 1800, "lr": 6e-3},
+    "mini": {**TEXT, "batch_size": 64, "steps": 3000, "lr": 4e-3},
+    "small": {**TEXT, "batch_size": 256, "steps": 20_000, "lr": 3e-3},
+    "base": {**TEXT, "batch_size": 1024, "steps": 50_000, "lr": 2e-3},
     "paper": {**TEXT, "batch_size": 8192, "steps": 100_000, "lr": 1e-3, "batch_ramp": 0.6,
               "optimizer": "adamw", "mask_rule": "bert"},
     "vit-tiny": {**IMAGES, "size": 32, "patch": 4, "batch_size": 64, "steps": 1000, "lr": 2e-3},

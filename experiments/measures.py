@@ -15,6 +15,8 @@ from objectives import OBJECTIVES
 # the paper's, Table 6
 NINE = ("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food101", "pets")
 
+FEW_LABELS = "--train 64 --dev 80"  # passages of every author, see authors.py
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -176,8 +178,8 @@ def probe(data="", extra=""):
     raw pixels."""
     def read(model, x):
         layers = x["results"]["layers"]
-        name = "pixels" if model.startswith("pixels") else next(name for name in reversed(layers)
-                                                                if name != "pixels")
+        last = [name for name in layers if name != "pixels"][-1]
+        name = "pixels" if model.startswith("pixels") else last
         return cell_of(layers[name]["correct"], "percent", f"{x['results']['data']} {layers[name]['test']}")
 
     def stages(place, model, seed):
@@ -212,13 +214,13 @@ def finetune(extra=""):
 
 def glue_cell(task, suffix, metric, name):
     """A Cell from what glue wrote of a task: the predictions on the dev part of every fine-tuning seed."""
-    predicted, labels = np.array(task["predictions" + suffix], float), np.array(task["labels" + suffix],
-                                                                                float)
-    true = np.broadcast_to(labels, predicted.shape)
+    predicted = np.array(task["predictions" + suffix], float)
+    true = np.broadcast_to(np.array(task["labels" + suffix], float), predicted.shape)
     if metric == "accuracy":
         return cell_of((predicted == true)[:, None], "percent", name + suffix)
-    features = [predicted, true, predicted * true] + ([predicted ** 2, true ** 2] if metric == "pearson"
-                                                      else [])
+    features = [predicted, true, predicted * true]
+    if metric == "pearson":
+        features += [predicted ** 2, true ** 2]
     return cell_of(np.stack(features, axis=1), metric, name + suffix)
 
 
@@ -228,8 +230,7 @@ def glue_columns(place):
     if place.name == "smoke":
         return {"pydoc probe": probe()}
     folder = place.data / "glue"
-    tasks = [name for name in glue.TABLE2 if (folder / glue.TASKS[name].folder
-                                              / "train.tsv").exists()] or glue.TABLE2
+    tasks = tasks_in(folder, glue.TABLE2) or glue.TABLE2
 
     def measure(name, suffix):
         flags = f"--glue-dir {shlex.quote(str(folder))} --tasks {name}"
@@ -239,28 +240,33 @@ def glue_columns(place):
 
     columns = {glue.TASKS[name].folder + suffix: measure(name, suffix)
                for name in tasks for suffix, *_ in glue.TASKS[name].parts}
-    return {**columns, "Avg" if len(tasks) == len(glue.TABLE2) else f"Avg of {len(columns)}": Measure(
-        mean_of=tuple(columns), classifies=True)}
+    mean = "Avg" if len(tasks) == len(glue.TABLE2) else f"Avg of {len(columns)}"
+    return {**columns, mean: Measure(mean_of=tuple(columns), classifies=True)}
+
+
+def tasks_in(folder, names):
+    """Those of the GLUE tasks whose files are in the folder."""
+    return [name for name in names if (folder / glue.TASKS[name].folder / "train.tsv").exists()]
 
 
 def text_probe(place):
     """{column: Measure}: a probe on a GLUE task that is there, or on pydoc."""
     folder = place.data / "glue"
-    found = [name for name in ("sst2", "cola", "rte") if (folder / glue.TASKS[name].folder
-                                                          / "train.tsv").exists()]
+    found = tasks_in(folder, ("sst2", "cola", "rte"))
     if place.name == "smoke" or not found:
         return {"pydoc probe": probe()}
-    return {f"{glue.TASKS[found[0]].folder} probe": probe(f"--data {found[0]} --glue-dir "
-                                                          f"{shlex.quote(str(folder))}")}
+    data = f"--data {found[0]} --glue-dir {shlex.quote(str(folder))}"
+    return {f"{glue.TASKS[found[0]].folder} probe": probe(data)}
 
 
 def few_labels(place):
-    """{column: Measure}: a probe with few labels on who wrote a passage of a novel that it has not seen, see
-    authors.py; where the text is not a folder of such files, the probe of text_probe."""
+    """{column: Measure}: a probe with few labels on who wrote a passage of a novel that it has not seen;
+    where the text is not a folder of such files, the probe of text_probe."""
     raw = place.data / "text"
     if place.name == "smoke" or not raw.is_dir() or (raw / "manifest.json").exists():
         return text_probe(place)
-    labelled = place.stage("authors", ("experiments.authors", str(raw)), suffix="", disk=1e7)
+    labelled = place.stage("authors", ("experiments.authors", str(raw), *FEW_LABELS.split()), suffix="",
+                           disk=1e7)
     measure = probe(f"--data {shlex.quote(f'{labelled.out}/train.tsv')} --dev "
                     f"{shlex.quote(f'{labelled.out}/dev.tsv')}")
 

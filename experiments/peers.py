@@ -45,9 +45,9 @@ def make_nanogpt(case):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with contextlib.redirect_stdout(None):  # it prints its number of parameters
-        return module.GPT(module.GPTConfig(block_size=c.length, vocab_size=c.vocab, n_layer=c.layers,
-                                           n_head=c.heads,
-                                           n_embd=c.width, dropout=0.0, bias=False))
+        return module.GPT(module.GPTConfig(
+            block_size=c.length, vocab_size=c.vocab, n_layer=c.layers, n_head=c.heads, n_embd=c.width,
+            dropout=0.0, bias=False))
 
 
 def make_transformers(case):
@@ -59,16 +59,14 @@ def make_transformers(case):
     if case.path == "causal":
         return T.GPT2LMHeadModel(T.GPT2Config(
             vocab_size=c.vocab, n_positions=c.length, n_embd=c.width, n_layer=c.layers, n_head=c.heads,
-                                              resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
-                                              loss_type="ForCausalLM",
-            attn_implementation="sdpa"))
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+            loss_type="ForCausalLM", attn_implementation="sdpa"))
     if case.path == "mask":
         return T.BertForMaskedLM(T.BertConfig(vocab_size=c.vocab, max_position_embeddings=c.length, **bert))
     if case.path == "two-stream":
         return T.XLNetLMHeadModel(T.XLNetConfig(
             vocab_size=c.vocab, d_model=c.width, n_layer=c.layers, n_head=c.heads, d_inner=4 * c.width,
-                                                dropout=0.0))
+            dropout=0.0))
     layers, width, heads = c.decoder
     return T.ViTMAEForPreTraining(T.ViTMAEConfig(
         image_size=c.size, patch_size=c.patch, num_channels=len(c.mean), mask_ratio=case.objective.mask,

@@ -29,7 +29,7 @@ PAPER_TEXT = "hf:monology/pile-uncopyrighted"  # the Pile itself is no longer di
 
 SAFER = "--lr 2.4e-3 --clip 1"  # MAE's base rate of 1.5e-4, times batch/256
 RISK = ("the paper's image settings are a rate of 8e-3 (5e-4 x 4096/256) without clipping, and such a run "
-        "may " f"diverge after days; --safer trains with {SAFER} instead")
+        f"may diverge after days; --safer trains with {SAFER} instead")
 
 SMOKE_SCALE = Scale(
     "two cores, minutes, nothing downloaded; the numbers mean nothing", flops=2e10, seeds=2, tokens=10_240,
@@ -49,7 +49,7 @@ CPU_SCALE = Scale(
     train={"text": "--preset tiny --batch-size 16 --optimizer muon",
            "images": "--preset vit-tiny --batch-size 64"},
     evaluate={"perplexity": "--max-sequences 64", "bound": "--max-sequences 24", "connectivity": "",
-              "probe text": "--max-train 5000", "probe images": "--max-train 10000",
+              "probe text": "--pool mean --max-train 5000", "probe images": "--max-train 10000",
               "finetune": "--epochs 4 --max-train 10000", "reconstruct": "--max-images 200",
               "transfer": "--max-train 10000", "glue": "--seeds 3 --epochs 3 --max-train 5000 --pool mean"},
     forward={"perplexity": 1.2e4, "bound": 8e3, "connectivity": 8e3, "probe": 2e4, "finetune": 8e5,
@@ -62,8 +62,8 @@ GPU_SCALE = Scale(
     train={"text": "--preset small",
            "images": "--preset vit-small --size 32 --patch 4 --batch-size 1024 --lr 2e-3"},
     evaluate={"perplexity": "--max-sequences 1024", "bound": "--max-sequences 1024", "connectivity": "",
-              "probe": "", "finetune": "--epochs 50", "reconstruct": "--max-images 10000", "transfer": "",
-              "glue": "--seeds 1 --max-train 60000"},
+              "probe text": "--pool mean", "probe images": "", "finetune": "--epochs 50",
+              "reconstruct": "--max-images 10000", "transfer": "", "glue": "--seeds 1 --max-train 60000"},
     forward={"perplexity": 2e5, "bound": 2e5, "connectivity": 8e3, "probe": 6e4, "finetune": 8e6,
              "reconstruct": 2e5, "transfer": 1e5, "glue": 6e6})
 

@@ -84,8 +84,8 @@ class Model:
     @property
     def kind(self):
         """text, images or images100."""
-        return "text" if self.hub else next(word for word in self.words
-                                            if word.startswith(("text", "images")))
+        kinds = [word for word in self.words if word.startswith(("text", "images"))]
+        return "text" if self.hub else kinds[0]
 
     @property
     def flags(self):
@@ -142,8 +142,8 @@ def pretrain(place, model, seed):
     """The stage that trains a Model."""
     model, scale = model.as_trained(), place.scale
     data, needs = source(place, model.kind)
-    flags = (*scale.train[model.kind].split(), *(SAFER.split() if place.safer and model.kind != "text"
-                                                 else ()))
+    safer = SAFER if place.safer and model.kind != "text" else ""
+    flags = (*scale.train[model.kind].split(), *safer.split())
     given = ("--objective", *model.flags.split(), *flags)
     preset = model.budget == 1 and (scale.tokens if model.kind == "text" else scale.epochs) is None
     # stand-ins, so that nothing has to be there to know the settings

@@ -118,9 +118,9 @@ def table1(place):
         probes = text_probe(place) if place.name == "cpu" else glue_columns(place)
         columns = probes | {f"Perplexity, {regime}": perplexity_column(regime)
                             for regime in ("padded", "truncated")}
+        scored = "a linear probe" if place.name == "cpu" else "the dev parts"
         fair = ("Stand-ins of one size, trained here on the same tokens, for GPT-2 medium and BERT large; "
-                "held-out text for WikiText-2, " + ("a linear probe for GLUE." if place.name == "cpu"
-                                                    else "the dev parts of GLUE."))
+                f"held-out text for WikiText-2, {scored} for GLUE.")
         primary = "Perplexity, padded", AR, "Masked"
     score = next((name for name in columns if name.startswith("Avg")), None)
     paper = {AR: {"Perplexity, padded": 22.8, "Perplexity, truncated": 22.8, "Avg": 72.8},
@@ -154,8 +154,8 @@ def table2(place):
 
 def images_table(title, paper, columns, rows=None, pairs=((DAR, AR),), note=""):
     rows, untrained = with_untrained(rows or of("images", PAIR))
-    note = " The paper's numbers are of ViT-B on ImageNet-1K." * (not any(row.startswith("ViT-")
-                                                                          for row in rows)) + note
+    if not any(row.startswith("ViT-") for row in rows):
+        note = " The paper's numbers are of ViT-B on ImageNet-1K." + note
     recipe = " Fine-tuning is MAE's, without RandAugment." if "FT Acc." in columns else ""
     primary = next(iter(columns)), *pairs[-1]
     return Table(title, TWO_STREAMS.format("images") + recipe + note, rows, columns, paper,
@@ -222,11 +222,10 @@ def table7(place):
     fifteen, thirty, vl = MASKED
     paper = {row: {c: numbers[c.startswith("other")] for c in columns} for row, numbers in
              zip(MASKED, ((59.6, 71.2), (50.2, 63.8), (45.1, 59.4)))}
+    elsewhere = ", and on C4 for the other text," if len(columns) > 2 else ""
     return Table("Table 7: left-to-right perplexity of masked models", "One architecture, the same tokens "
                  "read, the same settings. The paper names neither regime: padded keeps the later positions "
-                 "as [MASK], truncated cuts them off; its numbers on the Pile" + (", and on C4 for the other "
-                                                                                  "text," if len(columns) > 2
-                                                                                  else "") + " stand beside "
+                 f"as [MASK], truncated cuts them off; its numbers on the Pile{elsewhere} stand beside "
                  "both.", of("text", MASKED), columns, paper,
                  compare(columns, [(vl, thirty), (vl, fifteen), (thirty, fifteen)], paper,
                          primary=("padded", vl, thirty)))

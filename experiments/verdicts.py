@@ -195,10 +195,10 @@ def judge(claim, cells, draws=1000):
               "effect": claim.effect, "difference": found.difference,
               "interval": [found.difference - half, found.difference + half] if half else None,
               "smallest_visible": half or None, "seeds": len(next(iter(cells.values()))),
-              "gain_over_untrained": gains, "measured": all(gain > half_gain
-                                                            for gain, half_gain in gains.values()),
-              "p_zero": p_value(found) if half else None, "p_paper": p_value(found, claim.effect) if half
-              and claim.effect is not None else None}
+              "gain_over_untrained": gains,
+              "measured": all(gain > half_gain for gain, half_gain in gains.values()),
+              "p_zero": p_value(found) if half else None,
+              "p_paper": p_value(found, claim.effect) if half and claim.effect is not None else None}
     return {**judged, "verdict": verdict(judged, judged["p_zero"], judged["p_paper"])}
 
 

@@ -67,8 +67,8 @@ def classes_in(folder):
         return {}
     inner = {f.name: image_files(f) for f in folders(folder)}
     own = any(is_image(entry.path) for entry in visible(folder) if entry.is_file())
-    if own or sum(map(bool, inner.values())) < 2 and not (folder.name in ("train", "val", "test")
-                                                          and any(inner.values())):
+    filled = sum(map(bool, inner.values()))
+    if own or not filled or filled < 2 and folder.name not in ("train", "val", "test"):
         return {"": image_files(folder)}
     # A folder of other things beside class folders, such as annotations, is no class; an empty one may be a
     # mistake.
