@@ -6,6 +6,7 @@ data.
     DIR          a token folder written by `python data.py text INPUT... --out DIR --tokenizer wordpiece
                  --vocab 8192`
     hf:NAME      a Hugging Face dataset, streamed through the `datasets` package (column `text`)
+    toy          sequences of the paper's toy model, or toy:EPS of the noisy one (text/toy.py)
 
 Images are named the same way: see images/sets.py. `python data.py images` prepares them, `python data.py
 sheet` shows them. text/ holds tokenizers, the reading of text, and token folders.
@@ -22,10 +23,11 @@ from images.files import SUFFIXES
 from images.patches import shown_images
 from images.pixels import contact_sheet, write_png
 from images.sets import load_images, prepare_images
-from support.cli import BadInput, Parser, command_line, output_file, positive, seed
+from support.cli import BadInput, Parser, command_line, output_file, positive, seed, told
 from text.folders import SPLITS, Corpus, held_out, open_tokens, prepare_text, sha256, within
-from text.sources import checksum_of, documents
+from text.sources import checksum_of, documents, existing
 from text.tokenizers import ByteTokenizer, token_type
+from text.toy import CLASSES, POSITIONS, VALUES, draw_tokens, toy_bytes, toy_noise
 
 
 def load_corpus(source, cache=None, replace=False, hf_bytes=None, resume=False):
@@ -40,6 +42,8 @@ def load_corpus(source, cache=None, replace=False, hf_bytes=None, resume=False):
         return open_tokens(source)
     if source == "pydoc":
         return in_memory("pydoc", documents("pydoc"), ByteTokenizer(), 0.1)
+    if toy_noise(source) is not None:
+        return toy_corpus(source)
     cache, remote = Path(cache), source.startswith("hf:")
     key = f"{source} {hf_bytes}" if remote else checksum_of(source)
     try:
@@ -57,9 +61,19 @@ def load_corpus(source, cache=None, replace=False, hf_bytes=None, resume=False):
     return open_tokens(cache)
 
 
+def check_source(source):
+    """Refuse what --data names where it is neither drawn nor remote nor there; nothing is read."""
+    if source not in ("pydoc", "shapes") and not source.startswith("hf:") and toy_noise(source) is None:
+        existing(source)
+
+
 def load_evaluation(source, tokenizer):
     """What --data names, for evaluating a model with that tokenizer: the validation part of pydoc or of a
     token folder, the whole of a text, or its first 50 MB."""
+    if toy_noise(source) is not None:
+        if tokenizer.kind != ByteTokenizer.kind:
+            raise BadInput(f"--data {source} is made of bytes; the checkpoint's tokens are others")
+        return toy_corpus(source)
     if source != "pydoc" and (Path(source) / "manifest.json").exists():
         corpus = open_tokens(source)
         if sha256(corpus.tokenizer.to_json()) != sha256(tokenizer.to_json()):
@@ -85,6 +99,14 @@ def in_memory(name, docs, tokenizer, fraction, max_bytes=math.inf):
     if size[True] == 0:
         raise BadInput(f"no text in {name}")
     return Corpus(name, tokenizer, train, val, size[True])
+
+
+def toy_corpus(source, train=1 << 17, val=1 << 12):
+    """That many sequences of the toy model, the same at every call, one after another without separators."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, _ = draw_tokens(CLASSES, POSITIONS, VALUES, toy_noise(source), train + val, generator)
+    cut, ids = train * POSITIONS, toy_bytes(tokens).flatten().numpy().astype(np.uint16)
+    return Corpus(source, ByteTokenizer(), ids[:cut], ids[cut:], len(ids) - cut)
 
 
 class Sequences:
@@ -122,21 +144,36 @@ class Sequences:
 # ---------------------------------------------------------------------------- command line
 
 def text_command(args):
-    """`python data.py text`."""
+    """`python data.py text INPUT... --out DIR`: writes a token folder and prints what it holds.
+
+    args     inputs, out, tokenizer, vocab, val, val_fraction, max_bytes: see `text.folders.prepare_text`
+    BadInput: an input that is not there or no text, a folder that is not empty, values out of range.
+    """
     manifest = prepare_text(args.inputs, args.out, args.tokenizer, args.vocab, args.val, args.val_fraction,
                             args.max_bytes)
     for side in SPLITS:
         count = manifest[side]
-        print(f"{side:5s} {count['documents']:8,} documents {count['tokens']:14,} tokens "
+        documents = f"{count['documents']:8,} documents" if count["documents"] else f"{'the end of it':>18s}"
+        print(f"{side:5s} {documents} {count['tokens']:14,} tokens "
               f"{count['bytes']:14,} bytes"
               + (f", {count['replaced']:,} characters were not UTF-8" if count["replaced"] else "")
               + (f", {count['unknown'] / count['tokens']:.3%} of the tokens are [UNK]" if count["unknown"]
                  else ""))
-    print(f"{args.out}: {manifest['tokenizer']} tokenizer with {manifest['vocab']:,} tokens")
+    train, val = (manifest[side]["documents"] for side in SPLITS)
+    how = (f"all of {', '.join(args.val)}" if args.val else
+           f"{val / (train + val):.1%} of the documents, chosen by a checksum of their names" if val else
+           f"the last {args.val_fraction:.1%} of the tokens, as there are too few documents")
+    print(f"{args.out}: {manifest['tokenizer']} tokenizer with {manifest['vocab']:,} tokens; held out: {how}")
 
 
 def images_command(args):
-    """`python data.py images`."""
+    """`python data.py images INPUT --out DIR`: decodes, resizes and writes an image folder, prints what it
+    holds.
+
+    args     input, out, size, val_fraction, seed: see `images.sets.prepare_images`
+    BadInput: an input that holds no images, more than 1% corrupt files, a folder that is not empty, a full
+    disk.
+    """
     manifest = prepare_images(args.input, args.out, args.size, args.val_fraction, args.seed)
     for side in SPLITS:
         count = manifest[side]
@@ -146,7 +183,11 @@ def images_command(args):
 
 
 def sheet_command(args):
-    """`python data.py sheet`."""
+    """`python data.py sheet INPUT --out FILE`: writes a PNG of training images, a row for each class.
+
+    args     input, size, columns, views (as random crops), seed, out
+    BadInput: an input that holds no images, or others than of that size.
+    """
     images = load_images(args.input, args.size)
     write_png(args.out, contact_sheet(shown_images(images, args.columns, args.views, args.seed)))
     print(f"{args.out}: {len(images.train):,} training images of {images.size} x {images.size} pixels; "
@@ -154,6 +195,7 @@ def sheet_command(args):
 
 
 def main(argv=None):
+    """The command line, of `argv` or sys.argv -> None. BadInput: a wrong use."""
     parser = Parser(description="Prepare data for train.py, or look at it.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -195,7 +237,8 @@ def main(argv=None):
     sheet.set_defaults(function=sheet_command)
 
     args = parser.parse_args(argv)
-    return args.function(args)
+    with told(args.command):
+        return args.function(args)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class Config:
     std: tuple = ()
     norm_pix: bool = False  # images: predict pixels relative to the mean and the spread of their own patch
     decoder: tuple = ()   # the mae path: layers, width and heads of its decoder
+    blind: bool = False   # two streams: queries are not told which position they predict
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
@@ -221,6 +222,13 @@ class Transformer(nn.Module):
         """tokens (B, N) or patches (B, N, values) at positions first, first + 1, .. -> (B, N, D), no norm."""
         return self.embedding(tokens) + self.position_scale * self.positions[first:first + tokens.shape[1]]
 
+    def ask(self, targets):
+        """What the query stream starts from, for positions targets (B, n) -> (B, n, D), no norm. Blind
+        queries with one context are all alike: the theory's f(X), where told ones are f(X, p)."""
+        if self.config.blind:
+            return self.query.expand(*targets.shape, -1)
+        return self.query + self.position_scale * self.positions[targets]
+
     def forward(self, tokens, groups, targets, path, cuts=None, blank=None, padded=True, given=None,
                 long=None):
         """Features from which the targets are predicted.
@@ -283,8 +291,7 @@ class Transformer(nn.Module):
     def two_streams(self, tokens, groups, targets, cuts, long):
         """Content rows, then one query row for each (target, cut): [h; g] (B, S + n, D). One attention call
         per layer serves both, since their keys and values are the same (Eq. 23)."""
-        S, h = tokens.shape[1], self.embed(tokens)
-        g = self.query + self.position_scale * self.positions[targets]
+        S, h, g = tokens.shape[1], self.embed(tokens), self.ask(targets)
         if long is None:
             long = (S >= kernels.LONG and tokens.device.type == "cuda"
                     and self.config.width >= 16 * self.config.heads)

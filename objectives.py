@@ -49,6 +49,10 @@ from support.sheet import draw_sheets, sheet_of
 
 
 def main(argv=None):
+    """`python objectives.py ar dar ...`: the group index, attention masks and spectrum of objectives, drawn
+    in the terminal, of `argv` or sys.argv -> None. BadInput: no objective, or options and a length that do
+    not suit.
+    """
     parser = Parser(description="Draw the group index of objectives, their attention masks and spectra.")
     parser.add_argument("objectives", nargs="*", metavar="objective", help=f"of {', '.join(OBJECTIVES)}")
     parser.add_argument("--all", action="store_true", help=f"the paper's: {', '.join(PAPER)}")
@@ -278,6 +282,12 @@ def describe(objective):
     """The flag and the options: 'vl 0.15,0.3', 'dar t=2'."""
     options = [(option.name, show(getattr(objective, option.name))) for option in fields(objective)]
     return " ".join([flag(objective)] + [x if name == "mask" else f"{name}={x}" for name, x in options])
+
+
+def as_flags(objective):
+    """What a command line says for it: 'vl --mask 0.15,0.3', 'dar --t 2'."""
+    options = [f"--{option.name} {show(getattr(objective, option.name))}" for option in fields(objective)]
+    return " ".join([flag(objective), *options])
 
 
 # ---------------------------------------------------------------------------- batches

@@ -1,23 +1,26 @@
 """Every table and figure of the paper with one command, the paper's numbers beside ours, and a verdict on
 each claim.
 
-    python reproduce.py table7 --scale smoke                              proves the pipeline: minutes,
-    nothing to download python reproduce.py table7 --scale cpu --data-dir DIR                 on your data;
-    --tokens and --epochs set the budget python reproduce.py all --scale gpu --data-dir DIR --minutes 55
-    begins no stage that would end later; run again to go on python reproduce.py all --scale paper --list
-    what it takes: data, hours, memory, disk python reproduce.py table7 --scale paper --data-dir DIR --dry-run
-    the exact commands python reproduce.py report --out results --readme README.md           all results on
-    one page, the verdicts in README.md
+    python reproduce.py table7 --scale smoke                    proves the pipeline: minutes, no download
+    python reproduce.py table7 --scale cpu --data-dir DIR       on your data; --tokens, --epochs: the budget
+    python reproduce.py all --scale gpu --data-dir DIR --minutes 55
+                                            begins no stage that would end later; run again to go on
+    python reproduce.py all --scale paper --list                what it takes: data, hours, memory, disk
+    python reproduce.py table7 --scale paper --data-dir DIR --dry-run             the exact commands
+    python reproduce.py report --out results --readme README.md
+                                            all results on one page, the verdicts in README.md
 
 A target (experiments/tables.py, experiments/ours.py) is a table: its rows are models, its columns measures,
 and each cell comes from stages. A stage is one command line of this project. Tables share stages, what is
 there is not computed again, an interrupted training goes on, and several instances of this program share the
 work. DIR holds, as far as the targets need it:
 
-    text/    raw text or a token folder of data.py     images/      class folders, CIFAR files or an image
-    folder of data.py glue/    the official GLUE files                   transfer/    any number of image sets
-    (optional; Table 6) other/   text of another kind (optional; Table 7)  paper scale: also images100/
-    (ImageNet-100), wikitext2/
+    text/       raw text or a token folder of data.py
+    images/     class folders, CIFAR files or an image folder of data.py
+    glue/       the official GLUE files
+    transfer/   any number of image sets (optional; Table 6)
+    other/      text of another kind (optional; Table 7)
+    images100/, wikitext2/   ImageNet-100, WikiText-2 (paper scale)
 
 Verdicts (experiments/verdicts.py). A claim is a difference that the paper says is positive; its size in the
 paper's numbers is the effect that ours is judged against. The 95% interval is over pretraining seeds and over
@@ -37,7 +40,7 @@ from pathlib import Path
 import torch
 
 from experiments import ours, tables
-from experiments.pages import duration, markdown, stages_of, write_pages, write_results
+from experiments.pages import markdown, stages_of, write_pages, write_results
 from experiments.running import (
     Worker,
     adopt,
@@ -51,10 +54,10 @@ from experiments.running import (
 )
 from experiments.scales import RISK, SCALES
 from experiments.stages import Place, with_needs
-from support.cli import BadInput, Parser, command_line, positive
+from support.cli import BadInput, Parser, command_line, duration, positive
 
 TARGETS = {**tables.PAPERS, **ours.OURS}
-ONCE = ("theory", "toy")  # these bring their own seeds
+ONCE = ("theory", "toy", "bridge")  # these bring their own seeds
 
 
 def place_of(scale, args):
@@ -92,13 +95,13 @@ def at_risk(place, stages):
 def show_list(scales, names, args):
     """What every target takes at each scale."""
     here = measured_flops()
-    print(f"hours here: at {here / 1e9:,.0f} GFLOP/s, 40% of what a product of matrices reaches on this "
+    print(f"time here: at {here / 1e9:,.0f} GFLOP/s, 40% of what a product of matrices reaches on this "
           "machine, until stages have run")
     for scale in scales:
         place = place_of(scale, args)
         large = scale in ("gpu", "paper")
-        print(f"\n{scale}: {place.scale.about}\n{'':16s} seeds  stages   done      here   longest   memory   "
-              "  disk" + "   one H100" * large + "   data")
+        print(f"\n{scale}: {place.scale.about}\n{'':16s} seeds  stages   done        here     longest   "
+              "memory     disk" + "      one H100" * large + "   data")
         plans = {name: stages_of(place, TARGETS[name](place), seeds_of(place, name, args)) for name in names}
         if len(names) > 1:
             plans["all together"] = with_needs(itertools.chain.from_iterable(plans.values()))
@@ -114,13 +117,12 @@ def show_line(place, name, stages, seeds, here, large):
     left = [stage for stage in stages if not stage.record().exists()]
     seconds, there = estimate_seconds(stages, here), estimate_seconds(stages, place.scale.flops)
     to_go, longest = sum(seconds[stage.out] for stage in left), max(seconds.values())
-    memory, disk = max(1, max(stage.memory for stage in stages) / 1e9), max(0.1,
-                                                                            sum(stage.disk for stage in left)
-                                                                            / 1e9)
-    hours = f"   {duration(sum(there[stage.out] for stage in left)):>8s}" * large
-    data = [x if x.startswith("hf:") else os.path.relpath(x) for x in data_of(place, stages)]
-    print(f"{name:16s} {seeds:>5} {len(stages):7d} {len(stages) - len(left):6d} {duration(to_go):>9s} "
-          f"{duration(longest):>9s} {memory:5.0f} GB {disk:5,.1f} GB{hours}   {', '.join(data) or 'nothing'}")
+    memory = max(1, max(stage.memory for stage in stages) / 1e9)
+    disk = max(0.1, sum(stage.disk for stage in left) / 1e9)
+    hours = f"   {duration(sum(there[stage.out] for stage in left)):>11s}" * large
+    data = ", ".join(x if x.startswith("hf:") else os.path.relpath(x) for x in data_of(place, stages))
+    print(f"{name:16s} {seeds:>5} {len(stages):7d} {len(stages) - len(left):6d} {duration(to_go):>11s} "
+          f"{duration(longest):>11s} {memory:5.0f} GB {disk:5,.1f} GB{hours}   {data or 'nothing'}")
 
 
 # ---------------------------------------------------------------------------- carrying it out
@@ -194,7 +196,7 @@ def make_parser():
                         "scale's, experiments/scales.py)")
     parser.add_argument("--epochs", type=float, help="epochs of each image model (default: the scale's)")
     parser.add_argument("--data-dir", help="folder of text/, glue/, images/ and what else the target needs")
-    parser.add_argument("--list", action="store_true", help="show what each target takes: stages, hours, "
+    parser.add_argument("--list", action="store_true", help="show what each target takes: stages, time, "
                         "memory, disk, data")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the stages that are "
                         "not done")
@@ -214,6 +216,10 @@ def make_parser():
 
 
 def main(argv=None):
+    """The command line, of `argv` or sys.argv -> exit status: 1 where stages are left (--minutes) or targets
+    were left out for want of data. Writes NAME-SCALE.json, .md and .png for each target. BadInput: a target
+    that there is not, data that is not there, a stage that failed.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.target is None and not args.list:

@@ -12,7 +12,7 @@ import torch
 
 from downstream.hub import open_run
 from objectives import describe, scores_next
-from support.cli import BadInput, positive, seed
+from support.cli import BadInput, positive, progress, seed
 from support.kernels import additive, compute_dtype
 
 ORDERS = ("left", "confident", "random")
@@ -20,7 +20,7 @@ ORDERS = ("left", "confident", "random")
 
 @torch.no_grad()
 def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, at_once=False, order=None, per_step=1,
-             suffix=()):
+             suffix=(), bar=None):
     """Continue `prompt`, a list of at least one id, by `count` ids -> list of the new ids.
 
     temperature  0 takes the most likely token
@@ -28,12 +28,15 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, at_once=Fals
     at_once      left: also the other tokens that are trained in parallel with the next one (dar, mtp)
     per_step     the other orders: tokens that are kept of each step
     suffix       ids that follow the new ones, which the model sees where its objective lets it
+    bar          of `progress`, which counts the new ids
     A text that outgrows the model's sequence is continued from its last half.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits):
         """One id for each row of logits (n, vocab) -> (n,)."""
+        if bar is not None:
+            bar.update(len(logits))
         if top_k:
             lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < lowest, -math.inf)
@@ -157,7 +160,7 @@ class Asker:
         limit = torch.cat([now[1, same:] + 1, torch.full_like(targets, cut)])  # rows see f below their limit
         sees = (now[1] < limit[:, None]).to(tokens.device)
         h = model.embedding(tokens[new]) + model.position_scale * model.positions[new]
-        g = model.query + model.position_scale * model.positions[targets.to(tokens.device)]
+        g = model.ask(targets.to(tokens.device))
         x = model.embedding_norm(torch.cat([h, g])[None])
         bias = additive(sees, compute_dtype(x))
         for block, cache in zip(model.blocks, self.caches):
@@ -169,6 +172,12 @@ class Asker:
 # ---------------------------------------------------------------------------- command line
 
 def generate_command(args):
+    """`evaluate.py generate CKPT`: continuations of a prompt, or what fills the gap before a suffix, printed.
+
+    args     checkpoint, prompt, suffix, tokens, samples, temperature, top_k, seed, order, per_step, at_once
+    Returns ({"texts": one str a sample, prompt and suffix included}, the Run). BadInput: a checkpoint of
+    images, an order or option that the objective cannot follow, a gap longer than a sequence.
+    """
     run, autocast = open_run(args)
     if run.tokenizer is None:
         raise BadInput(f"{run.name} was trained on images; this command writes text")
@@ -179,8 +188,10 @@ def generate_command(args):
     suffix, texts = run.tokenizer.encode(args.suffix).tolist(), []
     with autocast:
         for k in range(args.samples):
-            ids = generate(run, prompt, args.tokens, args.temperature, args.top_k, args.seed + k,
-                           args.at_once, args.order, args.per_step, suffix)
+            name = f"text {k + 1} of {args.samples}" if args.samples > 1 else ""
+            with progress(total=args.tokens, unit=" tokens", desc=name) as bar:
+                ids = generate(run, prompt, args.tokens, args.temperature, args.top_k, args.seed + k,
+                               args.at_once, args.order, args.per_step, suffix, bar)
             texts.append(run.tokenizer.decode(prompt + ids + suffix))
             if args.json != "-":
                 print(texts[-1] + "\n")
@@ -192,7 +203,8 @@ def add_generate_command(command):
     sub = command("generate", generate_command, "sample from the model")
     sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     sub.add_argument("--suffix", default="", help="text behind what is added, for objectives that fill gaps")
-    sub.add_argument("--tokens", type=positive, default=100, help="tokens to add")
+    sub.add_argument("--tokens", type=positive, default=100, help="tokens to add; a text that outgrows the "
+                     "model's sequence goes on, in whatever order, from its last half")
     sub.add_argument("--samples", type=positive, default=1, help="texts, of seeds --seed, --seed + 1, ...")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     sub.add_argument("--top-k", type=int, default=50, help="0 for all")

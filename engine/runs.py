@@ -24,6 +24,7 @@ from model import SIZES, VIT_SIZES, Config, Transformer
 from objectives import describe
 from support.cli import BadInput, dashed
 from text.tokenizers import tokenizer_from_json
+from text.toy import toy_noise
 
 UNTRAINED = "untrained:"  # before the name of a run: its architecture, freshly initialised
 KEYS = {"settings", "model_config", "model", "optimizer", "step", "seen", "seconds", "dtype", "tokenizer"}
@@ -189,7 +190,8 @@ def resumed(given, out):
 
 def keeps_text(settings):
     """Whether the run folder keeps the tokens of raw text."""
-    raw = settings.data != "pydoc" and not (Path(settings.data) / "manifest.json").exists()
+    drawn = settings.data == "pydoc" or toy_noise(settings.data) is not None
+    raw = not drawn and not (Path(settings.data) / "manifest.json").exists()
     return raw and not settings.images
 
 
@@ -204,13 +206,13 @@ def load_examples(settings, path, cache, overwrite=False, device="cpu", resume=F
         images, size = load_images(settings.data, settings.size), dict(VIT_SIZES[settings.preset])
         size["decoder"] = size["decoder"] if path == "mae" else ()
         config = Config(0, settings.positions, **size, patch=settings.patch, mean=images.mean, std=images.std,
-                        norm_pix=settings.norm_pix)
+                        norm_pix=settings.norm_pix, blind=settings.blind)
         train = Patches(images.train, config, settings.seed, settings.crop, device)
         return config, train, Patches(images.val, config), None
     needed = None if settings.epochs else int(1.2 * settings.steps * settings.batch_size * settings.length)
     corpus = load_corpus(settings.data, cache, overwrite, needed, resume)
     tokenizer, S = corpus.tokenizer, settings.length
-    config = Config(tokenizer.vocab, S, **SIZES[settings.preset])
+    config = Config(tokenizer.vocab, S, **SIZES[settings.preset], blind=settings.blind)
     train = Sequences(corpus.train, S, tokenizer.separator, settings.seed)
     return config, train, Sequences(corpus.val, S, tokenizer.separator), tokenizer
 

@@ -7,6 +7,7 @@ from images.sets import is_images
 from model import VIT_SIZES
 from objectives import OBJECTIVES, choose_path, describe, from_options
 from support.cli import BadInput, dashed, positive, real, seed
+from text.toy import POSITIONS, toy_noise
 
 TEXT = {"schedule": "triangle", "warmup": 0.0, "optimizer": "muon", "weight_decay": 0.01, "beta2": 0.98,
         "clip": 0.5, "batch_ramp": 0.0, "length": 128, "mask_rule": "always"}
@@ -46,7 +47,10 @@ class Settings:
     mask_rule: str = setting(None, "one stream: always = [MASK] at every target, the paper's formula; "
                              "bert = 80%% [MASK], 10%% random, 10%% kept, as large models are trained",
                              choices=("always", "bert"))
-    data: str = setting("pydoc", "text: pydoc, a file or folder, a token folder of data.py, or hf:NAME; "
+    blind: bool = setting(False, "two streams: queries are not told the position that they predict, as in "
+                          "the paper's theory", action="store_true")
+    data: str = setting("pydoc", "text: pydoc, a file or folder, a token folder of data.py, hf:NAME, or toy, "
+                        "the paper's toy model; "
                         "images: shapes, a folder of JPEG or PNG files, or an image folder of data.py")
     preset: str = setting(None, "model size and budget (default: tiny, for images vit-tiny)", choices=PRESETS)
     length: int = setting(None, "text: sequence length S", type=positive)
@@ -124,6 +128,10 @@ def resolve(**given):
     if "steps" in given and "epochs" in given:
         raise BadInput(f"--steps {given['steps']} and --epochs {given['epochs']:g} both set the budget; "
                        "give one of them")
+    is_toy = toy_noise(given.get("data")) is not None
+    if is_toy and given.setdefault("length", POSITIONS) != POSITIONS:
+        raise BadInput(f"--length {given['length']} does not go with --data {given['data']}, whose sequences "
+                       f"have {POSITIONS} tokens: leave it out")
     settings = Settings(**given)
     if "preset" not in given:
         settings = replace(settings, preset="vit-tiny" if is_images(settings.data) else "tiny")
@@ -142,6 +150,9 @@ def resolve(**given):
     if path != "mask" and settings.mask_rule is not None:
         raise BadInput(f"--mask-rule {settings.mask_rule} is for masks in one stream; {describe(objective)} "
                        f"runs as {path}: leave it out")
+    if settings.blind and path != "two-stream":
+        raise BadInput(f"--blind is about the queries of two streams; {describe(objective)} runs as {path}: "
+                       "add --streams 2")
     unused = [] if path == "mask" else ["mask_rule"]
     unused += ["steps", "epochs"] if "steps" in given or "epochs" in given else []
     filled = {name: value for name, value in preset.items() if name not in given and name not in unused}

@@ -67,7 +67,8 @@ def perplexity_column(regime, data="", bits=False):
     """Left-to-right perplexity in a regime, judged as a factor; or bits per byte, which models of two
     vocabularies share.
 
-    Bits per byte are of the text that the tokenizer keeps: WordPiece drops case and spacing.
+    Bits per byte are of the text that the tokenizer keeps: WordPiece drops case and spacing. The row 'counts'
+    is that of unigrams.
     """
     def read(model, x):
         r = regime_of(x, regime)
@@ -75,9 +76,13 @@ def perplexity_column(regime, data="", bits=False):
         return cell_of(scale * np.array(r["sequence_nll"]), "mean", f"text {data}")
 
     def stages(place, model, seed):
+        if model.startswith("counts"):
+            return () if data or bits else (unigram_stage(place, model, seed),)
+        if not Model(model).learned:
+            return ()
         return (evaluation(place, model, seed, "perplexity", f"--by-length {data}".strip()),)
 
-    return Measure(trained_only(stages), read, lower=True, digits=3 if bits else 1, unit="bits" if bits
+    return Measure(stages, read, lower=True, digits=3 if bits else 1, unit="bits" if bits
                    else "factor")
 
 
@@ -115,15 +120,19 @@ def unigram_stage(place, model, seed):
 
 
 def loss_at(ratio, ratios):
-    """Loss per hidden token where a share `ratio` is hidden, one of those `ratios` that are tested
-    together."""
+    """Loss per hidden token where a share `ratio` is hidden, one of those `ratios` that are tested together;
+    of 'counts', to which it makes no difference, per token."""
     def stages(place, model, seed):
+        if model.startswith("counts"):
+            return (unigram_stage(place, model, seed),)
         return (losses(place, model, seed, "ratios", "--ratios", ",".join(map(str, ratios))),)
 
     def read(model, x):
-        return cell_of(x["results"]["ratios"][str(ratio)], "mean", f"text {ratio}")
+        r = x["results"]
+        samples = r["ratios"][str(ratio)] if "ratios" in r else r["regimes"]["unigram"]["sequence_nll"]
+        return cell_of(samples, "mean", f"text {ratio}")
 
-    return Measure(trained_only(stages), read, lower=True, digits=2, unit="nats")
+    return Measure(stages, read, lower=True, digits=2, unit="nats")
 
 
 def exact_or_none(place):
@@ -133,9 +142,10 @@ def exact_or_none(place):
 
     def stages(place, model, seed):
         objective, path, length = task_of(model)
-        return measure.stages(place, model, seed) if objective.left_to_right(length, path) else ()
+        exact = model.startswith("counts") or objective.left_to_right(length, path)
+        return measure.stages(place, model, seed) if exact else ()
 
-    return Measure(trained_only(stages), measure.read, lower=True, digits=1, unit="factor")
+    return Measure(stages, measure.read, lower=True, digits=1, unit="factor")
 
 
 def any_order_bound():
@@ -175,16 +185,19 @@ def reconstruction(name, digits):
 
 def probe(data="", extra=""):
     """Accuracy of a linear probe on frozen features, in percent. The row 'pixels' is the same classifier on
-    raw pixels."""
+    raw pixels, 'counts' the largest class."""
     def read(model, x):
         layers = x["results"]["layers"]
         last = [name for name in layers if name != "pixels"][-1]
         name = "pixels" if model.startswith("pixels") else last
+        if model.startswith("counts"):
+            return Cell(100 * layers[name]["majority"])
         return cell_of(layers[name]["correct"], "percent", f"{x['results']['data']} {layers[name]['test']}")
 
     def stages(place, model, seed):
         if model.startswith("pixels"):  # which have neither seeds nor attention
             return (evaluation(place, model, 0, "probe", data),)
+        model = Model(model).as_trained().text if model.startswith("counts") else model
         return (evaluation(place, model, seed, "probe", f"{data} {extra}"),)
 
     return Measure(stages, read, classifies=True)

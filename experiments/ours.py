@@ -28,9 +28,11 @@ from experiments.tables import (
     claim,
     compare,
     of,
+    with_counts,
     with_untrained,
 )
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, as_flags
+from theory.claims import TABLE_9
 
 TEST_RATIOS = (0.15, 0.225, 0.3, 0.5, 0.75, 0.95)
 
@@ -50,6 +52,7 @@ def variety(place):
              ("[0.15, 1]", "fixed 0.3"), ("[0.15, 1]", long), ("fixed 0.3", "fixed 0.15"),
              (long, "fixed 0.3")]
     judged = {regime: columns[regime] for regime in REGIMES}
+    rows = with_counts(rows)
     return Table("Variety or ratio?", "One architecture, the same settings; the same tokens but for the last "
                  "row, which reads " f"{place.scale.longer:g} times as many. A range is compared with the "
                  "fixed ratio of the same mean, which hides as many " "tokens. The paper's number beside "
@@ -69,11 +72,11 @@ def dose(place):
     columns |= {f"{attention} attention": probe(extra=f"--attention {attention}")
                 for attention in ("causal", "full")}
     last = [*columns][len(place.scale.curve) - 1]
-    paper = {"t = 1": {last: 56.2}, "t = 2": {last: 59.4}, "t = 4": {last: 58.8}}
+    paper = {f"t = {t}": {last: TABLE_9[t][0]} for t in (1, 2, 4)}
     x = np.log2(ts) - np.mean(np.log2(ts))
     doubling = claim(columns, last, "accuracy rises with every doubling of t",
                      dict(zip(t_rows(ts), x / np.sum(x * x))), paper, untrained)
-    slope = replace(doubling, effect=slope_of({1: 56.2, 2: 59.4, 3: 59.6, 4: 58.8}), ours=False)
+    slope = replace(doubling, effect=slope_of({t: probed for t, (probed, _) in TABLE_9.items()}), ours=False)
     claims = compare({last: columns[last]}, [("t = 2", "t = 1"), ("t = 4", "t = 1"), ("t = 8", "t = 1")],
                      paper, untrained, (last, "t = 2", "t = 1"))
     attention = {name: columns[name] for name in columns if name.endswith("attention")}
@@ -110,10 +113,10 @@ def masked(place):
 def objectives(place):
     """All text objectives of the registry with their defaults: likelihood, or a bound on it, and a probe with
     few labels."""
-    rows, _ = with_untrained(of("text", {name: name for name, cls in OBJECTIVES.items()
+    rows, _ = with_untrained(of("text", {name: as_flags(cls()) for name, cls in OBJECTIVES.items()
                                          if not cls.images_only}))
-    few = few_labels(place)
-    authors = ("with few labels, on passages of novels that the probe was not trained on"
+    rows, few = with_counts(rows), few_labels(place)
+    authors = ("who wrote a passage of a novel that the probe has not seen, from 64 passages of each author"
                if "author, few labels" in few else next(iter(few)))
     return Table("Every objective", "The same tokens in the same order, the same settings, tuned for none, "
                  "each on the path that it takes by default. Perplexity: exact, from left to right, where "
@@ -176,4 +179,16 @@ def toy(place):
                  "spectral.py toy.", extra=(stage,))
 
 
-OURS = {f.__name__: f for f in (variety, dose, masked, objectives, fourbytwo, table9_text, theory, toy)}
+def bridge(place):
+    quick, each = (("--quick",), 2) if place.name == "smoke" else ((), 3)
+    seeds = [place.stage(f"bridge-seed{seed}", ("experiments.bridge", "train", "--seed", str(seed), *quick),
+                         flops=240 * place.scale.flops) for seed in range(each)]
+    stage = place.stage("bridge", ("experiments.bridge", "summary", *(str(one.out) for one in seeds)), *seeds,
+                        plot="--plot" if matplotlib() else None)
+    return Table("From the theory to our Transformer", "The Transformer of train.py on the paper's toy "
+                 "model, its queries blind or told which position they predict; see experiments/bridge.py.",
+                 extra=(stage,))
+
+
+OURS = {f.__name__: f for f in (variety, dose, masked, objectives, fourbytwo, table9_text, theory, toy,
+                                bridge)}

@@ -19,7 +19,7 @@ from experiments.pictures import dots, forest
 from experiments.scales import SCALES
 from experiments.stages import Model, pretrain, with_needs
 from experiments.verdicts import MEANING, corrected, judge, remark
-from support.cli import BadInput, write_json
+from support.cli import BadInput, duration, write_json
 from theory.toy_report import show_toy
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
@@ -112,7 +112,7 @@ def summarise(place, name, table, seeds):
     if not table.rows:  # theory: every claim; toy: what its own command prints
         found = table.extra[0].result()
         content["printed_and_computed"] = found.get("claims", [])
-        content["text"] = show_toy(found) if "findings" in found else []
+        content["text"] = found.get("text") or (show_toy(found) if "findings" in found else [])
     return content
 
 
@@ -214,12 +214,6 @@ def markdown(x, level=1):
     if x.get("picture"):
         lines += ["", f"![{x['title']}]({x['picture']})"]
     return "\n".join(lines) + "\n"
-
-
-def duration(seconds):
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
 
 
 # ---------------------------------------------------------------------------- files

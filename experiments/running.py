@@ -77,6 +77,7 @@ def adopt(stage, parent):
 def settings_of(saved):
     """A run's settings so that equal ones compare equal, whoever wrote them."""
     known = {f.name for f in fields(Settings)} - ({"steps"} if saved["epochs"] else set())
+    saved = {**asdict(Settings()), **saved}  # an older version has fewer
     given = json.loads(json.dumps({name: value for name, value in saved.items() if name in known}))
     if given["objective"] == "dar" and given["options"] == {"t": 1}:
         given.update(objective="ar", options={}, streams=2)  # the same f in the same architecture

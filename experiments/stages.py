@@ -68,8 +68,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of a table: '[untrained|pixels] KIND [xBUDGET]: OBJECTIVE AND ITS FLAGS', such as 'text x6.7: mlm
-    --mask 0.15', or hf:NAME. 'pixels' stands for no network at all."""
+    """A row of a table: '[untrained|pixels|counts] KIND [xBUDGET]: OBJECTIVE AND ITS FLAGS', such as 'text
+    x6.7: mlm --mask 0.15', or hf:NAME. No network at all: 'pixels', and 'counts' of tokens and of classes."""
 
     text: str
 
@@ -99,7 +99,7 @@ class Model:
     @property
     def learned(self):
         """Whether this is a trained model."""
-        return self.hub or self.words[0] not in ("untrained", "pixels")
+        return self.hub or self.words[0] not in ("untrained", "pixels", "counts")
 
     def as_trained(self):
         """The trained model whose architecture this row has."""

@@ -43,7 +43,8 @@ from images.files import (
 from images.pixels import channel_histogram, fit, moments
 from images.raw import SIDES, open_raw
 from images.shapes import SHAPES, shapes
-from support.cli import BadInput
+from support.cli import BadInput, progress
+from text.toy import toy_noise
 
 # beside images: tables of labels, annotations, notes
 COMPANIONS = {".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".mat", ".npy", ""}
@@ -57,7 +58,7 @@ def is_images(source):
     """
     if source == "shapes":
         return True
-    if not source or source == "pydoc" or str(source).startswith("hf:"):
+    if not source or source == "pydoc" or str(source).startswith("hf:") or toy_noise(source) is not None:
         return False
     root = Path(source)
     try:
@@ -179,7 +180,7 @@ def prepare_images(source, out, size=None, val_fraction=0.1, seed=0, quiet=False
     manifest, histogram = {"format": "images", "size": size, "classes": sets["train"].classes,
                            "sources": [str(source)]}, {}
     try:
-        with tqdm(total=total, unit="image", disable=quiet or not sys.stderr.isatty()) as bar:
+        with progress(quiet=quiet, total=total, unit=" images") as bar:
             for side, part in sets.items():
                 manifest[side], histogram[side] = write_side(partial, side, part, size, bar)
         manifest["mean"], manifest["std"] = moments(histogram["train"])

@@ -3,6 +3,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
             assert Path(args["out"]).parent == tmp_path / "work" and settings.task()
         elif name == "spectral.py":
             assert importlib.import_module("spectral").read_command(rest).json
+        elif name == "experiments.bridge":
+            assert importlib.import_module(name).bridge_arguments(rest).json
         else:
             with pytest.raises(Reached):
                 importlib.import_module(name.removesuffix(".py")).main(rest)
@@ -268,13 +271,13 @@ def fake_result(stage, rng):
     if name == "spectral.py":
         return {"claims": [{"claim": "c", "printed": "p", "computed": "q", "verdict": "v"}], "results": {}}
     if name == "experiments.losses":
-        ratios = rest[rest.index("--ratios") + 1].split(",") if what == "ratios" else []
-        values = {ratio: rng.normal(3, 0.1, 12).tolist() for ratio in ratios}
-        return {"results": {"ratios": values, "length": 32, "regimes": {"unigram": fake_nll(rng, "", 6)}}}
+        if what == "unigram":
+            return {"results": {"length": 32, "regimes": {"unigram": fake_nll(rng, "", 6)}}}
+        ratios = rest[rest.index("--ratios") + 1].split(",")
+        return {"results": {"length": 32, "ratios": {x: rng.normal(3, 0.1, 12).tolist() for x in ratios}}}
     if what == "perplexity":
-        regimes = ("padded", "truncated") if any(x in rest[0]
-                                                 for x in ("mlm",
-                                                           "vl")) and "streams" not in rest[0] else ("next",)
+        one_stream = ("mlm" in rest[0] or "vl" in rest[0]) and "streams" not in rest[0]
+        regimes = ("padded", "truncated") if one_stream else ("next",)
         return {"results": {"length": 32, "regimes": {regime: fake_nll(rng, rest[0]) for regime in regimes}}}
     if what == "bound":
         return {"results": {"any_order": {"bound": {"sequence_nll": rng.normal(4, 0.1, 12).tolist()}}}}
@@ -295,9 +298,9 @@ def fake_result(stage, rng):
         return {"results": {"sets": sets}}
     if what == "finetune":
         return {"results": {"correct": [right], "data": "x", "dev": 40}}
-    layers = {"last": {"correct": right, "test": 40}} | ({"pixels": {"correct": right, "test": 40}}
-                                                         if "--pixels" in rest else {})
-    return {"results": {"layers": layers, "data": "x"}}
+    probed = {"correct": right, "test": 40, "majority": 0.5}
+    layers = ("last", "pixels") if "--pixels" in rest else ("last",)
+    return {"results": {"layers": dict.fromkeys(layers, probed), "data": "x"}}
 
 
 def pretend(stage, *ignored):
@@ -330,7 +333,7 @@ def test_every_target_makes_its_page(scale, names, tmp_path, monkeypatch, capsys
         assert "nan" not in text and "NaN" not in x and "None" not in text
         assert (tmp_path / "out"
                 / f"{name}-{scale}.png").exists() == measures.matplotlib() or name in ("theory", "toy",
-                                                                                       "table8")
+                                                                                       "bridge", "table8")
         x = json.loads(x)
         assert all(column["seeds"] == [] or column["mean"] is not None for row in x["rows"]
                    for column in row["cells"].values())
@@ -444,8 +447,15 @@ def test_the_report(tmp_path):
     assert "supported" not in readme.read_text()  # 2 x 0.03 is not below 0.05
 
 
-def test_theory_in_processes_of_their_own(tmp_path, monkeypatch):
+def test_theory(claims, tmp_path, monkeypatch):
+    def found(stage, *ignored):
+        assert stage.argv[:2] == ("spectral.py", "all")
+        stage.out.parent.mkdir(parents=True, exist_ok=True)
+        stage.out.write_bytes(claims.read_bytes())
+        running.write_record(stage, 1.5, "test machine", "abc123")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "run", found)
     assert reproduce.main(["theory", "--scale", "smoke"]) == 0
     x = json.loads((tmp_path / "results-mine" / "theory-smoke.json").read_text())
     assert len(x["printed_and_computed"]) > 20 and all(row["checked"] for row in x["printed_and_computed"])
@@ -512,6 +522,17 @@ def test_the_list_names_data_disk_and_risk_and_does_not_train(tmp_path, monkeypa
     reproduce.main(["table3", "--list", "--scale", "paper", "--safer"])
     assert RISK not in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_list_gives_no_time_in_thousands_of_hours(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "measured_flops", lambda: 1e10)
+    reproduce.main(["all", "--list", "--scale", "paper"])
+    lines = capsys.readouterr().out.splitlines()
+    [together] = [line for line in lines if line.startswith("all together")]
+    assert " years " in together and " days " in together
+    assert not any(float(number.replace(",", "")) >= 100 for line in lines[1:]
+                   for number in re.findall(r"([\d,.]+) h\b", line))
 
 
 def test_minutes_begin_no_stage_that_would_end_later(tmp_path, monkeypatch, capsys):

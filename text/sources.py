@@ -93,13 +93,18 @@ def read_documents(source):
         yield Document(name, name, read_text(path))
 
 
+def existing(source):
+    """The Path of a file or folder; BadInput where there is none."""
+    if not source or not Path(source).exists():
+        raise BadInput(f"{source or 'the empty name'} does not exist; give a text file, a folder, pydoc "
+                       "or hf:NAME")
+    return Path(source)
+
+
 def text_files(source):
     """The files of a file or folder that hold text, sorted, without hidden ones. What is mostly not UTF-8 is
     left out of a folder with a note, and refused where it is the whole or the larger part."""
-    root = Path(source)
-    if not source or not root.exists():
-        raise BadInput(f"{source or 'the empty name'} does not exist; give a text file, a folder, pydoc "
-                       "or hf:NAME")
+    root = existing(source)
     if (root / "manifest.json").exists():
         raise BadInput(f"{source} holds tokens already; give it to train.py --data as it is")
     walked = sorted(Path(folder, name) for folder, _, names in os.walk(root) for name in names)

@@ -33,6 +33,7 @@ fall into components, as for ar, each has its own largest class value, and the l
 Cutting through the copies of a later class value can undo a little: here an excess of at most 0.015, dar
 and mtp with t = 2. The tail of Theorem 4.1 counts the directions that carry positions alone as well.
 """
+import contextlib
 import itertools
 import math
 import time
@@ -47,6 +48,7 @@ import torch.nn.functional as F
 from objectives import OBJECTIVES, describe, from_options
 from support.cli import BadInput, group_size, plain, positive, ratios
 from support.operator import merge, normalised, position_matrix, singular_values, tell_position
+from text.toy import CLASSES, POSITIONS, VALUES, draw_tokens
 
 LOSSES = ("spectral", "cross-entropy")
 RIDGES = (0.001, 0.1)
@@ -80,6 +82,15 @@ class NoisyToy:
         joint = (1 - self.eps + other) ** counts * other ** (m - counts) * ways[:, None] / self.r  # (n, r)
         joint = joint[joint.sum(1) > 0]
         return joint.sum(1), joint / joint.sum(1, keepdims=True)
+
+    def posterior(self, counts):
+        """pi of contexts with `counts` (N, r) tokens of each class, as a tensor."""
+        other = self.eps / self.r
+        return torch.softmax(counts * math.log((1 - self.eps + other) / max(other, 1e-12)), -1)
+
+    def of_target(self, pi):
+        """P(class of another token | x_S), from the posterior of the class."""
+        return (1 - self.eps) * pi + self.eps / self.r
 
     def R(self, m):
         """(r E sum_y P(y | x_S)^2 - 1) / (r - 1): how far m tokens tell the class, from 0 to 1."""
@@ -134,9 +145,23 @@ def merged(model, contexts, q):
     P = []
     for m, targets in zip(sizes, q):
         probability, pi = kinds[m]
-        of_class = (1 - model.eps) * pi + model.eps / model.r                  # P(class of the target | x_S)
-        P.append(np.einsum("n,p,nc->npc", probability, targets, of_class).reshape(len(pi), -1))
+        P.append(np.einsum("n,p,nc->npc", probability, targets, model.of_target(pi)).reshape(len(pi), -1))
     return np.concatenate(P), np.concatenate([kinds[m][1] for m in sizes])
+
+
+def bayes_loss(model, contexts, q, blind):
+    """The least cross-entropy of a target in nats: H(X_p | x_S, p) where p is told, H(X_p, p | x_S) where a
+    network is blind."""
+    sizes, C, total = contexts.sum(1), q.sum(1), math.log(model.T)
+    for m in np.unique(sizes):
+        probability, pi = model.kinds(int(m))
+        total += C[sizes == m].sum() * (probability @ entropy(model.of_target(pi)))
+    return total + C @ entropy(q / C[:, None]) if blind else total
+
+
+def entropy(P):
+    """Of each row, in nats."""
+    return -(P * np.log(np.where(P > 0, P, 1))).sum(1)
 
 
 def exact_probe(P, pi, ts, rotations=10, seed=0):
@@ -166,18 +191,15 @@ def draw_texts(model, contexts, q, N, generator):
 
     V = s r T tokens. The conditional in place of one drawn target keeps the expected loss, without noise.
     """
-    r, s, T, eps = model.r, model.s, model.T, model.eps
+    r, s, T = model.r, model.s, model.T
     row = torch.multinomial(q.sum(1), N, replacement=True, generator=generator)
-    y = torch.randint(r, (N, 1), generator=generator)
-    redrawn = torch.rand(N, s, generator=generator) < eps
-    c = torch.where(redrawn, torch.randint(r, (N, s), generator=generator), y)
-    token = c * T + torch.randint(T, (N, s), generator=generator)
+    token, y = draw_tokens(r, s, T, model.eps, N, generator)
     bag = torch.zeros(N, s, r * T).scatter_(2, token[..., None], contexts[row, :, None].float())
     counts = bag.view(N, s, r, T).sum((1, 3))                                  # (N, r)
-    pi = torch.softmax(counts * math.log((1 - eps + eps / r) / max(eps / r, 1e-12)), -1)
-    target = ((1 - eps) * pi + eps / r).repeat_interleave(T, 1) / T            # (N, r T), at every position
+    pi = model.posterior(counts)
+    target = model.of_target(pi).repeat_interleave(T, 1) / T                   # (N, r T), at every position
     P = (q[row] / q[row].sum(1, keepdim=True))[..., None] * target[:, None]    # (N, s, r T)
-    return bag.flatten(1), P.flatten(1), pi, y[:, 0]
+    return bag.flatten(1), P.flatten(1), pi, y
 
 
 def initial(V, ts, seeds, width, generator):
@@ -331,28 +353,32 @@ def findings(rows, ts, r):
 # ---------------------------------------------------------------------------- command
 
 def compared(s, quick=False):
-    """{name: its distribution} of at least 12 objectives on s tokens: the paper's with several options, and
-    every other that is registered and whose outcomes can be listed. Quick: six."""
+    """{name: its distribution} of those of `candidates` whose outcomes can be listed, at least 12. Quick:
+    six."""
+    chosen = {}
+    for objective in candidates(s, quick):
+        with contextlib.suppress(BadInput):                                    # too many
+            chosen[describe(objective)] = distribution(objective, s)
+    return chosen
+
+
+def candidates(s, quick=False):
+    """Objectives for s tokens: the paper's with several options, and every other that is registered."""
     some = [("ar", {}), *(("dar", {"t": t}) for t in (2, 4)),
             *(("mlm", {"mask": n / s}) for n in (s // 4, s // 2)), ("vl", {"mask": (1 / s, 1 - 1 / s)})]
     more = [*(("dar", {"t": t}) for t in (3, s - 1)), *(("mlm", {"mask": n / s}) for n in (1, 3 * s // 4)),
             ("vl", {"mask": (1 / s, 0.5)})]
     sized = {"blocks": {"block": s // 2}, "spans": {"mask": 0.5, "span": 2}}    # for short sequences
     more += [(name, sized.get(name, {})) for name in OBJECTIVES if name not in ("ar", "dar", "mlm", "vl")]
-    chosen = {}
-    for name, options in some if quick else some + more:
-        try:
-            objective = from_options(name, **options)
-            chosen[describe(objective)] = distribution(objective, s)
-        except BadInput:                                                       # for images, or too many
-            continue
-    return chosen
+    made = (from_options(name, **options) for name, options in (some if quick else some + more))
+    return [objective for objective in made if not objective.images_only]
 
 
 def add_toy_arguments(parser):
     """The options of `spectral.py toy`; --seed and --json are those of every command of spectral.py."""
     for name, default, text in (
-            ("r", 4, "classes"), ("s", 8, "positions"), ("T", 2, "values per class and position"),
+            ("r", CLASSES, "classes"), ("s", POSITIONS, "positions"),
+            ("T", VALUES, "values per class and position"),
             ("labels", 5, "examples of each class, where few"), ("seeds", None, "(default: 5, quick 2)"),
             ("steps", None, "of training (default: 1000, quick 300)")):
         parser.add_argument(f"--{name}", type=positive, default=default, help=text)
