@@ -3,11 +3,11 @@ grows.
 
     python bench.py                                     ar, dar, mlm and vl at 4 layers x 256
     python bench.py --peers --dtype fp32,bf16           against Hugging Face's models of the same size
-    python bench.py --scaling                           sequence length, batch, layers and width doubled in
-    turn python bench.py --loop                              how close the loop of train.py comes to the bare
-    step python bench.py --peer-nanogpt DIR                  against nanoGPT, from a clone of it in DIR python
-    bench.py --preset vit-tiny --objectives mlm --batch-size 64 --peers           images: MAE python bench.py
-    --report gpu.json --minutes 9       all that is worth knowing of a GPU, one table
+    python bench.py --scaling                           sequence length, batch, layers, width doubled in turn
+    python bench.py --loop                              how close the loop of train.py is to the bare step
+    python bench.py --peer-nanogpt DIR                  against nanoGPT, from a clone of it in DIR
+    python bench.py --preset vit-tiny --objectives mlm --batch-size 64 --peers        images: MAE
+    python bench.py --report gpu.json --minutes 9       all that is worth knowing of a GPU, one table
 
 A step is that of train.py: a batch drawn ahead by a thread, loss, gradients, clipping, fused AdamW. All that
 is compared lives in one process and runs in turn, A B C A B C ..., so that whatever else the machine does
@@ -250,6 +250,10 @@ def print_all(found, args, name):
 
 
 def main(argv=None):
+    """The command line, of `argv` or sys.argv -> 0. Prints what was timed, or with --json the object
+    {"command", "settings", "device", "threads", "torch", and what `run_cases` returns}; with --report the
+    file of experiments/gpu.py. BadInput: shapes that do not fit, a device or a peer that is not there.
+    """
     args = bench_parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from downstream.by_length import by_length, plot_by_length, print_by_length
-from downstream.closing import best_sample, picture_of, what_to_expect
+from downstream.closing import best_sample, picture_of, unigram_nll, what_to_expect
 from downstream.commands import add_labelled_commands
-from downstream.connectivity import connectivity_command, evaluation_sequences
+from downstream.connectivity import connectivity_command, evaluation_sequences, held_out_text
 from downstream.curves import add_curves_command
 from downstream.generation import add_generate_command
 from downstream.hub import open_run
@@ -39,6 +39,7 @@ from support.cli import (
     positive,
     progress,
     seed,
+    told,
     write_json,
 )
 from support.objective import asked
@@ -62,18 +63,30 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=Tru
     if regime is not None and regime not in regimes:
         raise BadInput(f"--regime {regime} is for masks in one stream; this {run.path} checkpoint of "
                        f"{describe(run.objective)} knows only {' and '.join(regimes)}: leave out --regime")
-    device, results = run.model.query.device, {}
+    results = {}
     for name in [regime] if regime else regimes:
-        nll, left = torch.full((N, S), math.nan), torch.ones(S, dtype=torch.bool)
-        for groups in progress(regimes[name], quiet, desc=name):
-            targets, length = (scores_next(groups) & left).nonzero()[:, 0], int(groups.nonzero()[-1]) + 1
-            rows, holes, left[targets] = max(1, tokens_at_once // length), not groups[:length].all(), False
-            for start in range(0, N, rows):
-                tokens = sequences[start:start + rows, :length].to(device)
-                f, t = (x.to(device).expand(len(tokens), -1) for x in (groups[:length], targets))
-                nll[start:start + rows, targets] = target_nll(run.model, tokens, f, t, run.path, holes).cpu()
-        results[name] = nll[:, 1:]
+        passes = [groups[:int(groups.nonzero()[-1]) + 1] for groups in regimes[name]]
+        with progress(quiet=quiet, total=N * sum(map(len, passes)), unit=" tokens", unit_scale=True,
+                      desc=name if len(regimes) > 1 else "") as bar:
+            results[name] = scored_by(run, sequences, passes, tokens_at_once, bar)[:, 1:]
     return results
+
+
+def scored_by(run, sequences, passes, tokens_at_once, bar):
+    """-log P of each token of sequences (N, S) in the first of these f, each (L,), that gives it its prefix
+    -> (N, S)."""
+    N, S = sequences.shape
+    device, nll, left = run.model.query.device, torch.full((N, S), math.nan), torch.ones(S, dtype=torch.bool)
+    for groups in passes:
+        length = len(groups)
+        targets = (scores_next(groups) & left[:length]).nonzero()[:, 0]
+        rows, holes, left[targets] = max(1, tokens_at_once // length), not groups.all(), False
+        for start in range(0, N, rows):
+            tokens = sequences[start:start + rows, :length].to(device)
+            f, t = (x.to(device).expand(len(tokens), -1) for x in (groups, targets))
+            nll[start:start + rows, targets] = target_nll(run.model, tokens, f, t, run.path, holes).cpu()
+            bar.update(tokens.numel())
+    return nll
 
 
 @torch.no_grad()
@@ -103,7 +116,7 @@ def any_order(run, sequences, draws=8, orders=0, seed=0, quiet=True):
         queries = asked(f, weight, int((weight > 0).sum(1).max()))
         return weighted_nll(run, tokens.expand(len(f), -1), f, queries)
 
-    for tokens in progress(sequences, quiet, desc="any order"):
+    for tokens in progress(sequences, quiet, desc="any order", unit=" sequences"):
         found["bound"].append(total(tokens, *run.objective.bound(draws, S, generator)).mean())
         if orders:
             f, ask = run.objective.orders(orders, S, generator)                          # (orders, passes, S)
@@ -112,7 +125,7 @@ def any_order(run, sequences, draws=8, orders=0, seed=0, quiet=True):
     return {name: torch.stack(nll) / (S - 1) for name, nll in found.items()}
 
 
-def as_trained(run, sequences, most=64):
+def as_trained(run, sequences, most=64, quiet=True):
     """Mean -log P of the targets given the contexts they are trained with, weighted as in the loss, over all
     f where these are few, as for `dar` and `mtp`. None where they are not, or are left to right anyway."""
     (N, S), objective = sequences.shape, run.objective
@@ -125,7 +138,7 @@ def as_trained(run, sequences, most=64):
     if next_only and queries.targets.shape[1] == S - 1:
         return None
     nll = [weighted_nll(run, sequences, f.expand(N, -1), [x.expand(N, -1) for x in rows]).mean()
-           for f, *rows in zip(groups, *queries)]
+           for f, *rows in progress(list(zip(groups, *queries)), quiet, desc="as trained", unit=" passes")]
     return (torch.stack(nll) @ probability / (queries.weight.double().sum(1) @ probability)).item()
 
 
@@ -149,7 +162,7 @@ def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False, qu
             results["regimes"][name]["by_length"] = by_length(nll)
     scored = sum(r["tokens"] for r in results["regimes"].values())
     results["tokens_per_second"] = scored / (time.perf_counter() - start)
-    order, unknown = as_trained(run, sequences), getattr(run.tokenizer, "unknown", None)
+    order, unknown = as_trained(run, sequences, quiet=quiet), getattr(run.tokenizer, "unknown", None)
     if order is not None:
         results["training_order_nll"], results["training_order_perplexity"] = order, math.exp(order)
     if unknown is not None:
@@ -217,6 +230,12 @@ def title(run, results):
 
 
 def perplexity_command(args):
+    """`evaluate.py perplexity CKPT`: left-to-right likelihood of held-out text, printed and as a picture.
+
+    args     checkpoint, data, regime, by_length, max_sequences, plot, length, json, device, dtype
+    Returns ({"results": what `perplexity` returns}, the Run). BadInput: an objective without such a
+    likelihood, a regime it does not have, text of fewer than two sequences, a checkpoint of images.
+    """
     run, autocast = open_run(args)
     with autocast:
         lengths = args.by_length or bool(args.plot)
@@ -232,6 +251,12 @@ def perplexity_command(args):
 
 
 def bound_command(args):
+    """`evaluate.py bound CKPT`: the any-order bound beside the left-to-right likelihood, printed.
+
+    args     checkpoint, data, max_sequences, draws, orders, seed, length, json, device, dtype
+    Returns ({"results": what `bound` returns}, the Run). BadInput: an objective that is not trained to
+    predict in any order, text of fewer than two sequences, a checkpoint of images.
+    """
     run, autocast = open_run(args)
     with autocast:
         results = bound(run, args.data, args.max_sequences, args.draws, args.orders, args.seed, quiet=False)
@@ -242,7 +267,9 @@ def bound_command(args):
 
 
 def report(checkpoint, device=None):
-    """What train.py shows at the end: a quick perplexity and a sample, or a few reconstructed images."""
+    """What train.py shows of a run folder at its end: curves, a quick perplexity, a sample and what to expect
+    of such a model; of images a few that are reconstructed. BadInput: a text too short to evaluate on.
+    """
     run = load_run(checkpoint, choose_device(device))
     if (picture := picture_of(checkpoint)) is not None:
         print(f"curves of loss, learning rate and speed: {picture}")
@@ -253,21 +280,23 @@ def report(checkpoint, device=None):
                   *(["--device", device] if device else [])])
         print(f"\nrun folder: {checkpoint}    more: python evaluate.py probe {checkpoint}")
         return
-    exact = run.objective.left_to_right(run.settings.length, run.path) is not None
+    exact, text = run.objective.left_to_right(run.settings.length, run.path) is not None, held_out_text(run)
+    sequences = evaluation_sequences(run, text, count=32)[0]
     if exact:
         print(f"\nleft-to-right perplexity of {describe(run.objective)} on a few validation sequences:")
-        results = perplexity(run, max_sequences=32)
+        results = perplexity(run, text, max_sequences=32)
         print_perplexity(results)
     else:
         print(f"\n{describe(run.objective)} has no exact left-to-right likelihood, so there is no perplexity")
     if exact or run.objective.decoding(torch.tensor([1, 0]), 1) is not None:
-        starts = evaluation_sequences(run, count=32)[0][:, :max(1, run.settings.length // 4)]
+        starts = sequences[:, :max(1, run.settings.length // 4)]
         prompt = max(starts, key=lambda start: start.unique().numel()).tolist()  # prose rather than a table
         ids = best_sample(run, prompt, run.settings.length // 2)
         print("\nsample: " + run.tokenizer.decode(prompt) + " >>> " + run.tokenizer.decode(ids))
-    if exact and run.tokenizer.kind == "byte":  # bits of other tokenizers do not compare
-        bits = min(regime["bits_per_byte"] for regime in results["regimes"].values())
-        print(f"\nwhat to expect of {bits:.2f} bits per byte: {what_to_expect(bits)}")
+    if exact:
+        nll = min(regime["nll"] for regime in results["regimes"].values())
+        unigram, words = unigram_nll(text, sequences).mean().item(), run.tokenizer.kind == "byte"
+        print(f"\nwhat to expect: {what_to_expect(nll, unigram, words)}")
     more = f"perplexity {checkpoint}" if exact else f"probe {checkpoint}"
     print(f"\nrun folder: {checkpoint}    more: python evaluate.py {more}")
 
@@ -303,6 +332,10 @@ def add_likelihood_commands(command):
 
 
 def main(argv=None):
+    """The command line, of `argv` or sys.argv: one command, what it prints, and with --json the object
+    {"command", "settings", what is known of the checkpoint, and what the command returns}. BadInput: a wrong
+    use.
+    """
     parser = Parser(description="Evaluate a checkpoint of train.py.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
@@ -325,7 +358,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if getattr(args, "plot", None):
         import_optional("matplotlib.pyplot")  # complain before the work, not after it
-    results, run = args.function(args)
+    with told(args.command):
+        results, run = args.function(args)
     inner = ("function", "json", "command")
     settings = {name: value for name, value in vars(args).items() if name not in inner}
     write_json(args.json, {"command": f"evaluate.py {args.command}", "settings": settings,

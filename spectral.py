@@ -31,6 +31,7 @@ from support.cli import (
     plain,
     positive,
     seed,
+    told,
     write_json,
 )
 from support.objective import Objective
@@ -51,6 +52,10 @@ def theorem31(n=8, m=7, t=3, trials=30, steps=1500, seed=0):
     since the cross term of the square is 2 Abar_XX+ F_X W'_X+ = 2 P_M(X, X+) [W f(X)]_X+. Eq. 1 prints it
     once. Eq. 7 is the same for contexts X, X' that share a target: P_T / sqrt(P_C P_C) = Abar Abar^T and W' =
     F.
+
+    Returns {NAME_error: the largest over `trials` distributions, for the identity, what is printed and Eq. 7;
+    "singular_values" of the last Abar, and where `steps` of gradient descent on its loss end: "descent_loss"
+    beside "best_loss", "descent_error" from the truncated SVD}.
     """
     rng, errors = np.random.default_rng(seed), []
     for _ in range(trials):
@@ -117,6 +122,10 @@ def theorem42(r, s, T, rho, literal=False):
     Autoregressive: each position p = 2..s is a rank-one block of its own per class: r(s-1) ones. A context of
     length 0 adds one block that all classes share: r(s-1) + 1. The statement has rs, which neither gives for
     r >= 2. Masked: computed with exactly n = round(rho s) hidden tokens, where it holds if n = rho s.
+
+    Returns {case: singular values, descending; "printed": theirs; "unit_values": how many are 1, by case;
+    "not_larger_at": the j at which sigma_j <= sigma'_j; entries, zeros and blocks of the matrices}. BadInput:
+    n = 0 or s, or more contexts than can be enumerated.
     """
     n, ar, tokens = hidden_of(rho, s), from_options("ar"), token_sets(r, s, T, literal)
     cases = {"autoregressive": ar, "autoregressive_empty_context": operator.FromNothing(ar),
@@ -223,7 +232,11 @@ def trained_on_bags(P, bags, t, networks=10, width=64, steps=1000, seed=0):
 def theorem41(r, s, T, rho, rotations=30, seed=0):
     """Probe error and bound for every t: the class from autoregressive and masked features, and the length of
     the context from autoregressive and variable-length ones; and what the ties among autoregressive ones
-    leave open."""
+    leave open.
+
+    Returns {"probes": {objective_label: what `probe_errors` returns}, "tie": what `ties` returns,
+    "reversed_at": the t at which the masked tail is the larger one, ..}. BadInput: as for theorem42.
+    """
     n, probes = hidden_of(rho, s), {}
     for name, objective in (("ar", from_options("ar")), ("mlm", from_options("mlm", mask=n / s)),
                             ("vl", from_options("vl", mask=(1 / s, 1 - 1 / s)))):
@@ -274,7 +287,8 @@ def of_one(objective, s, weighting="targets", samples=100_000, seed=0):
 
 
 def every_claim(seed=0, s=8):
-    """Every claim of the paper that can be computed, and what its picture shows."""
+    """Every claim of the paper that can be computed -> {"claims": rows of theory/claims.py, "checked" being
+    whether the verdict stands, and what the picture shows: "spectra", "dar_tails", "table_9"}."""
     spectra, eq6, eq3 = registered(s), *(spectrum(from_options(name, t=2), s) for name in ("dar", "mtp"))
     tails = [spectrum(from_options("dar", t=t), s)["tail_sigma4_per_class"] for t in range(1, s)]
     told = []
@@ -294,6 +308,13 @@ def every_claim(seed=0, s=8):
 # ---------------------------------------------------------------------------- command line
 
 def spectrum_command(args):
+    """`spectral.py spectrum --objective NAME ...`: position matrix and singular values of objectives.
+
+    args     objective (a list), s, r, weighting, samples, seed, and the options of objectives
+    Returns {"spectra": what `operator.spectrum` returns of each, with "r" and "tail_sigma4" over all
+    classes}.
+    BadInput: options that do not suit the objective or the length.
+    """
     given, spectra = options_of(vars(args)), []
     for name, ours in share_options(OBJECTIVES, list(dict.fromkeys(args.objective)), given).items():
         x = of_one(from_options(name, **ours), args.s, args.weighting, args.samples, args.seed)
@@ -351,6 +372,10 @@ def read_command(argv):
 
 
 def main(argv=None):
+    """The command line, of `argv` or sys.argv -> 0. Prints what a command found, or with --json the object
+    {"command", "settings", what was found}; with --plot draws it. BadInput: a wrong use, a toy model that is
+    too large to enumerate.
+    """
     args, threads = read_command(argv), torch.get_num_threads()
     plot = getattr(args, "plot", None)
     if plot:
@@ -360,7 +385,8 @@ def main(argv=None):
     try:
         if args.command != "trained":
             torch.set_num_threads(1)                                           # the matrices are small
-        results = args.compute(args)
+        with told(args.command):
+            results = args.compute(args)
     finally:
         torch.set_num_threads(threads)
     if args.json != "-":

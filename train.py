@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from data import check_source
 from engine.log import Log, introduction
 from engine.machine import (
     LossModule,
@@ -241,6 +242,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     Started by torchrun, each of W processes takes its part of every batch; the first one writes the folder.
     """
     out = Path(out)
+    if not resume:
+        check_source(settings.data)
     machine, saved = preflight(out, resume, overwrite, device, dtype, compiled, fsdp, threads, tensorboard)
     job = load(settings, out, machine, saved, overwrite)
     build(job, saved, out)
@@ -323,6 +326,10 @@ def parse(argv):
 
 
 def main(argv=None):
+    """The command line, of `argv` or sys.argv -> exit status: 130 where a signal stopped the run, else 0.
+    BadInput: settings that do not fit each other, data that is not there, a run folder that is taken, a loss
+    that is not finite.
+    """
     settings, args = parse(argv)
     out, reported = args.pop("out"), not args.pop("no_report")
     if args["threads"] is None and not args["resume"]:  # a resumed run takes those it had

@@ -220,6 +220,12 @@ def print_scores(name, result):
 # ---------------------------------------------------------------------------- commands
 
 def glue_command(args):
+    """`evaluate.py glue CKPT --glue-dir DIR`: fine-tunes on each task and seed, prints Table 2's row.
+
+    args     checkpoint, glue_dir, tasks, seeds, submit, results, max_train, and the options of fine-tuning
+    Returns ({"protocol", "results": what `run_glue` returns}, the Run); what is in --results is not computed
+    again. BadInput: files that are missing or not in GLUE's form, a task that there is not, images.
+    """
     run, autocast = open_run(args)
     if not run.text:
         raise BadInput(f"{run.name} was trained on images and GLUE is text; probe and finetune take images "
@@ -256,6 +262,14 @@ def print_glue(results):
 
 
 def finetune_command(args):
+    """`evaluate.py finetune CKPT --data SOURCE`: all weights and a new layer, on labelled texts or images.
+
+    args     checkpoint, data, seeds, the choice of columns, of labels and of rows, and the options of
+             fine-tuning
+    Returns ({"protocol", "results": scores over seeds, and of each dev example the label and predictions},
+    the Run). BadInput: labels that are missing or of one class, options of the other kind of data, a loss
+    that is not finite.
+    """
     run, autocast = open_run(args)
     if not run.text:
         return finetune_images(args, run, autocast)
@@ -289,7 +303,7 @@ def finetune_images(args, run, autocast):
     steps = protocol.epochs * batch_and_steps(len(images.train), protocol)[1]
     predicted, every_figures = [], []
     for k in range(args.seeds):
-        with progress(quiet=False, total=steps, unit="step", desc=f"seed {k}") as bar:
+        with progress(quiet=False, total=steps, unit=" steps", desc=f"seed {k}") as bar:
             classes, labels, figures = fine_tune_images(run, images, protocol, k, autocast, bar)
         predicted.append(classes)
         every_figures.append(figures)
@@ -311,6 +325,13 @@ def finetune_images(args, run, autocast):
 
 
 def probe_command(args):
+    """`evaluate.py probe CKPT`: a linear classifier on frozen features of labelled texts or images, printed.
+
+    args     checkpoint, data (default: pydoc passages by package; images: the run's own), layer, classifier,
+             pixels, seed, pool, attention, and the choice of columns, of labels and of rows
+    Returns ({"results": {"layers": {layer: what `probe_figures` returns}, ..}}, the Run). BadInput: labels
+    that are scores or of one class, a layer that there is not, options of the other kind of data.
+    """
     run, autocast = open_run(args)
     if not run.text:
         return probe_images(args, run, autocast)
@@ -358,6 +379,13 @@ def probe_images(args, run, autocast):
 
 
 def transfer_command(args):
+    """`evaluate.py transfer CKPT --data SET [SET ...]`: such a classifier on each of several image sets
+    (Table 6).
+
+    args     checkpoint, data (a list), layer, seed, max_train, max_test, pool, attention
+    Returns ({"results": {"sets": what `probe_figures` returns of each, "mean": of the accuracies, ..}}, the
+    Run). BadInput: a checkpoint of text, a set that is not there or of one class.
+    """
     run, autocast = image_run(args, args.checkpoint)
     attention, pool = attention_and_pool(run, args.attention, args.pool)
     config, rows = run.model.config, []

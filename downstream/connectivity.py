@@ -14,11 +14,12 @@ from downstream.hub import open_run
 from engine.runs import about
 from objectives import describe, draw_batch
 from support.cli import BadInput, import_optional, progress
+from text.folders import Corpus
 
 
-def evaluation_sequences(run, data=None, count=200):
-    """(`count` sequences of held-out text (N, S), the same for every checkpoint of one tokenizer and length;
-    its tokens per byte; the name of the data). `data` None: the validation text of the run."""
+def held_out_text(run, data=None):
+    """What --data names, as a Corpus whose `val` is evaluated on. None: the data of the run, as its folder
+    keeps it where that was raw text."""
     if not run.text:
         raise BadInput(f"{run.name} was trained on images; this command reads text")
     if data is None:
@@ -27,8 +28,14 @@ def evaluation_sequences(run, data=None, count=200):
             raise BadInput(f"{run.name} does not come with a text to evaluate on; give one with --data")
         if (run.folder / "data").exists():  # raw text that train.py tokenized
             data = str(run.folder / "data")
-    corpus = load_evaluation(data, run.tokenizer)
-    S = run.settings.length
+    return load_evaluation(data, run.tokenizer)
+
+
+def evaluation_sequences(run, data=None, count=200):
+    """(`count` sequences of held-out text (N, S), the same for every checkpoint of one tokenizer and length;
+    its tokens per byte; the name of the data). `data`: as for `held_out_text`, or what that returned."""
+    corpus = data if isinstance(data, Corpus) else held_out_text(run, data)
+    data, S = corpus.name, run.settings.length
     whole = corpus.val[:len(corpus.val) // S * S]
     if len(whole) < 2 * S or count < 2:
         raise BadInput(f"a standard error takes at least two sequences of {S} tokens; {data} has "
@@ -52,7 +59,7 @@ def features_of(run, data, count, seed=0, quiet=True):
     """
     sequences = evaluation_sequences(run, data, count)[0]
     each, generator, rows = math.ceil(count / len(sequences)), torch.Generator().manual_seed(seed), []
-    for first in progress(range(0, len(sequences), 64), quiet, desc="features"):
+    for first in progress(range(0, len(sequences), 64), quiet, desc="features", unit=" batches"):
         tokens = sequences[first:first + 64]
         batch = draw_batch(run.objective, run.path, tokens, run.model.config.vocab, generator)
         wanted = torch.rand(batch.weight.shape, generator=generator) * batch.weight
@@ -77,7 +84,7 @@ def top_pairs(x, texts, count=100_000, block=2048, quiet=True):
     x (N, D), texts (N,). Block by block: memory is that of a few blocks and of `count`, whatever N.
     """
     best = x.new_empty(0)
-    for i in progress(range(0, len(x), block), quiet, desc="pairs"):
+    for i in progress(range(0, len(x), block), quiet, desc="most similar pairs", unit=" blocks"):
         for j in range(i, len(x), block):
             product = x[i:i + block] @ x[j:j + block].T
             row, column = (product > (best[-1] if len(best) == count else -math.inf)).nonzero(as_tuple=True)
@@ -146,6 +153,13 @@ def plot_connectivity(path, rows):
 
 
 def connectivity_command(args):
+    """`evaluate.py connectivity CKPT [CKPT ...]`: Figure 2 as a table, and as a picture.
+
+    args     checkpoints, data (default: the first one's text, for all), features, top, seed, plot
+    Returns ({"data", "same_sequences": whether all read the same cuts of it, "checkpoints": what
+    `similarities` returns of each}, None). BadInput: text that is too short, a checkpoint of images, features
+    not finite.
+    """
     rows, data, tokenizers = [], args.data, set()
     for checkpoint in args.checkpoints:
         run, autocast = open_run(args, checkpoint)

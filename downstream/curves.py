@@ -72,11 +72,18 @@ def plot_curves(path, runs):
 
 
 def curves_command(args):
-    """`evaluate.py curves`: the picture, and the last numbers of each run as a table."""
-    runs = [read_curves(folder) for folder in args.checkpoints]
-    plot_curves(args.plot, runs)
+    """`evaluate.py curves RUN [RUN ...]`: losses, rates and speed as a picture, and the last of each printed.
+
+    args     checkpoints (run folders), plot (the picture; by default curves.png in the run folder, of several
+             runs compared.png in that of the first), json
+    Returns ({"results": one dict a run, "picture": its path}, None). BadInput: a folder without losses, or no
+    matplotlib.
+    """
+    runs, folders = [read_curves(folder) for folder in args.checkpoints], args.checkpoints
+    picture = args.plot or Path(folders[0], "curves.png" if len(folders) == 1 else "compared.png")
+    plot_curves(picture, runs)
     results = []
-    for folder, run in zip(args.checkpoints, runs):
+    for folder, run in zip(folders, runs):
         val, unit = run["val_loss"] or [None], run["unit"]
         results.append({"run": str(folder), unit: run["seen"][-1], "loss": run["loss"][-1],
                         "val_loss": val[-1], "best_val_loss": min(run["val_loss"], default=None),
@@ -86,11 +93,12 @@ def curves_command(args):
             print(f"{run['name']:30s} {run['seen'][-1]:14,} {unit}  "
                   f"loss {run['loss'][-1]:.4f}  validation {last}")
     if args.json != "-":
-        print(f"picture: {args.plot}")
-    return {"results": results}, None
+        print(f"picture: {picture}")
+    return {"results": results, "picture": str(picture)}, None
 
 
 def add_curves_command(command):
     """evaluate.py curves RUN [RUN ...]"""
     sub = command("curves", curves_command, "draw training runs: loss, learning rate, speed", many=True)
-    sub.add_argument("--plot", type=output_file, metavar="FILE", default="curves.png", help="picture")
+    sub.add_argument("--plot", type=output_file, metavar="FILE", help="picture (default: curves.png in the "
+                     "run folder, of several runs compared.png in that of the first)")

@@ -47,7 +47,7 @@ def tokenize(run, texts, quiet=True):
     second = [] if len(texts[0]) == 2 else None
     room = limit - len(layout([], second)[0])
     rows = []
-    for text in progress(texts, quiet, desc="tokenizing"):
+    for text in progress(texts, quiet, desc="tokenizing", unit=" texts"):
         a, b = truncate(encode(text[0]), second if second is None else encode(text[1]), room)
         rows.append(layout(a, b))
     ids = [np.asarray(row, np.int32) for row, _ in rows]

@@ -207,7 +207,7 @@ def fine_tune_once(run, dataset, inputs, protocol, seed, autocast=PLAIN, quiet=T
 
     steps = protocol.epochs * math.ceil(len(dataset.train.labels) / protocol.batch_size)
     outputs = 1 if dataset.classes is None else len(dataset.classes)
-    with progress(quiet=quiet, total=steps, unit="step", desc=f"{dataset.name} seed {seed}") as bar:
+    with progress(quiet=quiet, total=steps, unit=" steps", desc=f"{dataset.name} seed {seed}") as bar:
         predict, figures = fine_tune(run, inputs["train"], dataset.train.labels, outputs, protocol, seed,
                                      autocast,
                                      validate=first_score, bar=bar)

@@ -37,7 +37,7 @@ def encode_all(run, batches, count, pool, causal, layer=None, autocast=PLAIN, qu
     """
     features = {}
     run.model.eval()
-    with progress(quiet=quiet, total=count, desc="features") as bar:
+    with progress(quiet=quiet, total=count, desc="features", unit=" examples") as bar:
         for rows, batch in batches:
             with autocast:
                 states = encode(run.model, batch, causal, every_layer=layer is not None)
@@ -102,7 +102,7 @@ def fit_probe(train_x, train_y, test_x, test_y, seed=0, quiet=True):
     held = [rows for rows in fifths[:5 if len(order) < FEW else 1] if 0 < len(rows) < len(order)]
     fits = [order[~torch.isin(order, rows)] for rows in held]
     best, strength, start, kept = math.inf, L2[0], [None] * len(held), None
-    for l2 in progress(L2 if held else (), quiet, desc="strength of the penalty"):
+    for l2 in progress(L2 if held else (), quiet, desc="strength of the penalty", unit=" strengths"):
         start = [logistic_regression(train_x[fit], train_y[fit], l2, classes, w)
                  for fit, w in zip(fits, start)]
         loss = sum(F.cross_entropy(linear(train_x[rows], w), train_y[rows], reduction="sum").item()

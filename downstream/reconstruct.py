@@ -158,6 +158,13 @@ def complete(config, images, numbers, hidden, fill, keep, perceptual=None, autoc
 
 
 def reconstruct_command(args):
+    """`evaluate.py reconstruct CKPT [CKPT ...]`: Table 8, the same hidden patches for all, and a picture.
+
+    args     checkpoints, data, hide (share of the patches), order, max_images, seed, lpips, rows, picture
+    Returns ({"data", "images", "hidden" and "patches" of an image, "rows": means and standard errors of
+    `measures`, the mean colour first, with the values of each image}, None). BadInput: a checkpoint of text
+    or with --norm-pix, checkpoints that cut images differently, a random order in one causal stream.
+    """
     perceptual, first, rows, columns = perceptual_distance(args.lpips), None, [], []
     for checkpoint in args.checkpoints:
         run, autocast = image_run(args, checkpoint)
@@ -181,7 +188,7 @@ def reconstruct_command(args):
                            "compare those that see alike")
         start, label = time.perf_counter(), f"{describe(run.objective)} ({run.path})"
         label = "untrained " + label if checkpoint.startswith(UNTRAINED) else label
-        with progress(quiet=False, total=hidden.numel(), unit="patch", desc=label) as bar:
+        with progress(quiet=False, total=hidden.numel(), unit=" patches", desc=label) as bar:
             fill = functools.partial(reconstruct, run, bar=bar)
             found, kept = complete(config, images, numbers, hidden, fill, args.rows, perceptual, autocast)
         rows.append({"checkpoint": checkpoint, "label": label, **about(run),
@@ -191,8 +198,9 @@ def reconstruct_command(args):
                      **{f"{name}_of_images": values.tolist() for name, values in found.items()}})
         columns.append((label, kept))
     if args.json != "-":
-        print(f"{len(numbers):,} validation images of {source}, {hidden.shape[1]} of {first.length} patches "
-              f"hidden, predicted in {args.order} order; mean ± standard error over images\n")
+        print(f"{len(numbers):,} validation images of {source}, --hide {args.hide:g}: {hidden.shape[1]} of "
+              f"{first.length} patches hidden (never the first), whatever share a model was trained with; "
+              f"predicted in {args.order} order; mean ± standard error over images\n")
         print_reconstructions(rows)
     if args.picture:
         save_grid(args.picture, columns)

@@ -45,8 +45,13 @@ def empirical_spectrum(features, targets):
 
 @torch.no_grad()
 def trained(args):
-    """The empirical spectrum of each checkpoint, from features of contexts of held-out text and embeddings of
-    X+."""
+    """`spectral.py trained CKPT [CKPT ...]`: the empirical spectrum of each checkpoint, from features of
+    contexts of held-out text and embeddings of X+.
+
+    args     checkpoints, data, features, seed, device
+    Returns {"checkpoints": [{"correlations", "covariance", "tail_sigma4", ..}]}. BadInput: fewer than four
+    features for each dimension, a checkpoint of images.
+    """
     rows = []
     for path in args.checkpoints:
         run = load_run(path, choose_device(args.device))

@@ -136,7 +136,7 @@ def sgd_probe(train_x, train_y, test_x, test_y, seed=0, quiet=True, epochs=90, b
         return ((train_x[rows], train_y[rows]) for rows in torch.randperm(N, generator=generator).split(size))
 
     optimizer = torch.optim.SGD(model.parameters(), lr=budget.lr, momentum=0.9)
-    with progress(quiet=quiet, total=epochs * (N // size), unit="step", desc="probe") as bar:
+    with progress(quiet=quiet, total=epochs * (N // size), unit=" steps", desc="classifier") as bar:
         # drops what is left of an epoch
         optimise(model, optimizer, batches, N // size, F.cross_entropy, budget, bar=bar)
     model.eval()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from engine.machine import parameters, peak_flops
 from objectives import describe
-from support.cli import BadInput, import_optional
+from support.cli import BadInput, duration, import_optional
 
 IN_A_ROW = 10  # steps whose gradient is not finite, after which a run ends
 
@@ -123,9 +123,8 @@ class Log:
         elapsed = time.perf_counter() - self.started
         if self.bar.disable and elapsed >= self.due:
             left = elapsed / (self.step - self.begun) * (self.steps - self.step)
-            left = f"{left / 60:,.0f} min" if left > 90 else f"{left:.0f} s"
             self.say(f"step {self.step:6,}  training loss {self.mean:.3f}  {self.speed * self.each:,.0f} "
-                     f"{self.unit}/s{more}  {100 * self.step // self.steps}%, {left} left")
+                     f"{self.unit}/s{more}  {100 * self.step // self.steps}%, {duration(left)} left")
             self.due = elapsed + min(60, max(1, elapsed))
         self.note_waiting(elapsed)
 

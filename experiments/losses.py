@@ -1,16 +1,14 @@
 """Two measurements that only the experiments need, on the held-out sequences that perplexity takes.
 
-    python -m experiments.losses ratios RUN --ratios 0.15,0.5 --json FILE    loss per hidden token where that
-    share is hidden python -m experiments.losses unigram RUN --json FILE                     loss of the
-    training text's token frequencies
+    python -m experiments.losses ratios RUN --ratios 0.15,0.5    loss of a hidden token where so many are
+    python -m experiments.losses unigram RUN                     loss of the training text's frequencies
 """
 
-
-import numpy as np
 import torch
 
 from data import load_evaluation
 from downstream.by_length import length_bins
+from downstream.closing import unigram_nll
 from downstream.connectivity import evaluation_sequences
 from downstream.hub import open_run
 from engine.runs import about
@@ -37,11 +35,9 @@ def losses_at(run, sequences, shares, draws=4, batch=64):
 
 
 def unigram_losses(run, sequences, data):
-    """As perplexity's by_length, of a model that knows how often each token stands in the first 5 million of
-    the training text, every count plus one."""
-    tokens = np.asarray(load_evaluation(data, run.tokenizer).train[:5_000_000])
-    counts = np.bincount(tokens, minlength=run.model.config.vocab) + 1.0
-    nll = torch.from_numpy(-np.log(counts / counts.sum()))[sequences[:, 1:]]
+    """As perplexity's by_length, of a model that knows only how often each token stands in the training
+    text."""
+    nll = unigram_nll(load_evaluation(data, run.tokenizer), sequences)
     bins = [{"first": low, "last": high, "sequence_nll": nll[:, low - 1:high].mean(1).tolist()}
             for low, high in length_bins(nll.shape[1])]
     return {"nll": nll.mean().item(), "sequence_nll": nll.mean(1).tolist(), "by_length": {"bins": bins}}

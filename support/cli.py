@@ -1,6 +1,7 @@
 """The command line of every file: reading it, bad input in one line, and --json."""
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -8,6 +9,8 @@ import math
 import os
 import re
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -155,9 +158,96 @@ def write_json(target, content):
 @functools.cache
 def note_once(text):
     """A line on standard error, the first time only."""
-    print(text, file=sys.stderr, flush=True)
+    tell_line(text)
+
+
+# ---------------------------------------------------------------------------- how far a command is
+
+EVERY = 10.0  # seconds between the lines of `told`
+COUNTED = []  # what is counted now, the innermost last
 
 
 def progress(steps=None, quiet=False, **options):
-    """A tqdm bar over `steps` on standard error, gone when done; hidden where that is a file or a pipe."""
-    return tqdm(steps, leave=False, disable=quiet or not sys.stderr.isatty(), **options)
+    """A tqdm bar over `steps` on standard error, gone when done. Where that is a file or a pipe, a Tally
+    with the same methods: `told` writes how far it is."""
+    if quiet or sys.stderr.isatty():
+        return tqdm(steps, leave=False, disable=quiet, **options)
+    return Tally(steps, **options)
+
+
+class Tally:
+    """Counts without a bar. `str` of it says how far it is, and about how long the rest takes."""
+
+    def __init__(self, steps=None, total=None, desc="", unit="steps", **_):
+        self.steps, self.total, self.desc, self.unit = steps, total, desc, unit.strip()
+        if total is None and hasattr(steps, "__len__"):
+            self.total = len(steps)
+        self.n, self.note, self.started = 0, "", time.monotonic()
+
+    def update(self, n=1):
+        self.n += n
+
+    def set_postfix_str(self, note):
+        self.note = note
+
+    def __enter__(self):
+        COUNTED.append(self)
+        return self
+
+    def __exit__(self, *_):
+        COUNTED.remove(self)
+
+    def __iter__(self):
+        with self:
+            for step in self.steps:
+                yield step
+                self.update()
+
+    def __str__(self):
+        words = [self.desc] if self.desc else []
+        if self.total is None:
+            words.append(f"{self.n:,} {self.unit} so far")
+        else:
+            words.append(f"{self.n:,} of {self.total:,} {self.unit}")
+        words += [self.note] if self.note else []
+        if self.total and self.n:
+            left = (time.monotonic() - self.started) / self.n * (self.total - self.n)
+            words.append(f"about {duration(left)} to go")
+        return ", ".join(words)
+
+
+def tell_line(text):
+    """Onto standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def told(command):
+    """While the block runs, a line every EVERY seconds on standard error, where that is no terminal: how far
+    what is counted is, or how long `command` has worked. A command that is done before that leaves none."""
+    done, started = threading.Event(), time.monotonic()
+
+    def tell():
+        while not done.wait(EVERY):
+            counted = COUNTED[-1:]  # one copy, as the other thread may end it now
+            state = str(counted[0]) if counted else f"{duration(time.monotonic() - started)} so far"
+            tell_line(f"{command}: {state}")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    if not sys.stderr.isatty():
+        teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if teller.ident:
+            teller.join()
+
+
+def duration(seconds):
+    """40 s, 12 min, 3.5 h, 40 days, 20 years"""
+    for least, unit, text in ((100, 1, "{:.0f} s"), (6000, 60, "{:.0f} min"), (360_000, 3600, "{:.1f} h"),
+                              (86_400_000, 86_400, "{:.0f} days")):
+        if seconds < least:
+            return text.format(seconds / unit)
+    return f"{seconds / 31_557_600:,.0f} years"

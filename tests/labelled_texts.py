@@ -1,8 +1,6 @@
-"""What the tests of labelled texts share: files, texts, a quick protocol, and evaluate.py called as from the
-command line."""
+"""What the tests of labelled texts share: files, texts, and a quick protocol."""
 import numpy as np
 
-import evaluate
 from downstream import glue
 from downstream.finetune import Protocol
 
@@ -39,9 +37,3 @@ def write_glue(folder, layouts):
             rows = [[*row[:column], cell, *row[column + 1:]] for cell in cells]
             write(folder / task.folder / file, [header, *rows])
     return folder
-
-
-def call(capsys, *argv):
-    """What evaluate.py prints."""
-    evaluate.main([*map(str, argv), "--device", "cpu", "--dtype", "fp32"])
-    return capsys.readouterr().out

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import words
 
 import bench
 from engine.settings import resolve
@@ -23,7 +24,7 @@ from experiments.speed import (
     speed_ratio,
     step_flops,
 )
-from model import Config, Transformer
+from model import SIZES, Config, Transformer
 from objectives import choose_path, from_options, loss_sum
 from support.cli import BadInput
 
@@ -155,35 +156,19 @@ def test_ratios_are_of_medians_and_show_the_range():
     assert speed_ratio({**a, "peak_memory": None}, b)["memory"] is None
 
 
-def test_command_line_writes_all_fields(tmp_path, capsys, monkeypatch):
-    """Also that memory is measured: weights, gradients and two moments take 16 bytes for each parameter."""
+@pytest.fixture
+def quick(monkeypatch):
+    """Short rounds, and a small matrix product for the peak."""
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(speed, "SQUARES", {True: (256,)})
+
+
+def test_command_line_writes_all_fields(tmp_path, capsys, quick):
+    """Also that memory is measured: weights, gradients and two moments take 16 bytes for each parameter."""
     out = tmp_path / "bench.json"
     argv = [
-        "--objectives",
-        "ar",
-        "--layers",
-        "1",
-        "--width",
-        "128",
-        "--heads",
-        "2",
-        "--length",
-        "8",
-        "--batch-size",
-        "2",
-        "--vocab",
-        "16384",
-        "--rounds",
-        "2",
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--json",
-        str(out),
-    ]
+        *words("--objectives ar --layers 1 --width 128 --heads 2 --length 8 --batch-size 2 --vocab 16384 "
+        "--rounds 2 --device cpu --dtype fp32 --json"), str(out)]
     assert bench.main(argv) == 0
     content = json.loads(out.read_text())
     assert content["command"] == "bench.py" and content["threads"] == torch.get_num_threads()
@@ -206,39 +191,11 @@ def test_command_line_writes_all_fields(tmp_path, capsys, monkeypatch):
     assert "ar fp32" in capsys.readouterr().out
 
 
-def test_command_line_compares_and_doubles(capsys, monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS", 0.01)
-    monkeypatch.setattr(speed, "SQUARES", {True: (256,)})
+def test_command_line_compares_and_doubles(capsys, monkeypatch, quick):
     monkeypatch.setattr(speed, "cpu_memory", lambda case: 1000 * case.batch)
-    bench.main(
-        [
-            "--objectives",
-            "ar,vl",
-            "--mask",
-            "0.2,0.4",
-            "--layers",
-            "1",
-            "--width",
-            "16",
-            "--heads",
-            "2",
-            "--length",
-            "8",
-            "--batch-size",
-            "2",
-            "--vocab",
-            "50",
-            "--rounds",
-            "2",
-            "--device",
-            "cpu",
-            "--dtype",
-            "bf16,fp32",
-            "--scaling",
-            "--json",
-            "-",
-        ]
-    )
+    bench.main([
+        *words("--objectives ar,vl --mask 0.2,0.4 --layers 1 --width 16 --heads 2 --length 8 --batch-size 2 "
+        "--vocab 50 --rounds 2 --device cpu --dtype bf16,fp32 --scaling --json -")])
     content = json.loads(capsys.readouterr().out)
     assert [(r["name"], r["dtype"]) for r in content["results"][:4]] == [
         ("ar", "bf16"),
@@ -255,7 +212,8 @@ def test_command_line_compares_and_doubles(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flag, options, name", [("dar", ["--t", "3"], "dar t=3"), ("vl", [], "vl 0.15,0.3")])
-def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkeypatch, flag, options, name):
+def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(flag, options, name, quick, capsys,
+                                                                  monkeypatch):
     """A bare step of 2 s against a log of 10 s for the first ten steps and 2.5 s for each later one; the same
     sizes."""
     seen = {}
@@ -274,32 +232,13 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
 
     real = speed.set_up
     monkeypatch.setattr(speed, "train", train)
-    monkeypatch.setattr(speed, "SECONDS", 0.01)
-    monkeypatch.setattr(speed, "SQUARES", {True: (64,)})
     monkeypatch.setattr(speed, "cpu_memory", lambda case: None)
     monkeypatch.setattr(
         speed, "set_up", lambda case, *rest: (prepare if case.config.vocab == 257 else real)(case, *rest)
     )
-    bench.main(
-        [
-            "--objectives",
-            flag,
-            *options,
-            "--preset",
-            "tiny",
-            "--length",
-            "16",
-            "--batch-size",
-            "2",
-            "--rounds",
-            "2",
-            "--device",
-            "cpu",
-            "--loop",
-            "--json",
-            "-",
-        ]
-    )
+    bench.main([
+        "--objectives", flag, *options,
+        *words("--preset tiny --length 16 --batch-size 2 --rounds 2 --device cpu --loop --json -")])
     (loop,) = json.loads(capsys.readouterr().out)["loop"]
     assert loop == {"name": name, "dtype": loop["dtype"], "share": 0.8, "rounds": [0.8, 0.8]}
     settings, case = seen["train"], seen["bare"]
@@ -310,7 +249,7 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(capsys, monkey
         2,
     )
     assert settings.task()[0] == case.objective
-    assert (case.config.length, case.config.layers, case.batch) == (16, 4, 2)
+    assert (case.config.length, case.config.layers, case.batch) == (16, SIZES["tiny"]["layers"], 2)
 
 
 @pytest.mark.parametrize(
@@ -428,39 +367,13 @@ def test_extras_mae_peer_hides_as_many_patches():
     assert model.config.decoder_intermediate_size == 4 * c.decoder[1]
 
 
-def test_extras_peers_and_flops(capsys, monkeypatch):
+def test_extras_peers_and_flops(capsys, monkeypatch, quick):
     """One objective against its peer in both precisions; the peer's FLOPs by hand."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(speed, "SECONDS", 0.01)
-    monkeypatch.setattr(speed, "SQUARES", {True: (256,)})
     monkeypatch.setattr(speed, "cpu_memory", lambda case: 2000 if case.peer else 1000)
-    bench.main(
-        [
-            "--objectives",
-            "ar",
-            "--layers",
-            "2",
-            "--width",
-            "16",
-            "--heads",
-            "2",
-            "--length",
-            "8",
-            "--batch-size",
-            "2",
-            "--vocab",
-            "23",
-            "--rounds",
-            "2",
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32,bf16",
-            "--peers",
-            "--json",
-            "-",
-        ]
-    )
+    bench.main([
+        *words("--objectives ar --layers 2 --width 16 --heads 2 --length 8 --batch-size 2 --vocab 23 "
+        "--rounds 2 --device cpu --dtype fp32,bf16 --peers --json -")])
     content = json.loads(capsys.readouterr().out)
     pairs = [(r["dtype"], r["other_dtype"]) for r in content["ratios"]]
     assert pairs == [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
@@ -502,9 +415,8 @@ class GPT(torch.nn.Module):
     return folder
 
 
-def test_nanogpt_is_a_peer_of_the_causal_path_and_scores_the_next_tokens(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS", 0.01)
-    monkeypatch.setattr(speed, "SQUARES", {True: (64,)})
+def test_nanogpt_is_a_peer_of_the_causal_path_and_scores_the_next_tokens(tmp_path, capsys, monkeypatch,
+                                                                        quick):
     monkeypatch.setattr(speed, "cpu_memory", lambda case: 1)
     folder = nanogpt(tmp_path / "nanoGPT")
     case = replace(CASES["ar"], peer=str(folder))
@@ -513,34 +425,9 @@ def test_nanogpt_is_a_peer_of_the_causal_path_and_scores_the_next_tokens(tmp_pat
     expected = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(speed.make_loss(case)(model, batch, "causal"), expected)
     assert count == batch.tokens[:, 1:].numel() and capsys.readouterr().out == ""
-    bench.main(
-        [
-            "--objectives",
-            "ar,mlm",
-            "--layers",
-            "1",
-            "--width",
-            "16",
-            "--heads",
-            "2",
-            "--length",
-            "8",
-            "--vocab",
-            "23",
-            "--batch-size",
-            "2",
-            "--rounds",
-            "2",
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-            "--peer-nanogpt",
-            str(folder),
-            "--json",
-            "-",
-        ]
-    )
+    bench.main([
+        *words("--objectives ar,mlm --layers 1 --width 16 --heads 2 --length 8 --vocab 23 --batch-size 2 "
+        "--rounds 2 --device cpu --dtype fp32 --peer-nanogpt"), str(folder), "--json", "-"])
     found = json.loads(capsys.readouterr().out)
     assert [r["name"] for r in found["results"]] == ["ar", "mlm 0.15", "nanoGPT"]
     assert [(r["name"], r["other"]) for r in found["ratios"]] == [("ar", "nanoGPT")]
@@ -548,11 +435,9 @@ def test_nanogpt_is_a_peer_of_the_causal_path_and_scores_the_next_tokens(tmp_pat
         make_peer(replace(case, peer=str(tmp_path)))
 
 
-def test_extras_the_report_for_a_gpu_runs_every_section_here_too(tmp_path, capsys, monkeypatch):
+def test_extras_the_report_for_a_gpu_runs_every_section_here_too(tmp_path, capsys, monkeypatch, quick):
     pytest.importorskip("transformers")
     pytest.importorskip("PIL")
-    monkeypatch.setattr(speed, "SECONDS", 0.001)
-    monkeypatch.setattr(speed, "SQUARES", {True: (64,)})
     monkeypatch.setattr(speed, "cpu_memory", lambda case: 1)
     monkeypatch.setattr(gpu, "loop_share", lambda *args, **kwargs: [0.9, 1.0, 0.95])
     monkeypatch.setattr(gpu, "time_cases", lambda cases, device, rounds: speed.time_cases(cases, device, 1))

@@ -22,13 +22,13 @@ IMAGES = [("ar", 1), ("ar", 2), ("mlm", 1), ("vl", 1), ("vl", 2), ("segments", 2
 WAYS = [(*way, False) for way in TEXT] + [(*way, True) for way in IMAGES if way[0] in OBJECTIVES]
 
 
-def small_model(path, images=False, dtype=torch.float32):
+def small_model(path, images=False, dtype=torch.float32, layers=2):
     torch.manual_seed(0)
     if images:
         size = {"patch": 4, "mean": (0.5,) * 3, "std": (0.25,) * 3}
         size["decoder"] = (2, 16, 2) if path == "mae" else ()
-        return Transformer(Config(0, LENGTH, 2, 32, 2, **size)).to(dtype)
-    return Transformer(Config(VOCAB, LENGTH, 2, 32, 2)).to(dtype)
+        return Transformer(Config(0, LENGTH, layers, 32, 2, **size)).to(dtype)
+    return Transformer(Config(VOCAB, LENGTH, layers, 32, 2)).to(dtype)
 
 
 def make_batch(objective, path, count, images=False, seed=0):
@@ -80,7 +80,7 @@ def test_inductor_computes_the_same(name, streams):
     torch._dynamo.reset()
     objective = from_options(name)
     path = choose_path(objective, streams)
-    model, batch = small_model(path), make_batch(objective, path, 4)
+    model, batch = small_model(path, layers=1), make_batch(objective, path, 4)
     results = []
     for function in (loss_sum, machine.compiled_loss(True)):
         model.zero_grad()

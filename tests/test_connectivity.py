@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import call, quietly
 
 import evaluate
-import train as training
 from downstream import connectivity
 from engine.settings import resolve
 from support.cli import BadInput
@@ -90,28 +90,34 @@ def runs(tmp_path_factory):
     for name, options in {"ar": {}, "vl": {"objective": "vl"}, "long": {"length": 32}}.items():
         settings = resolve(**{"data": str(base / "text.txt"), "length": 16, "steps": 2, "batch_size": 4,
                               **options})
-        training.train(settings, base / name, device="cpu", dtype="fp32", quiet=True)
+        quietly(settings, base / name)
     return base
 
 
-def call(capsys, *argv):
-    evaluate.main(["connectivity", *map(str, argv), "--device", "cpu", "--dtype", "fp32"])
-    return capsys.readouterr().out
-
-
 def test_command(runs, capsys):
-    x = json.loads(call(capsys, runs / "ar", runs / "vl", "--features", "200", "--top", "500", "--json", "-"))
+    few = ("--features", "200", "--top", "500", "--json", "-")
+    x = json.loads(call(capsys, "connectivity", runs / "ar", runs / "vl", *few))
     assert x["command"] == "evaluate.py connectivity" and x["same_sequences"] and x["settings"]["top"] == 500
     assert [row["label"] for row in x["checkpoints"]] == ["ar", "vl 0.15,0.3"]
     for row in x["checkpoints"]:
         assert (row["features"], row["texts"], row["pairs"], row["step"]) == (200, 200, 500, 2)
         assert -1 <= row["cosine"]["least"] <= row["cosine"]["mean"] <= 1 + 1e-6
         assert row["inner_product"]["mean_of_all"] < row["inner_product"]["mean"]
-    text = call(capsys, runs / "ar", runs / "long", "--features", "60", "--top", "5")
+    text = call(capsys, "connectivity", runs / "ar", runs / "long", "--features", "60", "--top", "5")
     assert "ar ar" in text and "long ar" in text and "not the same cuts" in text
-    alone = json.loads(call(capsys, runs / "vl", "--features", "200", "--top", "500", "--json", "-"))
+    alone = json.loads(call(capsys, "connectivity", runs / "vl", *few))
     # a checkpoint's numbers are its own
     assert alone["checkpoints"] == x["checkpoints"][1:]
+
+
+def test_an_untrained_run_reads_the_text_that_its_folder_keeps(runs, capsys, monkeypatch):
+    (runs / "text.txt").rename(runs / "gone.txt")
+    try:
+        x = json.loads(call(capsys, "connectivity", f"untrained:{runs / 'ar'}", "--features", "50",
+                            "--top", "9", "--json", "-"))
+    finally:
+        (runs / "gone.txt").rename(runs / "text.txt")
+    assert x["data"] == str(runs / "ar" / "data") and x["checkpoints"][0]["step"] == 0
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -125,6 +131,6 @@ def test_wrong_uses_are_refused(runs, argv, says):
 
 def test_picture_extras(runs, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    call(capsys, runs / "ar", runs / "vl", "--features", "50", "--top", "100", "--plot",
+    call(capsys, "connectivity", runs / "ar", runs / "vl", "--features", "50", "--top", "100", "--plot",
          tmp_path / "figure2.png")
     assert (tmp_path / "figure2.png").read_bytes()[:4] == b"\x89PNG"

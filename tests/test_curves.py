@@ -1,7 +1,10 @@
 """Training curves, and what a run ends with."""
 
 import json
+import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ import evaluate
 from downstream import closing, curves
 from objectives import from_options, target_nll
 from support.cli import BadInput
+from text.folders import Corpus
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -81,6 +85,32 @@ def test_the_sample_shown_is_the_likeliest(make_run):
     assert closing.best_sample(run, prompt, 8) == tries[nll.argmin()]
 
 
-def test_a_better_model_is_promised_more():
-    texts = [closing.what_to_expect(bits) for bits in (8.0, 2.2, 1.5, 0.9, 0.0)]
-    assert len(set(texts)) == 4 and "few words are real" in texts[0] and texts[3] == texts[4]
+def test_the_picture_goes_into_the_folder_of_the_first_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    a, b = (str(write_metrics(tmp_path / name, [3, 2])) for name in "ab")
+    evaluate.main(["curves", a])
+    evaluate.main(["curves", b, a])
+    assert (tmp_path / "a" / "curves.png").exists() and (tmp_path / "b" / "compared.png").exists()
+    assert str(tmp_path / "b" / "compared.png") in capsys.readouterr().out
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "b" / "curves.png").exists()
+
+
+def test_a_model_is_called_what_its_loss_says():
+    """3.22 is the unigram loss of pydoc; 20 steps of the tiny preset come to about 3.11."""
+    texts = [closing.what_to_expect(nll, 3.22) for nll in (3.3, 3.11, 2.6, 1.78, 0.9)]
+    for text, words in zip(texts, ("no better than the 3.22", "3% better.*the sample is noise",
+                                   "19%.*hardly a word", "45%.*most words are real",
+                                   "72%.*judge by the sample")):
+        assert re.search(words, text), text
+    assert "judge by the sample" in closing.what_to_expect(5.0, 7.0, words=False)  # tokens that are words
+
+
+def test_unigram_loss_by_counting():
+    tokenizer = SimpleNamespace(vocab=4)
+    corpus = Corpus("x", tokenizer, np.array([0, 0, 0, 1, 1, 2]), np.array([3]), 1)
+    found = closing.unigram_nll(corpus, torch.tensor([[3, 0, 1], [2, 2, 3]]))
+    assert np.allclose(found.exp(), [[10 / 4, 10 / 3], [10 / 2, 10 / 1]])
+    alone = Corpus("x", tokenizer, np.array([], int), np.array([3, 3]), 1)  # a text that is all held out
+    assert np.allclose(closing.unigram_nll(alone, torch.tensor([[0, 3, 1]])).exp(), [[2, 6]])

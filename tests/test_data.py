@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import re
 
 import numpy as np
 import pytest
@@ -357,3 +358,18 @@ def test_more_of_a_dataset_is_read_when_more_is_asked_for(tmp_path, monkeypatch)
 def test_a_missing_package_is_named():
     with pytest.raises(BadInput, match="pip install no_such_package"):
         cli.import_optional("no_such_package")
+
+
+@pytest.mark.parametrize("files, flags, held", [
+    (1, (), "the last 5.0% of the tokens, as there are too few documents"),
+    (200, ("--val-fraction", "0.3"), r"(2|3)\d\.\d% of the documents, chosen by a checksum of their names"),
+    (1, ("--val", "{other}"), "all of .*other.txt")])
+def test_what_is_held_out_is_said(tmp_path, capsys, files, flags, held):
+    (tmp_path / "in").mkdir()
+    for k in range(files):
+        (tmp_path / "in" / f"{k}.txt").write_text(f"text number {k}\n" * 40)
+    (tmp_path / "other.txt").write_text("another text\n" * 9)
+    flags = [flag.format(other=tmp_path / "other.txt") for flag in flags]
+    data.main(["text", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *flags])
+    text = capsys.readouterr().out
+    assert re.search(f"held out: {held}$", text, re.MULTILINE) and " 0 documents" not in text

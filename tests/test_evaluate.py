@@ -6,12 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import WAYS, name_of
+from conftest import WAYS, call, name_of
 
 import evaluate
-import train as training
 from downstream import by_length, generation
-from engine.settings import resolve
 from objectives import choose_path, from_options
 from support.cli import BadInput
 
@@ -196,6 +194,15 @@ def test_most_confident_first(name, make_run):
     assert ours == fill_by_hand(run, [1, 2, 3, 0, 0, 0, 7, 8], [3, 4, 5], "confident")[3:6]
 
 
+def test_a_text_longer_than_the_sequence_is_filled_from_its_last_half(make_run):
+    """--order confident too: all that fits, the surest first, and then behind the last half of that."""
+    run = make_run(from_options("diffusion"), "mask")
+    first = fill_by_hand(run, [1, 2, 3, 0, 0, 0, 0, 0], [3, 4, 5, 6, 7], "confident")
+    then = fill_by_hand(run, [*first[4:], 0, 0], [4, 5], "confident")
+    found = generation.generate(run, [1, 2, 3], 7, temperature=0, order="confident")
+    assert found == first[3:] + then[4:]
+
+
 def test_spans_fill_a_gap_in_order(make_run):
     run, text = make_run(from_options("spans"), "two-stream"), [1, 2, 0, 0, 0, 7, 8]
     ours = generation.generate(run, [1, 2], 3, temperature=0, suffix=[7, 8])
@@ -268,30 +275,11 @@ def test_no_bound_is_said_in_a_line(flag, make_run):
         evaluate.any_order(make_run(from_options(flag), "two-stream"), torch.zeros(2, 8, dtype=torch.long))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Small runs on repeating text: {name: folder}."""
-    base = tmp_path_factory.mktemp("runs")
-    text = base / "text.txt"
-    text.write_text("the cat sat on the mat. " * 400)
-    folders = {}
-    for name in ("ar", "dar", "vl", "diffusion", "spans"):
-        folders[name] = base / name
-        settings = resolve(objective=name, data=str(text), length=16, steps=10, batch_size=8)
-        training.train(settings, folders[name], device="cpu", dtype="fp32", quiet=True)
-    return folders
-
-
-def call(capsys, *argv):
-    evaluate.main([*map(str, argv), "--device", "cpu", "--dtype", "fp32"])
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name, regimes", [
     ("ar", ["next"]), ("dar", ["next"]), ("vl", ["padded", "truncated"])])
-def test_perplexity_command(trained, capsys, tmp_path, name, regimes):
+def test_perplexity_command(text_runs, capsys, tmp_path, name, regimes):
     out = tmp_path / "result.json"
-    text = call(capsys, "perplexity", trained[name], "--by-length", "--json", out)
+    text = call(capsys, "perplexity", text_runs[name], "--by-length", "--json", out)
     content = json.loads(out.read_text())
     assert list(content["results"]["regimes"]) == regimes and content["step"] == 10
     assert content["objective"] == {"ar": "ar", "dar": "dar t=2", "vl": "vl 0.15,0.3"}[name]
@@ -313,22 +301,22 @@ def test_perplexity_command(trained, capsys, tmp_path, name, regimes):
     assert ("as trained" in text) == (name == "dar") and "8-15" in text
 
 
-def test_perplexity_of_other_text(trained, capsys, tmp_path):
+def test_perplexity_of_other_text(text_runs, capsys, tmp_path):
     (tmp_path / "other.txt").write_text("the mat sat on the cat. " * 20)
-    own = json.loads(call(capsys, "perplexity", trained["ar"], "--json", "-"))
-    other = json.loads(call(capsys, "perplexity", trained["ar"] / "ckpt.pt", "--data",
+    own = json.loads(call(capsys, "perplexity", text_runs["ar"], "--json", "-"))
+    other = json.loads(call(capsys, "perplexity", text_runs["ar"] / "ckpt.pt", "--data",
                             tmp_path / "other.txt", "--json", "-",
                             "--max-sequences", "5"))
     assert other["results"]["regimes"]["next"]["sequences"] == 5
-    file = json.loads(call(capsys, "perplexity", trained["ar"] / "ckpt.pt", "--json", "-"))
+    file = json.loads(call(capsys, "perplexity", text_runs["ar"] / "ckpt.pt", "--json", "-"))
     assert file["results"]["regimes"] == own["results"]["regimes"]  # the validation part, also from the file
     assert own["results"]["regimes"]["next"]["nll"] != other["results"]["regimes"]["next"]["nll"]
 
 
-def test_bound_command(trained, capsys, tmp_path):
+def test_bound_command(text_runs, capsys, tmp_path):
     """Both distributions of one network, each under its own name; the mixture's bound is the tighter one."""
     out = tmp_path / "result.json"
-    text = call(capsys, "bound", trained["diffusion"], "--max-sequences", "5", "--draws", "30", 
+    text = call(capsys, "bound", text_runs["diffusion"], "--max-sequences", "5", "--draws", "30", 
                 "--orders", "4",                 "--json", out)
     results = json.loads(out.read_text())["results"]
     bound, mixture = results["any_order"]["bound"], results["any_order"]["mixture"]
@@ -341,7 +329,7 @@ def test_bound_command(trained, capsys, tmp_path):
     mixed, chain = text.split("The chain from left to right, another distribution: exactly")
     assert f"<={bound['perplexity']:9.2f}" in mixed and f"= {exact['perplexity']:9.2f}" in chain
     assert "mixture" in mixed and "mixture" not in chain
-    again = json.loads(call(capsys, "bound", trained["diffusion"], "--max-sequences", "5", "--draws", "30",
+    again = json.loads(call(capsys, "bound", text_runs["diffusion"], "--max-sequences", "5", "--draws", "30",
                             "--seed", "1", "--json", "-"))["results"]
     assert again["any_order"]["bound"]["nll"] != bound["nll"]
     assert again["left_to_right"] == results["left_to_right"]
@@ -358,12 +346,13 @@ def test_unknown_tokens_are_counted(make_run, monkeypatch):
     assert results["unknown"] == 4 / 16 and results["wordpiece"]
 
 
-def test_generate_command(trained, capsys):
-    filled = call(capsys, "generate", trained["spans"], "--prompt", "the", "--suffix", "mat.", "--tokens", 5)
+def test_generate_command(text_runs, capsys):
+    filled = call(capsys, "generate", text_runs["spans"], "--prompt", "the", "--suffix", "mat.",
+                  "--tokens", 5)
     assert filled.startswith("the") and filled.rstrip("\n").endswith("mat.")
-    text = call(capsys, "generate", trained["vl"], "--prompt", "the cat", "--tokens", 5)
+    text = call(capsys, "generate", text_runs["vl"], "--prompt", "the cat", "--tokens", 5)
     assert text.startswith("the cat")
-    two = call(capsys, "generate", trained["ar"], "--samples", 2, "--tokens", 30, "--json", "-")
+    two = call(capsys, "generate", text_runs["ar"], "--samples", 2, "--tokens", 30, "--json", "-")
     content = json.loads(two)
     assert len(content["texts"]) == 2 and content["texts"][0] != content["texts"][1]
 
@@ -383,10 +372,10 @@ def test_generate_command(trained, capsys):
     (["perplexity", "{ar}", "--max-sequences", "1"], "at least two"),
     (["perplexity", "{junk}"], "not a whole checkpoint"), (["sing", "{ar}"], "invalid choice"),
     ([], "command")])
-def test_wrong_uses_are_refused(trained, tmp_path, argv, says):
+def test_wrong_uses_are_refused(text_runs, tmp_path, argv, says):
     (tmp_path / "short.txt").write_text("tiny")
     (tmp_path / "junk.pt").write_bytes(b"junk" * 100)
-    places = {**trained, "short": tmp_path / "short.txt", "junk": tmp_path / "junk.pt"}
+    places = {**text_runs, "short": tmp_path / "short.txt", "junk": tmp_path / "junk.pt"}
     with pytest.raises(BadInput, match=says):
         evaluate.main([part.format(**places) for part in argv])
 

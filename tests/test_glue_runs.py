@@ -7,7 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from labelled_texts import QUICK, call, write_glue
+from conftest import call
+from labelled_texts import QUICK, write_glue
 from test_glue import LAYOUTS
 
 import train as training

@@ -120,3 +120,23 @@ def test_optional_packages_are_imported_where_they_are_used():
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         foreign = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - needed
         assert foreign <= own, f"{module} imports {foreign - own} at the top"
+
+
+def commands():
+    """(module, function) of every command: main of a file of the root, and NAME_command."""
+    for module, tree in MODULES.items():
+        for node in tree.body:
+            name = getattr(node, "name", "")
+            if name == "main" and "." not in module or (
+                    name.endswith("_command") and not name.startswith(("add_", "read_"))):
+                yield module, node
+
+
+@pytest.mark.parametrize("module, node", commands(), ids=lambda x: x if isinstance(x, str) else x.name)
+def test_commands_say_what_they_take_return_and_refuse(module, node):
+    text = ast.get_docstring(node) or ""
+    assert "BadInput" in text
+    assert any(word in text for word in ("Returns", "->", "writes", "the object"))
+    used = {x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name)
+            and x.value.id == "args"}
+    assert node.name == "main" or not [name for name in used - {"json"} if name not in text]

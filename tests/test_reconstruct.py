@@ -6,10 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from labelled_texts import call
+from conftest import call, quietly
 from test_vision import write_images
 
-import train as training
 from downstream import reconstruct
 from downstream.reconstruct import hidden_patches, measures, to_pictures, with_mean
 from engine.runs import Run
@@ -115,13 +114,14 @@ def test_command_and_picture(tmp_path, capsys, monkeypatch):
     titles."""
     data = write_images(tmp_path / "data", {"train": shapes(60, 32, 0), "val": shapes(30, 32, 1)})
     settings = resolve(objective="ar", data=str(data), steps=1, batch_size=8)
-    training.train(settings, tmp_path / "ar", device="cpu", dtype="fp32", quiet=True)
+    quietly(settings, tmp_path / "ar")
     picture, both = tmp_path / "grid.png", (str(tmp_path / "ar"), f"untrained:{tmp_path / 'ar'}")
     few = ("--max-images", 20, "--hide", 0.1)
 
     def height_of_picture():
         text = call(capsys, "reconstruct", *both, *few, "--rows", 3, "--picture", picture)
         assert "original, hidden, ar (causal), untrained ar (causal)" in text and "mean colour" in text
+        assert "--hide 0.1: 6 of 64 patches hidden (never the first)" in text
         assert picture.read_bytes()[:4] == b"\x89PNG"
         return int.from_bytes(picture.read_bytes()[20:24], "big")
 

@@ -1,4 +1,5 @@
 """experiments/running.py: stages in parallel, locks, launchers."""
+import json
 import subprocess
 import sys
 import threading
@@ -77,6 +78,16 @@ def test_a_failing_stage_stops_the_others_and_is_told(tmp_path):
     broken = Stage(("spectral.py", "nothing"), tmp_path / "x.json")
     with pytest.raises(BadInput, match="exit status 2"):
         running.run(broken)
+
+
+def test_a_stage_is_a_process_whose_result_is_recorded(tmp_path):
+    out = tmp_path / "found.json"
+    stage = Stage(("spectral.py", "theorem4.2", "--s", "3", "--rho", "0.4", "--json", str(out)), out)
+    running.run(stage)
+    assert json.loads(out.read_text())["hidden"] == 1 and running.finished(stage)
+    record = json.loads(stage.record().read_text())
+    assert "spectral.py theorem4.2 --s 3" in record["command"] and record["seconds"] > 0
+    assert record["hardware"] == running.hardware() and (tmp_path / "found.json.log").exists()
 
 
 def test_launchers_and_slots(monkeypatch):

@@ -11,15 +11,13 @@ import json
 import math
 import os
 import shutil
-import sys
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from support.cli import BadInput
+from support.cli import BadInput, progress
 from text.sources import Documents, documents
 from text.tokenizers import ByteTokenizer, TrainedTokenizer, cut_at_lines, token_type, tokenizer_from_json
 
@@ -100,8 +98,7 @@ def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fractio
     try:
         writer = Writer.resumed(partial, recipe) or Writer.new(partial, recipe)
         begun = any(source.startswith("hf:") for source, _ in recipe.inputs())
-        with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=quiet
-                  or not sys.stderr.isatty()) as bar:
+        with progress(quiet=quiet, unit=" bytes", unit_scale=True, desc="tokenizing") as bar:
             writer.write_all(bar)
         manifest = writer.finish(key)
         shutil.rmtree(out, ignore_errors=True)  # empty, or to be replaced

@@ -63,7 +63,7 @@ WRONG = {
         ("--steps 100000001", "--steps 1e+08 at most 100 million"),
         ("--epochs 0", "--epochs 0 positive number"),
         ("--epochs nan", "--epochs 'nan' not a number"),
-        ("--epochs 1e9", "--epochs 1e+09 100 million"),
+        ("--data text.txt --epochs 1e9", "--epochs 1e+09 100 million"),
         ("--steps 5 --epochs 1", "--steps 5 --epochs 1 give one of them"),
         ("--batch-size 1.5", "'1.5' whole number"),
         ("--micro-batch 0", "'0' at least 1"),
@@ -117,7 +117,7 @@ WRONG = {
         ("--resume", "--resume --out DIR"),
         ("--resume --overwrite --out text", "--resume without --overwrite"),
         ("--resume --out none", "none does not exist train.py writes it"),
-        ("--resume --out text --lr 0.5", "text other settings --lr 0.002, not 0.5"),
+        ("--resume --out text --lr 0.5", f"text other settings --lr {resolve().lr:g}, not 0.5"),
         ("--resume --out text --objective dar", "text other settings --objective ar, not dar"),
         ("--resume --out text --length 64", "text other settings --length 16, not 64"),
         (

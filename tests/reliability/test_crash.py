@@ -11,6 +11,8 @@ import crash
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import flip_a_weight, words
+from conftest import quietly as run
 
 import train
 from engine import machine, runs
@@ -19,17 +21,6 @@ from support.cli import BadInput, command_line
 from text.folders import prepare_text
 
 SMALL = {"length": 32, "batch_size": 8, "steps": 30, "lr": 2e-3, "schedule": "cosine"}
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "period.txt"
-    path.write_text("abcdef\n" * 3000)
-    return str(path)
-
-
-def run(settings, out, **kwargs):
-    return train.train(settings, out, device="cpu", dtype="fp32", quiet=True, **kwargs)
 
 
 def lines(out):
@@ -122,9 +113,9 @@ def test_a_stop_between_two_lines_of_the_log_changes_none(tmp_path, text, monkey
 
 
 def full_disk(patch):
-    """Files may not grow beyond 1 MB; a checkpoint takes several."""
+    """Files may not grow beyond 64 KB; a checkpoint takes several times that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
@@ -142,20 +133,8 @@ def no_space(patch):
 @pytest.mark.parametrize("fill", [full_disk, no_space])
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, text, monkeypatch, capsys, fill):
     argv = [
-        "--data",
-        text,
-        "--length",
-        "32",
-        "--batch-size",
-        "8",
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--no-report",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+        "--data", text, *words("--length 32 --batch-size 8 --device cpu --dtype fp32 --no-report --out"),
+        str(tmp_path / "run")]
     train.main([*argv, "--steps", "2"])
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     capsys.readouterr()
@@ -182,9 +161,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, text, monkeypatch, caps
 def test_a_damaged_checkpoint_offers_the_one_before(tmp_path, text):
     settings = resolve(data=text, **{**SMALL, "steps": 12})
     run(settings, tmp_path / "run", save_every=5)
-    content = bytearray((tmp_path / "run" / "ckpt.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "run" / "ckpt.pt").write_bytes(content)
+    flip_a_weight(tmp_path / "run" / "ckpt.pt")
     with pytest.raises(BadInput, match="not a whole checkpoint.*mv .*ckpt.prev.pt"):
         runs.load_run(tmp_path / "run")
     os.replace(tmp_path / "run" / "ckpt.prev.pt", tmp_path / "run" / "ckpt.pt")
@@ -241,26 +218,8 @@ def test_a_step_that_is_not_finite_never_happened(tmp_path, text, monkeypatch):
 def test_ten_in_a_row_stop_the_run(tmp_path, text, monkeypatch, capsys):
     spoil(monkeypatch, {3, *range(12, 99)})
     argv = [
-        "--data",
-        text,
-        "--length",
-        "32",
-        "--batch-size",
-        "8",
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--no-report",
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "60",
-        "--save-every",
-        "7",
-        "--log-every",
-        "5",
-    ]
+        "--data", text, *words("--length 32 --batch-size 8 --device cpu --dtype fp32 --no-report --out"),
+        str(tmp_path / "run"), *words("--lr 0.002 --steps 60 --save-every 7 --log-every 5")]
     with pytest.raises(SystemExit) as end:
         command_line(lambda: train.main(argv))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

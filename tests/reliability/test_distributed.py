@@ -105,7 +105,7 @@ def test_a_batch_too_small_for_the_processes_is_refused(folder, monkeypatch):
     assert not (folder / "small").exists()
 
 
-def test_torchrun_itself(folder):
+def test_torchrun_itself(folder, real_sizes):
     """The command of the README, once."""
     _, poll = crash.start_torchrun(
         [*crash.command("ar text", folder, folder / "torchrun", steps=3), "--fsdp"],

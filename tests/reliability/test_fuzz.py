@@ -114,7 +114,8 @@ def read_tokens(folder):
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "manifest.json", "tokenizer.json"])
 def test_token_folder(tokens, name):
     assert fuzz(tokens / name, lambda: read_tokens(tokens))[1] > 10
-    fuzz(tokens / name, lambda: (data.load_corpus(str(tokens)), sets.is_images(str(tokens))), 20)
+    taken, refused = fuzz(tokens / name, lambda: read_tokens(tokens) or sets.is_images(str(tokens)), 20)
+    assert taken + refused == 20 and not sets.is_images(str(tokens))
 
 
 ODD = [
@@ -177,10 +178,12 @@ def test_extras_trained_tokenizers(tmp_path, kind):
     (tmp_path / "a.txt").write_text("the cat sat on the mat, naïve\n" * 50)
     folders.prepare_text([str(tmp_path / "a.txt")], tmp_path / "tokens", kind, 320, quiet=True)
     path = tmp_path / "tokens" / "tokenizer.json"
-    fuzz(path, lambda: read_tokens(tmp_path / "tokens"), 60)
+    taken, refused = fuzz(path, lambda: read_tokens(tmp_path / "tokens"), 60)
+    assert refused > 30 and taken + refused == 60
     content = json.loads(path.read_text())
     content["model"]["vocab"] = dict(list(content["model"]["vocab"].items())[:5])
-    feed(path, [json.dumps(x) for x in with_odd_values(content)], lambda: read_tokens(tmp_path / "tokens"))
+    texts = [json.dumps(x) for x in with_odd_values(content)]
+    assert feed(path, texts, lambda: read_tokens(tmp_path / "tokens")) > 0.5 * len(texts)
 
 
 # ---------------------------------------------------------------------------- labelled text
@@ -199,9 +202,16 @@ def test_glue(tmp_path, name, rows):
     path = tmp_path / glue.TASKS[name].folder / "train.tsv"
     path.parent.mkdir()
     path.write_text(rows * (1 if name != "cola" else 5))
-    fuzz(path, lambda: glue.task_labels(name, glue.read_task(tmp_path, name, "train.tsv")), 60)
-    for text in ("\n" + rows, "\n\n", "\r\n", "\t\t\t\n", "\0" * 100, rows + "\n\n"):
-        feed(path, [text], lambda: glue.task_labels(name, glue.read_task(tmp_path, name, "train.tsv")))
+
+    def read():
+        return glue.task_labels(name, glue.read_task(tmp_path, name, "train.tsv"))
+
+    taken, refused = fuzz(path, read, 60)
+    assert refused > 20 and taken + refused == 60
+    assert feed(path, ["\n\n", "\r\n", "\t\t\t\n", "\0" * 100], read) == 4
+    labels = []
+    assert feed(path, [rows, "\n" + rows, rows + "\n\n"], lambda: labels.append(read().tolist())) == 0
+    assert labels[0] == labels[1] == labels[2] and len(labels[0]) == 2  # empty lines are no rows
 
 
 def test_a_blank_first_line_is_skipped(tmp_path):
@@ -212,7 +222,9 @@ def test_a_blank_first_line_is_skipped(tmp_path):
 def test_labelled_text(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("text\tlabel\n" + "fine\t1\ndull\t0\n" * 10)
-    fuzz(path, lambda: labelled.table_dataset(path), 100)
+    taken, refused = fuzz(path, lambda: labelled.table_dataset(path), 100)
+    assert taken > 10 and refused > 10 and taken + refused == 100
+    assert labelled.table_dataset(path).classes == ("0", "1")  # the whole file is back
 
 
 def test_glue_results(tmp_path):
@@ -220,7 +232,8 @@ def test_glue_results(tmp_path):
     path.write_text(
         json.dumps([{"key": {"task": "cola"}, "scores": {"matthews": 0.5}, "figures": {}, "predictions": {}}])
     )
-    fuzz(path, lambda: glue_runs.read_results(path))
+    assert fuzz(path, lambda: glue_runs.read_results(path))[1] > 20
+    assert glue_runs.read_results(path) == []  # entries of an older version are not this one's
 
 
 # ---------------------------------------------------------------------------- images
@@ -394,12 +407,9 @@ def test_nothing_in_a_checkpoint_is_executed(run, tmp_path):
 def test_metrics_of_any_content(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 30)))
-    fuzz(path, lambda: log.open_metrics(path, 20).close())
-    feed(
-        path,
-        ["[" * 100_000, "null\n3\n[]\n{}\n" + '{"step": "x"}\n{"step": null}\n', "\0\n"],
-        lambda: log.open_metrics(path, 20).close(),
-    )
+    assert fuzz(path, lambda: log.open_metrics(path, 20).close()) == (40, 0)  # it is never a reason to stop
+    odd = ["[" * 100_000, "null\n3\n[]\n{}\n" + '{"step": "x"}\n{"step": null}\n', "\0\n"]
+    assert feed(path, odd, lambda: log.open_metrics(path, 20).close()) == 0
     path.write_text('{"step": 20}\n{"step": 21}\n{"st')
     log.open_metrics(path, 20).close()
     assert path.read_text() == '{"step": 20}\n'

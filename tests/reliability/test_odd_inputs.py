@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import words
 
 import data
 import masks
@@ -41,41 +42,17 @@ def test_empty_and_one_token_documents(tmp_path):
         == sum((ids == 256).sum() for ids in found.values())
     )
     assert sum((ids == ord("x")).sum() for ids in found.values()) == 10
-    train.main(
-        [
-            "--data",
-            str(tmp_path / "out"),
-            "--length",
-            "8",
-            "--batch-size",
-            "4",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / "run"),
-            *CPU,
-        ]
-    )
+    train.main([
+        "--data", str(tmp_path / "out"), *words("--length 8 --batch-size 4 --steps 2 --out"),
+        str(tmp_path / "run"), *CPU])
 
 
 @pytest.mark.parametrize("size", [1, 2, 10])
 def test_a_text_shorter_than_a_sequence(tmp_path, size):
     (tmp_path / "a.txt").write_text("x" * size)
-    train.main(
-        [
-            "--data",
-            str(tmp_path / "a.txt"),
-            "--length",
-            "32",
-            "--batch-size",
-            "4",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / "run"),
-            *CPU,
-        ]
-    )
+    train.main([
+        "--data", str(tmp_path / "a.txt"), *words("--length 32 --batch-size 4 --steps 2 --out"),
+        str(tmp_path / "run"), *CPU])
     assert runs.load_run(tmp_path / "run").step == 2
 
 
@@ -149,19 +126,7 @@ def odd_folder(tmp_path):
 def test_paths_with_spaces_and_letters_beyond_ascii(odd_folder, capsys):
     source, out = odd_folder / "t\u00e9xt file.txt", odd_folder / "r\u00fcn 1"
     train.main(
-        [
-            "--data",
-            str(source),
-            "--length",
-            "16",
-            "--batch-size",
-            "4",
-            "--steps",
-            "2",
-            "--out",
-            str(out),
-            *CPU,
-        ]
+        ["--data", str(source), *words("--length 16 --batch-size 4 --steps 2 --out"), str(out), *CPU]
     )
     train.main(["--resume", "--steps", "3", "--out", str(out), *CPU])
     prepare(odd_folder / "t\u00e9xt file.txt", "--out", odd_folder / "t\u00f6ken")
