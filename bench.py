@@ -149,8 +149,8 @@ def bench_parser():
     add("--objectives", default="ar,dar,mlm,vl", metavar="A,B,...", help="what to time")
     add("--streams", type=int, choices=(1, 2), help="2 runs every objective through two streams")
     size = parser.add_argument_group("size").add_argument
-    size("--preset", default="mini", choices=(*SIZES, *VIT_SIZES), help="layers, width and heads; vit: "
-                                                                        "images")
+    size("--preset", default="mini", choices=(*SIZES, *VIT_SIZES),
+         help="layers, width and heads; vit: images")
     for name in ("layers", "width", "heads"):
         size(f"--{name}", type=positive, help="instead of the preset's")
     size("--length", type=positive, default=128, help="text: tokens in a sequence")
@@ -162,8 +162,8 @@ def bench_parser():
     add("--peer-nanogpt", metavar="DIR", help="also nanoGPT, of which DIR is a clone")
     add("--scaling", action="store_true", help="also length, batch, layers and width doubled, each alone")
     add("--loop", action="store_true", help="also the loop of train.py, on pydoc or the drawn shapes")
-    add("--report", type=output_file, metavar="FILE", help="instead: all that is worth knowing of a GPU, as "
-                                                           "JSON")
+    add("--report", type=output_file, metavar="FILE",
+        help="instead: all that is worth knowing of a GPU, as JSON")
     add("--minutes", type=real, default=9, help="of --report: after these it begins nothing new")
     add("--rounds", type=positive, default=5, help="times that everything is timed in turn")
     add("--clock", choices=CLOCKS, default="wall",
@@ -173,8 +173,8 @@ def bench_parser():
     add("--dtype", type=dtypes, help="fp32, bf16 or fp32,bf16 (default: bf16 where it is faster)")
     add("--compile", action="store_true", default=None, help="torch.compile (default: on CUDA)")
     add("--no-compile", dest="compile", action="store_false")
-    add("--json", type=output_file, metavar="FILE", help="write the results as one JSON object; - for "
-                                                         "standard output")
+    add("--json", type=output_file, metavar="FILE",
+        help="write the results as one JSON object; - for standard output")
     add_options(parser)
     return parser
 
@@ -235,13 +235,11 @@ def print_all(found, args, name):
     data = f"sequence {c.length}, vocabulary {c.vocab:,}"
     if c.patch:
         data = f"{c.length} patches of {c.patch} x {c.patch}"
+    compiled, clock = ", compiled" * found["compiled"], ", processor time" * (args.clock == "cpu")
     print(f"{c.layers} layers, {c.width} wide, {c.heads} heads, {data}, batch {args.batch_size}; {name}, "
-          "threads: "
-          f"{torch.get_num_threads()}{', compiled' if found['compiled'] else ''}; medians of {args.rounds} "
-          "rounds"
-          f"{', processor time' if args.clock == 'cpu' else ''}")
-    print("matrix product: " + ", ".join(f"{dtype} {peak / 1e12:.3g} TFLOP/s"
-                                         for dtype, peak in found["matrix_product_flops"].items()), "\n")
+          f"threads: {torch.get_num_threads()}{compiled}; medians of {args.rounds} rounds{clock}")
+    peaks = (f"{dtype} {peak / 1e12:.3g} TFLOP/s" for dtype, peak in found["matrix_product_flops"].items())
+    print("matrix product:", ", ".join(peaks), "\n")
     print_results(found["shown"], bool(c.patch))
     print_ratios(found["ratios"], "times as fast as the peer")
     print_ratios(found["against_causal"], "times as fast as the causal path")

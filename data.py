@@ -202,8 +202,8 @@ def main(argv=None):
     text = commands.add_parser("text", help="tokenize text into a folder of memory-mapped ids")
     text.add_argument("inputs", nargs="+", metavar="INPUT",
                       help="text files or folders, pydoc, hf:NAME or hf:NAME::SUBSET")
-    text.add_argument("--out", required=True, help="folder to write; after an interruption the same command "
-                                                   "goes on")
+    text.add_argument("--out", required=True,
+                      help="folder to write; after an interruption the same command goes on")
     text.add_argument("--tokenizer", choices=("byte", "wordpiece", "bpe"), default="byte")
     text.add_argument("--vocab", type=positive, default=8192, help="vocabulary size of wordpiece and bpe")
     text.add_argument("--val", nargs="+", default=[], metavar="INPUT",
@@ -214,13 +214,13 @@ def main(argv=None):
 
     kinds = ", ".join(sorted(SUFFIXES))
     images = commands.add_parser("images", help="decode and resize images into a memory-mapped folder")
-    images.add_argument("input", metavar="INPUT", help=f"folder of images ({kinds}), in class folders or "
-                                                       "not, with train/ "
+    images.add_argument("input", metavar="INPUT",
+                        help=f"folder of images ({kinds}), in class folders or not, with train/ "
                         "and val/ or test/ or without; or the binary files of CIFAR-10 or CIFAR-100, or "
                         "MNIST's idx files")
     images.add_argument("--out", required=True, help="folder to write")
-    images.add_argument("--size", type=positive, help="side in pixels: the shorter side is resized to it "
-                                                      "and the centre "
+    images.add_argument("--size", type=positive,
+                        help="side in pixels: the shorter side is resized to it and the centre "
                         "cut out (default: as they are, or 224 where files differ)")
     images.add_argument("--val-fraction", type=float, default=0.1,
                         help="held out where there is no val/ or test/")

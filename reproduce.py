@@ -86,8 +86,8 @@ def missing(place, stages):
 
 def at_risk(place, stages):
     """Whether images are trained at the paper's rate, without clipping."""
-    return place.name == "paper" and not place.safer and any("vit-" in stage.argv[0] + " ".join(stage.argv)
-                                                             for stage in stages)
+    images = any("vit-" in " ".join(stage.argv) for stage in stages)
+    return place.name == "paper" and not place.safer and images
 
 
 # ---------------------------------------------------------------------------- what it takes
@@ -175,7 +175,7 @@ def carry_out(place, names, args):
         left = Worker(stages, slots_for(jobs, gpus), run_one, about, may_begin).run()
         if left:
             print(f"the next stage would not be done after {args.minutes:g} minutes; "
-                  f"{sum(not finished(s) for s in everything)} stages " "are left: the same command goes on",
+                  f"{sum(not finished(s) for s in everything)} stages are left: the same command goes on",
                   file=sys.stderr)
             return 1
         print(markdown(write_results(place, name, table, seeds_of(place, name, args), args.out)))

@@ -359,10 +359,10 @@ def read_command(argv):
     sub.add_argument("--objective", choices=OBJECTIVES, nargs="+", required=True, help="one or more")
     sub.add_argument("--s", type=positive, default=8, help="positions")
     sub.add_argument("--r", type=positive, default=1, help="classes, for the tail sum over all of them")
-    sub.add_argument("--weighting", choices=operator.WEIGHTINGS, default="targets", help="what weighs the "
-                                                                                         "same")
-    sub.add_argument("--samples", type=positive, default=100_000, help="draws of f where not all can be "
-                                                                       "listed")
+    sub.add_argument("--weighting", choices=operator.WEIGHTINGS, default="targets",
+                     help="what weighs the same")
+    sub.add_argument("--samples", type=positive, default=100_000,
+                     help="draws of f where not all can be listed")
     add_options(sub)
     sub = command("toy", run_toy, show_toy, "networks on toy models, noisy and not", picture=plot_toy)
     add_toy_arguments(sub)

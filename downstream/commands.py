@@ -41,33 +41,34 @@ from support.cli import BadInput, positive, progress, real, seed
 SHARED = {
     "pool": {"choices": POOLS,
              "help": "of the tokens' features (default: of text under causal attention last, else mean)"},
-    "attention": {"choices": ("causal", "full"), "help": "default: causal for left-to-right objectives, else "
-                                                         "full"},
+    "attention": {"choices": ("causal", "full"),
+                  "help": "default: causal for left-to-right objectives, else full"},
     "max-train": {"type": positive, "metavar": "N", "help": "use a random N of the training examples only"}}
 DATA = {
     "glue-dir": {"metavar": "DIR", "help": f"folder of the official GLUE files, from {glue.ADDRESS}"},
     "dev": {"metavar": "FILE", "help": "dev texts of a table (default: a fifth of it, held out)"},
-    "text-column": {"metavar": "NAME", "help": "column of the text; a number, from 1, where no line names "
-                                               "the columns (default: text)"},
-    "text-column-b": {"metavar": "NAME", "help": "column of the second text of a pair (default: text_b, if "
-                                                 "there)"},
+    "text-column": {"metavar": "NAME",
+                    "help": "column of the text; a number, from 1, where no line names the columns (default: "
+                            "text)"},
+    "text-column-b": {"metavar": "NAME",
+                      "help": "column of the second text of a pair (default: text_b, if there)"},
     "label-column": {"metavar": "NAME", "help": "column of the label (default: label)"},
-    "label-fraction": {"type": real, "default": 1.0, "help": "share of the training examples, of each class "
-                                                             "alike"},
+    "label-fraction": {"type": real, "default": 1.0,
+                       "help": "share of the training examples, of each class alike"},
     "labels-per-class": {"type": positive, "metavar": "N", "help": "use N training examples of each class"},
-    "max-test": {"type": positive, "metavar": "N", "help": "score a random N of the dev or validation "
-                                                           "examples only"}}
+    "max-test": {"type": positive, "metavar": "N",
+                 "help": "score a random N of the dev or validation examples only"}}
 TUNING = {
-    "epochs": {"type": positive, "help": "passes over the training examples (default: 5; images: 100, "
-                                         "vit-tiny 10)"},
+    "epochs": {"type": positive,
+               "help": "passes over the training examples (default: 5; images: 100, vit-tiny 10)"},
     "batch-size": {"type": positive, "help": "examples per step (default: 16; images: 1024, vit-tiny 128)"},
     "lr": {"type": real, "help": "peak learning rate (default: the paper's 4e-5, for models narrower than "
                                  "512 5e-4; images: 5e-4 x batch/256, vit-tiny 2e-3 x it)"},
-    "best-epoch": {"action": "store_true", "help": "choose the best epoch on dev, which flatters the dev "
-                                                   "score"}}
+    "best-epoch": {"action": "store_true",
+                   "help": "choose the best epoch on dev, which flatters the dev score"}}
 IMAGE_TUNING = {
-    "layer-decay": {"type": real, "help": "images: rate of a layer as a share of the next one's (default: "
-                                          "0.65)"},
+    "layer-decay": {"type": real,
+                    "help": "images: rate of a layer as a share of the next one's (default: 0.65)"},
     "drop-path": {"type": real, "help": "images: share of samples that skip the last block (default: 0.1)"},
     "mixup": {"type": real, "help": "images: the Beta parameter of mixup, 0 for none (default: 0.8)"},
     "cutmix": {"type": real, "help": "images: that of CutMix (default: 1)"},
@@ -92,18 +93,19 @@ def add_labelled_commands(command):
     add_group(command("glue", glue_command,
                       "fine-tune on the GLUE tasks and score their dev parts (Table 2)"), {
         "glue-dir": {**DATA["glue-dir"], "required": True},
-        "tasks": {"default": "all", "help": f"all = {','.join(glue.TABLE2)}; or some of these, wnli, ax, "
-                                            "with commas"},
+        "tasks": {"default": "all",
+                  "help": f"all = {','.join(glue.TABLE2)}; or some of these, wnli, ax, with commas"},
         "seeds": {"type": positive, "default": 3, "metavar": "N",
                   "help": "runs per task, of seeds 0 .. N - 1"},
         "submit": {"metavar": "DIR", "help": "write test predictions for the GLUE server, one zip per seed"},
-        "results": {"metavar": "FILE", "help": "all results so far; what is in it is not computed again "
-                                               "(default: glue.json in the run folder)"}}, TUNING, SHARED)
+        "results": {"metavar": "FILE",
+                    "help": "all results so far; what is in it is not computed again (default: glue.json in "
+                            "the run folder)"}}, TUNING, SHARED)
     text = "fine-tune on labelled text, classes or scores, or on labelled images"
     add_group(command("finetune", finetune_command, text), {
         "data": {"required": True, "help": SOURCES},
-        "regression": {"action": "store_true", "help": "labels are scores (default: if they are numbers, not "
-                                                       "all whole)"},
+        "regression": {"action": "store_true",
+                       "help": "labels are scores (default: if they are numbers, not all whole)"},
         "seeds": {"type": positive, "default": 1, "metavar": "N", "help": "runs, of seeds 0 .. N - 1"}},
         DATA, TUNING, IMAGE_TUNING, SHARED)
     add_group(command("probe", probe_command, "logistic regression on frozen features"), {
@@ -112,8 +114,9 @@ def add_labelled_commands(command):
         "classifier": {"choices": ("lbfgs", "sgd"),
                        "help": "images: logistic regression by L-BFGS or MAE's protocol (default: lbfgs)"},
         "pixels": {"action": "store_true", "help": "images: also the same classifier on raw pixels"},
-        "seed": {"type": seed, "default": 0, "help": "of the labels that are used, and of the split that "
-                                                     "chooses the L2 strength or of the SGD"}}, DATA, SHARED)
+        "seed": {"type": seed, "default": 0,
+                 "help": "of the labels that are used, and of the split that chooses the L2 strength or of "
+                         "the SGD"}}, DATA, SHARED)
     text = "logistic regression on frozen features of several image sets (Table 6)"
     add_group(command("transfer", transfer_command, text), {
         "data": {"nargs": "+", "required": True, "metavar": "SET", "help": "images, as for train.py"},

@@ -16,8 +16,8 @@ def read_curves(folder):
     path, rows = Path(folder) / "metrics.jsonl", []
     if not path.exists():
         near = similar(folder)
-        raise BadInput(f"{path} does not exist; " + (f"did you mean {' or '.join(near)}?" if near else
-                                                     "give a run folder of train.py"))
+        hint = f"did you mean {' or '.join(near)}?" if near else "give a run folder of train.py"
+        raise BadInput(f"{path} does not exist; {hint}")
     for line in path.read_text(errors="replace").splitlines():
         try:
             rows.append(dict(json.loads(line)))

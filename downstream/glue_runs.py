@@ -166,8 +166,8 @@ def read_results(path):
         return []
     try:
         entries = json.loads(Path(path).read_text())
-        if isinstance(entries, list) and all(entry.keys() >= {"key", "scores", "figures"}
-                                             for entry in entries):
+        known = {"key", "scores", "figures"}
+        if isinstance(entries, list) and all(entry.keys() >= known for entry in entries):
             # not an older version's
             return [entry for entry in entries if entry.keys() >= {"predicted", "submitted"}]
     except (ValueError, AttributeError, TypeError, RecursionError):

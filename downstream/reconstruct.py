@@ -261,8 +261,8 @@ def add_reconstruct_command(command):
     sub.add_argument("--order", choices=("raster", "random"), default="raster", help="of predicting")
     sub.add_argument("--max-images", type=positive, default=1000, help="the same for every checkpoint")
     sub.add_argument("--seed", type=seed, default=0, help="of the images and the hidden patches")
-    sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network (pip install "
-                                                              "lpips)")
+    sub.add_argument("--lpips", choices=("alex", "vgg"),
+                     help="also LPIPS with that network (pip install lpips)")
     sub.add_argument("--rows", type=positive, default=8, help="images in the picture")
     sub.add_argument("--picture", type=output_file, metavar="FILE",
                      help="picture: original, hidden input, each checkpoint's reconstruction")

@@ -87,6 +87,6 @@ def show_trained(x):
 def add_trained_arguments(parser):
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="run folders or checkpoint files")
     parser.add_argument("--data", help="text or token folder (default: each run's validation text)")
-    parser.add_argument("--features", type=positive, default=8000, help="of each checkpoint, 8000 in the "
-                                                                        "paper")
+    parser.add_argument("--features", type=positive, default=8000,
+                        help="of each checkpoint, 8000 in the paper")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")

@@ -28,8 +28,8 @@ class Log:
         """steps: of the whole run. flops: of one sequence. saved: the checkpoint to go on from, or None."""
         self.out, self.settings, self.machine, self.steps, saved = out, settings, machine, steps, saved or {}
         self.unit, self.each = ("images", 1) if settings.images else ("tokens", settings.length)
-        self.step, self.seen, self.seconds, self.skipped = (saved.get(name, 0) for name in
-                                                            ("step", "seen", "seconds", "skipped"))
+        counted = (saved.get(name, 0) for name in ("step", "seen", "seconds", "skipped"))
+        self.step, self.seen, self.seconds, self.skipped = counted
         self.begun, self.logged, self.logged_seen = self.step, saved.get("logged", self.step), self.seen
         # Since the last line: the sum of the losses, the steps skipped; and those in a row up to now.
         pending = saved.get("pending", [0.0] * 3)

@@ -59,8 +59,8 @@ def load_checkpoint(path, device="cpu"):
     folder, path = Path(path), checkpoint_file(path)
     if not path.exists():
         near = similar(folder)
-        raise BadInput(f"{path} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else
-                                                   "; train.py writes it"))
+        hint = f"did you mean {' or '.join(near)}?" if near else "train.py writes it"
+        raise BadInput(f"{path} does not exist; {hint}")
     previous, instead = path.with_suffix(".prev.pt"), ""
     if previous.exists():
         instead = f". The one before it is there: mv {shlex.quote(str(previous))} {shlex.quote(str(path))}"

@@ -211,9 +211,9 @@ def show_bridge(x):
         rows = [("objective", "tail", "loss", "least", "common", "untrained", "own", "untrained")]
         for row in sorted((row for row in x["rows"] if row["eps"] == eps), key=lambda row: -row["tail"]):
             found = row[way]
+            errors = [cell(found[name]) for place in PLACES for name in (place, f"untrained {place}")]
             rows.append((row["objective"], f"{row['tail']:.3f}", cell(found["loss"]),
-                         f"{found['bayes'][0]:.3f}", *(cell(found[name]) for place in PLACES
-                                                       for name in (place, f"untrained {place}"))))
+                         f"{found['bayes'][0]:.3f}", *errors))
         lines += [f"eps = {eps:g}, {way}", "", *table(rows), ""]
     rows = [("eps", "of", "blind", "told", "blind - told")]
     rows += [(f"{y['eps']:g}", y["place"], *(spearman_text(y[name]) for name in (*WAYS, "difference")))

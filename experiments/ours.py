@@ -54,8 +54,8 @@ def variety(place):
     judged = {regime: columns[regime] for regime in REGIMES}
     rows = with_counts(rows)
     return Table("Variety or ratio?", "One architecture, the same settings; the same tokens but for the last "
-                 "row, which reads " f"{place.scale.longer:g} times as many. A range is compared with the "
-                 "fixed ratio of the same mean, which hides as many " "tokens. The paper's number beside "
+                 f"row, which reads {place.scale.longer:g} times as many. A range is compared with the "
+                 "fixed ratio of the same mean, which hides as many tokens. The paper's number beside "
                  "0.225 is not printed there: it is the geometric mean of those for 0.15 and 0.3. Right: "
                  "loss per hidden token (nats) where another share is hidden in the test.", rows, columns,
                  paper, compare(judged, pairs, paper, primary=("padded", *pairs[0])), picture=heatmap)
@@ -100,8 +100,8 @@ def slope_of(numbers):
 def masked(place):
     """Does the masked objective classify better than the autoregressive one, on images, each in its own
     attention?"""
-    rows, untrained = with_untrained({"t = 1": "images: ar --streams 2", "masked 0.75": "images: mlm --mask "
-                                      "0.75 --streams 2"})
+    rows, untrained = with_untrained({"t = 1": "images: ar --streams 2",
+                                      "masked 0.75": "images: mlm --mask 0.75 --streams 2"})
     columns = {"LP Acc.": probe_after(1)}
     return Table("Masked against autoregressive, images", TWO_STREAMS.format("images")
                  + " The paper compares them in classification by the GLUE scores of two public models "
@@ -113,8 +113,8 @@ def masked(place):
 def objectives(place):
     """All text objectives of the registry with their defaults: likelihood, or a bound on it, and a probe with
     few labels."""
-    rows, _ = with_untrained(of("text", {name: as_flags(cls()) for name, cls in OBJECTIVES.items()
-                                         if not cls.images_only}))
+    flags = {name: as_flags(cls()) for name, cls in OBJECTIVES.items() if not cls.images_only}
+    rows, _ = with_untrained(of("text", flags))
     rows, few = with_counts(rows), few_labels(place)
     authors = ("who wrote a passage of a novel that the probe has not seen, from 64 passages of each author"
                if "author, few labels" in few else next(iter(few)))
@@ -123,7 +123,7 @@ def objectives(place):
                  "the objective has such a likelihood (masks in one stream: the better of padded and "
                  "truncated). Bound: exp of the any-order bound per token, where there is one; it is "
                  f"of another distribution than the exact value beside it. Probe: {authors}. These claims "
-                 "are nobody's, so none is " "judged.", rows,
+                 "are nobody's, so none is judged.", rows,
                  {"perplexity": exact_or_none(place), "bound": any_order_bound(), **few},
                  picture=plot_objectives)
 

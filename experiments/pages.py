@@ -47,12 +47,13 @@ def stages_of(place, table, seeds):
 
 def read_cells(place, table, seeds):
     """{(row, column): one Cell for each seed}, without the columns that are means."""
+    def cell(model, measure, seed):
+        return measure.read(model, *(stage.result() for stage in measure.stages(place, model, seed)))
+
     cells = {}
     for (row, model), (column, measure) in itertools.product(table.rows.items(), table.columns.items()):
         if measure.stages and measure.stages(place, model, 0):
-            cells[row, column] = [measure.read(model, *(stage.result()
-                                                        for stage in measure.stages(place, model, seed)))
-                                  for seed in range(seeds)]
+            cells[row, column] = [cell(model, measure, seed) for seed in range(seeds)]
     return cells
 
 
@@ -172,8 +173,8 @@ def rows_beside_paper(x):
     """A target's rows, the paper's numbers beside ours where it has some, as lines of Markdown."""
     columns = list(x["rows"][0]["cells"])
     printed = [c for c in columns if any(row["cells"][c]["paper"] is not None for row in x["rows"])]
-    table = [["", *(head for c in columns for head in ([f"{c}, paper", f"{c}, here"] if c in printed
-                                                       else [c])), "seen"]]
+    heads = ([f"{c}, paper", f"{c}, here"] if c in printed else [c] for c in columns)
+    table = [["", *itertools.chain.from_iterable(heads), "seen"]]
     for row in x["rows"]:
         texts = []
         for c in columns:
@@ -268,8 +269,8 @@ def write_pages(folder, targets, scales, readme=None):
     lines = ["# Results", "", origin, ""]
     if primaries:
         lines += ["One primary claim for each target; verdicts after Holm's correction over all of these.",
-                  "", *claim_rows(primaries), "", *(f"- *{word}*: {meaning}."
-                                                    for word, meaning in MEANING.items()), "", LEGEND, ""]
+                  "", *claim_rows(primaries), ""]
+        lines += [*(f"- *{word}*: {meaning}." for word, meaning in MEANING.items()), "", LEGEND, ""]
         if matplotlib() and headlines:
             forest(headlines, folder / "forest.png")
         if (folder / "forest.png").exists():

@@ -39,11 +39,10 @@ def finished(stage):
     the very end)."""
     if stage.record().exists() and stage.out.exists():
         return True
-    seconds = None
-    if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and (stage.out
-                                                                             / "config.json").exists():
+    seconds, config = None, stage.out / "config.json"
+    if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and config.exists():
         content = load_checkpoint(stage.out)
-        if content["step"] >= json.loads((stage.out / "config.json").read_text())["steps"]:
+        if content["step"] >= json.loads(config.read_text())["steps"]:
             seconds = content["seconds"]
     elif stage.argv[0] == "data.py" and (stage.out / "manifest.json").exists():
         seconds = 0.0

@@ -114,8 +114,8 @@ def open_images(folder, size=None):
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != "images":
             raise BadInput(f"{folder} holds text, not images")
-        classes, mean, std = list(map(str, manifest["classes"])), *(list(map(float, manifest[key]))
-                                                                    for key in ("mean", "std"))
+        classes = list(map(str, manifest["classes"]))
+        mean, std = (list(map(float, manifest[key])) for key in ("mean", "std"))
         found, counts = int(manifest["size"]), {side: int(manifest[side]["images"]) for side in SIDES}
         if not (len(mean) == len(std) == 3 and min(*std, found, *counts.values()) > 0
                 and all(map(math.isfinite, mean + std))):

@@ -88,8 +88,8 @@ def test_finetune_command_on_scores(text_runs, capsys, tmp_path):
                  [["text", "label"], *([f"text {k}", f"{k / 8}"] for k in range(30))])
     results = results_of(capsys, "finetune", text_runs["ar"], "--data", path, "--epochs", 1, "--seeds", 2)
     assert results["classes"] is None and "correct" not in results
-    assert [len(row) for row in results["predictions"]] == [6, 6] and all(label % 0.125 == 0
-                                                                          for label in results["labels"])
+    assert [len(row) for row in results["predictions"]] == [6, 6]
+    assert all(label % 0.125 == 0 for label in results["labels"])
 
 
 def test_tables_as_they_come(text_runs, capsys, tmp_path):

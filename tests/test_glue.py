@@ -66,9 +66,8 @@ LAYOUTS = {
 def test_the_layouts_are_all_files_of_all_tasks():
     assert set(LAYOUTS) == set(glue.TASKS)
     for name, task in glue.TASKS.items():
-        files = {file for _, *pair in task.parts for file in pair if file} | ({"train.tsv"}
-                                                                              if name != "ax" else set())
-        assert set(LAYOUTS[name]) == files
+        files = {file for _, *pair in task.parts for file in pair if file}
+        assert set(LAYOUTS[name]) == files | (set() if name == "ax" else {"train.tsv"})
 
 
 @pytest.mark.parametrize("mark, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n")],
@@ -83,8 +82,8 @@ def test_official_layouts(tmp_path, name, file, mark, end):
         assert examples.labels is None
     else:
         targets = glue.task_labels(name, examples)
-        assert targets.tolist() == [target, target] and targets.dtype == (float
-                                                                          if name == "stsb" else np.int64)
+        assert targets.tolist() == [target, target]
+        assert targets.dtype == (float if name == "stsb" else np.int64)
 
 
 def test_malformed_qqp_rows_are_counted(tmp_path):

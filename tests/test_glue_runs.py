@@ -54,8 +54,7 @@ def test_glue_command_on_all_tasks(glue_dir, capsys, tmp_path):
     assert set(found["tasks"]) == set(glue.TASKS) - {"ax"}
     for name, result in found["tasks"].items():
         for suffix, *_ in glue.TASKS[name].parts:
-            predictions, labels = np.array(result["predictions"
-                                                  + suffix]), np.array(result["labels" + suffix])
+            predictions, labels = (np.array(result[key + suffix]) for key in ("predictions", "labels"))
             assert predictions.shape == (2, 6) and labels.shape == (6,)
             for metric in glue.TASKS[name].metrics:
                 value = result[metric + suffix]

@@ -161,8 +161,8 @@ def test_extras_encode_is_the_librarys_and_knows_padding(folders, name):
         assert torch.allclose(whole[row, :length], alone, atol=1e-5)
         assert torch.allclose(other[row, :length], alone, atol=1e-5)
     assert not torch.allclose(whole[1, :2], whole[2, :2], atol=0.01)
-    with pytest.raises(BadInput, match="causally only; choose causal" if causal else "both directions only; "
-                                                                                     "choose full"):
+    only = "causally only; choose causal" if causal else "both directions only; choose full"
+    with pytest.raises(BadInput, match=only):
         run.model.encode(tokens, causal=not causal)
 
 
@@ -198,9 +198,9 @@ def test_extras_tokens_and_pairs_are_the_librarys(folders, name):
                                      [0] * (len(prefix) + len(ids[0]) + 1))
         assert ours.pair(*ids)[0] == [*prefix, *ids[0], ours.separator, *ids[1], ours.separator]
     # written in a text it is text
-    written = ours.encode(f"the {tokenizer.eos_token} cat").tolist()
-    assert ours.separator not in written and tokenizer.eos_token_id in tokenizer(f"the {tokenizer.eos_token} "
-                                                                                 "cat")["input_ids"]
+    written = f"the {tokenizer.eos_token} cat"
+    assert ours.separator not in ours.encode(written).tolist()
+    assert tokenizer.eos_token_id in tokenizer(written)["input_ids"]
 
 
 def call(capsys, *argv):

@@ -38,8 +38,8 @@ def test_json_lines(tmp_path):
     lines = [json.dumps({"label": value, "more": None, "text": f"{k}\n\t"}) for k, value in enumerate(values)]
     path.write_text("\ufeff" + "\r\n\n".join(lines), encoding="utf-8", newline="")
     examples = read_labelled(path)
-    assert examples.labels == ["true", "3", "0.5", "x"] and examples.texts == [(f"{k}\n\t",)
-                                                                               for k in range(4)]
+    assert examples.labels == ["true", "3", "0.5", "x"]
+    assert examples.texts == [(f"{k}\n\t",) for k in range(4)]
     assert examples.lines == [1, 3, 5, 7]
 
 

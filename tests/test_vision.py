@@ -148,10 +148,9 @@ def test_labels_are_chosen_alike_for_every_class(small_shapes):
         assert np.bincount(load(**options).train.labels).tolist() == [each] * 12
     assert len(load(max_test=120).val) == pytest.approx(120, abs=6) and len(load(max_test=999).val) == 300
     assert set(load(max_test=12).val.labels) == set(everything.val.labels)
-    for flag in ("max_train", "max_test"):
-        with pytest.raises(BadInput, match=f"--{flag.replace('_', '-')} 11 is less than one image for each "
-                                           "of the 12 cl"):
-            load(**{flag: 11})
+    for name in ("train", "test"):
+        with pytest.raises(BadInput, match=f"--max-{name} 11 is less than one image for each of the 12 cl"):
+            load(**{f"max_{name}": 11})
     with pytest.raises(BadInput, match="--label-fraction 1.5"):
         load(fraction=1.5)
 
