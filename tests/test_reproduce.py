@@ -382,7 +382,7 @@ def test_table7_at_smoke_scale(smoke, monkeypatch, capsys):
     assert all(claim["interval"] and claim["verdict"] in text for claim in x["claims"])
     assert x["hardware"] == ["test machine"]
     assert x["versions"]["torch"] == torch.__version__ and x["versions"]["code"] == "abc123"
-    assert len(x["commands"]) == 12 and all(str(folder) not in command for command in x["commands"])
+    assert len(x["commands"]) == 14 and all(str(folder) not in command for command in x["commands"])
     picture = folder / "results" / "table7-smoke.png"
     assert picture.exists() == (x["picture"] is not None) == measures.matplotlib()
     assert "nan" not in text and "NaN" not in json.dumps(x)
