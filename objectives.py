@@ -280,6 +280,12 @@ def describe(objective):
     return " ".join([flag(objective)] + [x if name == "mask" else f"{name}={x}" for name, x in options])
 
 
+def as_flags(objective):
+    """What a command line says for it: 'vl --mask 0.15,0.3', 'dar --t 2'."""
+    options = [f"--{option.name} {show(getattr(objective, option.name))}" for option in fields(objective)]
+    return " ".join([flag(objective), *options])
+
+
 # ---------------------------------------------------------------------------- batches
 
 class Batch(NamedTuple):

@@ -30,7 +30,7 @@ from experiments.tables import (
     of,
     with_untrained,
 )
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, as_flags
 
 TEST_RATIOS = (0.15, 0.225, 0.3, 0.5, 0.75, 0.95)
 
@@ -110,7 +110,7 @@ def masked(place):
 def objectives(place):
     """All text objectives of the registry with their defaults: likelihood, or a bound on it, and a probe with
     few labels."""
-    rows, _ = with_untrained(of("text", {name: name for name, cls in OBJECTIVES.items()
+    rows, _ = with_untrained(of("text", {name: as_flags(cls()) for name, cls in OBJECTIVES.items()
                                          if not cls.images_only}))
     few = few_labels(place)
     authors = ("with few labels, on passages of novels that the probe was not trained on"
