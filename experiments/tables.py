@@ -12,6 +12,7 @@ from pathlib import Path
 from experiments.measures import (
     attention_of,
     connectivity,
+    few_labels,
     finetune,
     gain_share,
     glue_columns,
@@ -115,10 +116,10 @@ def table1(place):
         untrained, primary = {}, ("Bits per byte", AR, "Masked")
     else:
         rows, untrained = with_untrained(of("text", {AR: "ar", "Masked": "mlm --mask 0.15"}))
-        probes = text_probe(place) if place.name == "cpu" else glue_columns(place)
+        probes = text_probe(place) | few_labels(place) if place.name == "cpu" else glue_columns(place)
         columns = probes | {f"Perplexity, {regime}": perplexity_column(regime)
                             for regime in ("padded", "truncated")}
-        scored = "a linear probe" if place.name == "cpu" else "the dev parts"
+        scored = "linear probes" if place.name == "cpu" else "the dev parts"
         fair = ("Stand-ins of one size, trained here on the same tokens, for GPT-2 medium and BERT large; "
                 f"held-out text for WikiText-2, {scored} for GLUE.")
         primary = "Perplexity, padded", AR, "Masked"
