@@ -63,7 +63,7 @@ WRONG = {
         ("--steps 100000001", "--steps 1e+08 at most 100 million"),
         ("--epochs 0", "--epochs 0 positive number"),
         ("--epochs nan", "--epochs 'nan' not a number"),
-        ("--data text.txt --epochs 1e9", "--epochs 1e+09 100 million"),
+        ("--data tokens --epochs 1e9", "--epochs 1e+09 100 million"),
         ("--steps 5 --epochs 1", "--steps 5 --epochs 1 give one of them"),
         ("--batch-size 1.5", "'1.5' whole number"),
         ("--micro-batch 0", "'0' at least 1"),
