@@ -19,6 +19,7 @@ from experiments.measures import (
     text_probe,
 )
 from experiments.pictures import heatmap, plot_doses, plot_objectives
+from experiments.scales import CPU_SCALE
 from experiments.tables import (
     REGIMES,
     STEP_PAIRS,
@@ -174,7 +175,7 @@ def theory(place):
 def toy(place):
     quick = ("--quick",) * (place.name == "smoke")
     stage = place.stage("toy", ("spectral.py", "toy", *quick), plot="--plot" if matplotlib() else None,
-                        flops=300 * place.scale.flops)
+                        flops=300 * CPU_SCALE.flops)
     return Table("The theory on its own ground", "Networks on the paper's toy model and on a noisy one; see "
                  "spectral.py toy.", extra=(stage,))
 
@@ -182,7 +183,7 @@ def toy(place):
 def bridge(place):
     quick, each = (("--quick",), 2) if place.name == "smoke" else ((), 3)
     seeds = [place.stage(f"bridge-seed{seed}", ("experiments.bridge", "train", "--seed", str(seed), *quick),
-                         flops=240 * place.scale.flops) for seed in range(each)]
+                         flops=240 * CPU_SCALE.flops) for seed in range(each)]
     stage = place.stage("bridge", ("experiments.bridge", "summary", *(str(one.out) for one in seeds)), *seeds,
                         plot="--plot" if matplotlib() else None)
     return Table("From the theory to our Transformer", "The Transformer of train.py on the paper's toy "

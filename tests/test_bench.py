@@ -238,8 +238,8 @@ def test_the_share_of_the_loop_is_that_of_its_log_after_the_start(flag, options,
     )
     bench.main([
         "--objectives", flag, *options,
-        *words("--preset tiny --layers 1 --width 16 --heads 2 --vocab 50 --length 16 --batch-size 2 "
-              "--rounds 2 --device cpu --dtype fp32 --loop --json -")])
+        *words("--preset tiny --length 16 --batch-size 2 --rounds 2 --device cpu --dtype fp32 --loop "
+              "--json -")])
     (loop,) = json.loads(capsys.readouterr().out)["loop"]
     assert loop == {"name": name, "dtype": loop["dtype"], "share": 0.8, "rounds": [0.8, 0.8]}
     settings, case = seen["train"], seen["bare"]
