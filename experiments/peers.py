@@ -1,6 +1,7 @@
 """Models of other projects, of the same size and on the same batches, for bench.py to compare with."""
 import contextlib
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def make_nanogpt(case):
     if not path.exists():
         raise BadInput(f"--peer-nanogpt {case.peer}: there is no model.py; give a clone of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks
     spec.loader.exec_module(module)
     with contextlib.redirect_stdout(None):  # it prints its number of parameters
         return module.GPT(module.GPTConfig(

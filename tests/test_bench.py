@@ -425,6 +425,8 @@ def test_nanogpt_is_a_peer_of_the_causal_path_and_scores_the_next_tokens(tmp_pat
     logits = model.table(batch.tokens)[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(speed.make_loss(case)(model, batch, "causal"), expected)
+    compiled = torch.compile(speed.make_loss(case), backend="eager")
+    torch.testing.assert_close(compiled(model, batch, "causal"), expected)
     assert count == batch.tokens[:, 1:].numel() and capsys.readouterr().out == ""
     bench.main([
         *words("--objectives ar,mlm --layers 1 --width 16 --heads 2 --length 8 --vocab 23 --batch-size 2 "
