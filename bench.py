@@ -44,7 +44,7 @@ from experiments.peers import peers_of
 from experiments.speed import NAMES, Case, doubled, loop_share, processor, speed_ratio, time_cases
 from model import SIZES, VIT_SIZES, Config
 from objectives import OBJECTIVES, add_options, choose_path, from_options, options_of
-from support.cli import BadInput, Parser, command_line, output_file, positive, real, write_json
+from support.cli import BadInput, Parser, command_line, output_file, positive, real, told, write_json
 from support.options import share_options
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -144,6 +144,7 @@ def chosen(args, images):
 
 
 def bench_parser():
+    """One flag for each thing that can be varied, and the options of the objectives."""
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--objectives", default="ar,dar,mlm,vl", metavar="A,B,...", help="what to time")
@@ -257,9 +258,10 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     check(args, device)
-    if args.report:
-        return write_report(args.report, device, args.minutes, args.peer_nanogpt)
-    found = run_cases(args, device)
+    with told("bench"):
+        if args.report:
+            return write_report(args.report, device, args.minutes, args.peer_nanogpt)
+        found = run_cases(args, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor() or device.type
     if args.json != "-":
         print_all(found, args, name)

@@ -207,6 +207,7 @@ def print_perplexity(results):
 
 
 def print_bound(results, run):
+    """What `bound` returns, beside the left-to-right likelihood."""
     print("\nThe mixture over orders of the same network, P = E_o P_o(x_2 .. x_S | x_1): at most")
     notes = {"bound": f"mean over orders, {results['draws']} contexts a sequence",
              "mixture": f"-log of the mean over {results['orders']} orders"}

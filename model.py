@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         sqrt(2 layers). Attention starts as "look at what is near and alike, and add some of it" (Trockman &
         Kolter 2023): queries and keys are one map, twice as large, and the output map is the transpose of the
         values' over sqrt(layers). Otherwise small masked models can stay at the unigram loss for millions of
-        tokens (README).
+        tokens.
         """
         if self.config.patch:
             self.pixels.weight.normal_(std=0.02)

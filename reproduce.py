@@ -185,6 +185,7 @@ def carry_out(place, names, args):
 # ---------------------------------------------------------------------------- command line
 
 def make_parser():
+    """The target, and where and how its stages run."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("target", choices=(*TARGETS, "all", "report"), nargs="?", help="a table or figure of "
                         "the paper, or beyond it: " + ", ".join(ours.OURS) + "; all; report: pages from "

@@ -325,6 +325,7 @@ def spectrum_command(args):
 
 
 def read_command(argv):
+    """The command and its options, with the function that computes and the one that shows."""
     parser = Parser(description="The theory of the paper, checked and extended to every objective.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 

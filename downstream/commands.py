@@ -249,6 +249,7 @@ def glue_command(args):
 
 
 def print_glue(results):
+    """What run_glue returns, task by task, and the row of Table 2."""
     for name, result in results["tasks"].items():
         print_scores(glue.TASKS[name].folder, result)
         if result["skipped"]:

@@ -69,6 +69,7 @@ def trained(args):
 
 
 def show_trained(x):
+    """What `trained` returns, as lines of text."""
     shown = (2, 3, 5, 9, 17, 33)
     rows = [("objective", "features", "sum sigma^4", *(f"sigma_{j}" for j in shown))]
     for y in x["checkpoints"]:

@@ -130,6 +130,7 @@ def objectives(place):
 
 
 def fourbytwo(place):
+    """The paper's four objectives on text and images, both tasks, all through two streams."""
     rows = {}
     for kind, fixed, drawn in (("text", "0.15", "0.15,0.3"), ("images", "0.75", "0.5,0.75")):
         flags = {"ar": "ar", "dar t=2": "dar --t 2", "mlm": f"mlm --mask {fixed}", "vl": f"vl --mask {drawn}"}
@@ -158,6 +159,7 @@ def only(kind, measure):
 
 
 def table9_text(place):
+    """Table 9's question in text: how many tokens at once?"""
     classify, generate = text_probe(place), {"Perplexity": perplexity_column("")}
     rows, untrained = with_untrained(of("text", STEPS))
     return Table("The choice of t in text", TWO_STREAMS.format("tokens"), rows, classify | generate, {},
@@ -167,12 +169,14 @@ def table9_text(place):
 
 
 def theory(place):
+    """Every claim of the theory, as `spectral.py all` checks it."""
     stage = place.stage("spectral", ("spectral.py", "all"), plot="--plot" if matplotlib() else None)
     return Table("Theory: what is printed and what holds", "Computed on the paper's toy model.",
                  extra=(stage,))
 
 
 def toy(place):
+    """The theory where it applies, as `spectral.py toy` runs it."""
     quick = ("--quick",) * (place.name == "smoke")
     stage = place.stage("toy", ("spectral.py", "toy", *quick), plot="--plot" if matplotlib() else None,
                         flops=300 * CPU_SCALE.flops)
@@ -181,6 +185,7 @@ def toy(place):
 
 
 def bridge(place):
+    """The Transformer on the toy model, blind and told, a stage for each seed: experiments/bridge.py."""
     quick, each = (("--quick",), 2) if place.name == "smoke" else ((), 3)
     seeds = [place.stage(f"bridge-seed{seed}", ("experiments.bridge", "train", "--seed", str(seed), *quick),
                          flops=240 * CPU_SCALE.flops) for seed in range(each)]

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from data import Sequences
 from engine.machine import LossModule, choose_device, flops_per_sequence, peak_flops
@@ -29,6 +28,7 @@ from engine.steps import ahead, make_optimizer
 from experiments.peers import make_peer, peer_inputs, peer_name
 from model import Config, Transformer
 from objectives import describe, draw_batch, flag, loss_sum
+from support.cli import progress
 from support.kernels import cpu_info
 from train import train, update
 
@@ -233,7 +233,7 @@ def in_turn(functions, rounds, quiet=True):
     """Call functions {name: function} one after the other, `rounds` times over -> {name: [value of each
     round]}."""
     values = {name: [] for name in functions}
-    for _ in tqdm(range(rounds), desc="rounds", disable=quiet or not sys.stderr.isatty()):
+    for _ in progress(range(rounds), quiet, desc="timing", unit=" rounds"):
         for name, function in functions.items():
             values[name].append(function())
     return values
@@ -248,7 +248,7 @@ def time_cases(cases, device, rounds, clock=time.perf_counter, quiet=True):
         torch.compiler.config.force_disable_caches = True
         torch.compile(torch.neg)(torch.zeros(1, device=device))      # starting the compiler is nobody's time
     results, functions = [], {}
-    for number, case in enumerate(tqdm(cases, desc="warm-up", disable=quiet or not sys.stderr.isatty())):
+    for number, case in enumerate(progress(cases, quiet, desc="warm-up", unit=" cases")):
         result, functions[number] = warm_up(case, device, clock)
         results.append(result)
     products = {NAMES[dtype]: matrix_product(device, dtype, clock)

@@ -145,6 +145,7 @@ def table1(place):
 
 
 def table2(place):
+    """GLUE after pretraining from left to right, one token at a time or two."""
     columns, (rows, untrained) = glue_columns(place), with_untrained(of("text", PAIR))
     names = ("MNLI-m", "MNLI-mm", "SST-2", "STS-B", "RTE", "QNLI", "QQP", "MRPC", "CoLA", "Avg")
     paper = {AR: dict(zip(names, (78.2, 79.3, 90.3, 82.1, 54.3, 84.7, 85.6, 81.9, 30.9, 74.1))),
@@ -223,6 +224,7 @@ REGIMES = ("padded", "truncated")
 
 
 def table7(place):
+    """Left-to-right perplexity of masked models, one ratio or a range of them."""
     other = {"paper": "hf:allenai/c4::en"}.get(place.name, str(place.data / "other"))
     columns = {regime: perplexity_column(regime) for regime in REGIMES}
     if place.name == "paper" or place.name != "smoke" and Path(other).exists():
@@ -241,6 +243,7 @@ def table7(place):
 
 
 def table8(place):
+    """Reconstruction of hidden patches, one ratio or a range of them."""
     flags = {"Masked (0.75)": "mlm --mask 0.75", "Masked (0.5)": "mlm --mask 0.5",
              "Variable-length [0.5, 0.75]": "vl --mask 0.5,0.75"}
     columns = {"L2": reconstruction("l2", 4), "PSNR": reconstruction("psnr", 2)}
@@ -277,6 +280,7 @@ def table9(place):
 
 
 def figure2(place):
+    """How alike the features of contexts are, of the pairs that are most alike (App. B.2)."""
     rows = of("text", {AR: "ar", "Masked (0.15)": "mlm --mask 0.15", DAR: "dar --t 2",
                        "Variable-length": "vl --mask 0.15,0.3"})
     columns = {"inner product, top pairs": connectivity("inner_product", "mean"),
@@ -296,6 +300,7 @@ def figure2(place):
 
 
 def figure3(place):
+    """What masked models gain of what autoregressive ones do, by the length of the prefix."""
     rows = of("text", {AR: "ar", **MASKED})
     spans = {"below S/8": lambda k, S: k < S / 8, "S/8 .. S/2": lambda k, S: S / 8 <= k < S / 2,
              "from S/2": lambda k, S: k >= S / 2}

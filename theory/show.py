@@ -29,6 +29,7 @@ def show_claims(x):
 
 
 def show31(x):
+    """What theorem31 returns, as lines of text."""
     loss, symmetric = "E[W f]_X+ + E[..]^2", "E f.f' + E (f.f')^2"
     rows = [(f"-2 {loss} = ||Abar - F W'^T||^2 - ||Abar||^2    objectives.spectral_loss", "identity_error"),
             (f"-1 {loss} = ||Abar - F W'^T||^2 - ||Abar||^2    as printed, Eq. 1", "printed_error"),
@@ -45,6 +46,7 @@ def show31(x):
 
 
 def show41(x):
+    """What theorem41 returns, as lines of text."""
     probes, tie, r = x["probes"], x["tie"], x["classes"]
     rows = [("t", *(cell for name in probes for cell in (name, "tail", "bound")))]
     for t in range(max(len(y["error"]) for y in probes.values())):
@@ -73,6 +75,7 @@ def show41(x):
 
 
 def show42(x):
+    """What theorem42 returns, as lines of text."""
     r, last, printed = x["classes"], len(x["printed"]["masked"]), x["printed"]
     rows = [(name.replace("_", " "), multiplicities(printed[name.split("_")[0]]), multiplicities(x[name]))
             for name in x["unit_values"]]
@@ -94,6 +97,7 @@ def show42(x):
 
 
 def show43(x):
+    """What theorem43 returns, as lines of text."""
     columns = {"prefix": "prefix", "loss_one_length": "one length", "loss_all_lengths": "all lengths",
                "ideal_blind": "ideal blind", "ideal_told_position": "ideal told",
                "norm_one_length": "||W f||", "printed_bound": "printed", "corrected_bound": "corrected",
@@ -128,6 +132,7 @@ def show_spectrum(x):
 
 
 def one_spectrum(x):
+    """One objective's matrices, as far as they are small, and its singular values, as lines of text."""
     counted = {"targets": "query counts by its weight", "sequences": "sequence counts alike",
                "contexts": "context counts alike"}[x["weighting"]]
     lines = [f"{x['objective']}, s = {x['s']}, every {counted} ({x['method']})", ""]
