@@ -70,7 +70,8 @@ IMAGE_TUNING = {
     "layer-decay": {"type": real,
                     "help": "images: rate of a layer as a share of the next one's (default: 0.65)"},
     "drop-path": {"type": real, "help": "images: share of samples that skip the last block (default: 0.1)"},
-    "mixup": {"type": real, "help": "images: the Beta parameter of mixup, 0 for none (default: 0.8)"},
+    "mixup": {"type": real, "help": "images: the Beta parameter of mixup, 0 for none (default: 0.8; "
+                                "vit-tiny 0 for this and the next three)"},
     "cutmix": {"type": real, "help": "images: that of CutMix (default: 1)"},
     "smoothing": {"type": real, "help": "images: of the labels (default: 0.1)"},
     "erase": {"type": real, "help": "images: probability of random erasing (default: 0.25)"},

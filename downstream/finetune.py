@@ -29,7 +29,6 @@ from support.cli import BadInput, progress
 PLAIN = contextlib.nullcontext()  # in place of an autocast context
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How long and how fast to optimise."""

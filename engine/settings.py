@@ -21,7 +21,8 @@ PRESETS = {  # a size of model.py and a budget that suits it
     "base": {**TEXT, "batch_size": 1024, "steps": 50_000, "lr": 2e-3},
     "paper": {**TEXT, "batch_size": 8192, "steps": 100_000, "lr": 1e-3, "batch_ramp": 0.6,
               "optimizer": "adamw", "mask_rule": "bert"},
-    "vit-tiny": {**IMAGES, "size": 32, "patch": 4, "batch_size": 64, "steps": 1000, "lr": 2e-3},
+    "vit-tiny": {**IMAGES, "size": 32, "patch": 4, "batch_size": 64, "steps": 1000, "lr": 4e-3,
+                 "optimizer": "muon"},
     "vit-small": {**IMAGES, "size": 224, "patch": 16, "batch_size": 4096, "epochs": 200, "lr": 8e-3},
     "vit-base": {**IMAGES, "size": 224, "patch": 16, "batch_size": 4096, "epochs": 200, "lr": 8e-3},
 }

@@ -43,14 +43,15 @@ SMOKE_SCALE = Scale(
              "reconstruct": 320, "transfer": 1000})
 
 CPU_SCALE = Scale(
-    "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32", flops=1.5e11, seeds=3,
-    tokens=1_500_000, epochs=1, vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.25, 1),
+    "4 layers x 128, texts of 128 tokens (WordPiece, 1,024 words), images of 32 x 32 in 16 patches",
+    flops=1.5e11, seeds=3,
+    tokens=1_500_000, epochs=4, vocab=1024, counts={"text": 2.2e7, "images": 50_000}, curve=(0.25, 1),
     prepare={"text": "--tokenizer wordpiece --vocab 1024", "images": "--size 32"},
     train={"text": "--preset tiny --batch-size 16 --optimizer muon",
-           "images": "--preset vit-tiny --batch-size 64"},
+           "images": "--preset vit-tiny --patch 8 --batch-size 64 --optimizer muon --lr 4e-3"},
     evaluate={"perplexity": "--max-sequences 64", "bound": "--max-sequences 24", "connectivity": "",
               "probe text": "--pool mean --max-train 5000", "probe images": "--max-train 10000",
-              "finetune": "--epochs 4 --max-train 10000", "reconstruct": "--max-images 200",
+              "finetune": "--epochs 8 --max-train 10000", "reconstruct": "--max-images 200",
               "transfer": "--max-train 10000", "glue": "--seeds 3 --epochs 3 --max-train 5000 --pool mean"},
     forward={"perplexity": 1.2e4, "bound": 8e3, "connectivity": 8e3, "probe": 2e4, "finetune": 8e5,
              "reconstruct": 2e4, "transfer": 2e4, "glue": 1e5})
