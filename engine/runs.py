@@ -177,7 +177,9 @@ def resumed(given, out):
     same = given.get("objective") in (None, saved.objective)
     budget = {"steps": None, "epochs": None} if "steps" in given or "epochs" in given else {}
     wanted = resolve(**{**(asdict(saved) if same else {}), **budget, **given})
-    names = [name for name in given if name not in MAY_CHANGE]
+    # files may have moved, a model that is drawn from has not
+    may_change = MAY_CHANGE if toy_noise(saved.data) is None else MAY_CHANGE - {"data"}
+    names = [name for name in given if name not in may_change]
     values = [{**asdict(x), **x.options} for x in (saved, wanted)]
     changed = [f"{dashed(name)} {a}, not {b}" for name in names
                if (a := values[0].get(name)) != (b := values[1][name])]

@@ -166,7 +166,8 @@ def images_table(title, paper, columns, rows=None, pairs=((DAR, AR),), note=""):
     rows, untrained = with_untrained(rows or of("images", PAIR))
     if not any(row.startswith("ViT-") for row in rows):
         note = " The paper's numbers are of ViT-B on ImageNet-1K." + note
-    recipe = " Fine-tuning is MAE's, without RandAugment." if "FT Acc." in columns else ""
+    recipe = (" Fine-tuning is MAE's without RandAugment, that of vit-tiny also without mixing, erasing and "
+              "smoothed labels." if "FT Acc." in columns else "")
     primary = next(iter(columns)), *pairs[-1]
     return Table(title, TWO_STREAMS.format("images") + recipe + note, rows, columns, paper,
                  compare(columns, pairs, paper, untrained, primary))

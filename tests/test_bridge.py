@@ -132,6 +132,8 @@ def test_a_blind_run_resumes_exactly_and_is_probed(tmp_path, monkeypatch, capsys
     with pytest.raises(KeyboardInterrupt):
         train.train(settings, "parts", device="cpu", dtype="fp32", threads=1, save_every=2, quiet=True)
     monkeypatch.setattr(train.Job, "draw", draw)
+    with pytest.raises(BadInput, match="--data toy:0.3, not toy:0.4"):
+        train.main(["--resume", "--data", "toy:0.4", "--out", "parts", "--no-report"])
     train.main(["--resume", "--out", "parts", "--no-report"])
     whole, parts = (load_checkpoint(name) for name in ("whole", "parts"))
     assert whole["model_config"]["blind"] and whole["settings"]["blind"] and parts["step"] == 6
