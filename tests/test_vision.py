@@ -341,12 +341,12 @@ def test_finetune_command(trained, small_shapes, capsys):
     assert "accuracy" in text
     content = json.loads(call(capsys, "finetune", trained["dar"], "--data", small_shapes, "--label-fraction",
                               0.05, "--epochs", 1,
-                              "--batch-size", 16, "--mixup", 0, "--layer-decay", 0.8, "--attention", "full",
+                              "--batch-size", 16, "--mixup", 0.5, "--layer-decay", 0.8, "--attention", "full",
                               "--json", "-"))
     protocol, results = content["protocol"], content["results"]
-    assert protocol["mixup"] == 0 and protocol["layer_decay"] == 0.8
+    assert protocol["mixup"] == 0.5 and protocol["layer_decay"] == 0.8
     assert protocol["lr"] == pytest.approx(2e-3 * 16 / 256)
-    assert protocol["attention"] == "full" and protocol["pool"] == "mean" and protocol["cutmix"] == 1.0
+    assert protocol["attention"] == "full" and protocol["pool"] == "mean" and protocol["cutmix"] == 0
     assert results["train"] == 12 * 2 and results["dev"] == 300 and len(results["accuracy"]["seeds"]) == 1
     [correct], [predicted] = results["correct"], results["predictions"]
     assert correct == [int(a == b) for a, b in zip(predicted, results["labels"])] and len(correct) == 300
