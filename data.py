@@ -157,8 +157,8 @@ def text_command(args):
         print(f"{side:5s} {documents} {count['tokens']:14,} tokens "
               f"{count['bytes']:14,} bytes"
               + (f", {count['replaced']:,} characters were not UTF-8" if count["replaced"] else "")
-              + (f", {count['unknown'] / count['tokens']:.3%} of the tokens are [UNK]" if count["unknown"]
-                 else ""))
+              + (f", {count['unknown'] / max(1, count['tokens']):.3%} of the tokens are [UNK]"
+                 if manifest["tokenizer"] == "wordpiece" else ""))
     train, val = (manifest[side]["documents"] for side in SPLITS)
     how = (f"all of {', '.join(args.val)}" if args.val else
            f"{val / (train + val):.1%} of the documents, chosen by a checksum of their names" if val else

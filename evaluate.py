@@ -27,7 +27,7 @@ from downstream.curves import add_curves_command
 from downstream.generation import add_generate_command
 from downstream.hub import open_run
 from downstream.reconstruct import add_reconstruct_command
-from engine.machine import choose_device
+from engine.machine import choose_device, free_threads
 from engine.runs import about, load_run
 from objectives import describe, scores_next, target_nll
 from support.cli import (
@@ -349,6 +349,8 @@ def main(argv=None):
         sub.add_argument(**which, metavar="CKPT", help="run folder, checkpoint, untrained:RUN or hf:PATH")
         sub.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
         sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
+        sub.add_argument("--threads", type=positive, metavar="N",
+                         help="on a CPU (default: as many as other work leaves free)")
         sub.add_argument("--json", type=output_file, metavar="FILE",
                          help="results as one JSON object; - for standard output")
         return sub
@@ -359,6 +361,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if getattr(args, "plot", None):
         import_optional("matplotlib.pyplot")  # complain before the work, not after it
+    torch.set_num_threads(args.threads or free_threads())
     with told(args.command):
         results, run = args.function(args)
     inner = ("function", "json", "command")

@@ -42,7 +42,6 @@ import torch
 from experiments import ours, tables
 from experiments.pages import markdown, stages_of, write_pages, write_results
 from experiments.running import (
-    Worker,
     adopt,
     command,
     estimate_seconds,
@@ -50,7 +49,7 @@ from experiments.running import (
     measured_flops,
     readable,
     run,
-    slots_for,
+    run_all,
 )
 from experiments.scales import RISK, SCALES
 from experiments.stages import Place, with_needs
@@ -107,16 +106,16 @@ def show_list(scales, names, args):
             plans["all together"] = with_needs(itertools.chain.from_iterable(plans.values()))
         for name, stages in plans.items():
             show_line(place, name, stages, seeds_of(place, name, args) if name in TARGETS else "", here,
-                      large)
+                      large, args.jobs or max(1, torch.cuda.device_count()))
         if at_risk(place, itertools.chain.from_iterable(plans.values())):
             print(f"note: {RISK}")
 
 
-def show_line(place, name, stages, seeds, here, large):
-    """One line of the list."""
+def show_line(place, name, stages, seeds, here, large, jobs):
+    """One line of the list; `jobs` stages at a time, or one on as many GPUs."""
     left = [stage for stage in stages if not stage.record().exists()]
     seconds, there = estimate_seconds(stages, here), estimate_seconds(stages, place.scale.flops)
-    to_go, longest = sum(seconds[stage.out] for stage in left), max(seconds.values())
+    to_go, longest = sum(seconds[stage.out] for stage in left) / jobs, max(seconds.values())
     memory = max(1, max(stage.memory for stage in stages) / 1e9)
     disk = max(0.1, sum(stage.disk for stage in left) / 1e9)
     hours = f"   {duration(sum(there[stage.out] for stage in left)):>11s}" * large
@@ -154,25 +153,26 @@ def carry_out(place, names, args):
     for stage in everything if args.adopt else ():
         adopt(stage, args.adopt)
     gpus = torch.cuda.device_count()
-    jobs = args.jobs or (1 if args.launcher else max(1, gpus))
+    jobs = args.jobs or max(1, gpus)
     start, total, ran = time.perf_counter(), sum(not finished(stage) for stage in everything), []
 
-    def about(stage, waiting):
-        seconds = estimate_seconds(everything, place.scale.flops)
-        to_go = sum(seconds[one.out] for one in waiting) / jobs
-        print(f"[{total - len(waiting) + 1}/{total}, about {duration(to_go)} to go] "
+    def about(stage):
+        seconds = estimate_seconds(everything, measured_flops())
+        left = [one for one in everything if not one.record().exists()]
+        to_go = sum(seconds[one.out] for one in left) / jobs
+        print(f"[{total - len(left) + 1}/{total}, about {duration(to_go)} to go] "
               f"{readable(command(stage))}", file=sys.stderr)
         ran.append(stage)
 
     def may_begin(stage):
-        seconds = estimate_seconds(everything, place.scale.flops)[stage.out]
+        seconds = estimate_seconds(everything, measured_flops())[stage.out]
         return not args.minutes or not ran or time.perf_counter() - start + seconds <= 60 * args.minutes
 
     def run_one(stage, environment, lock):
         run(stage, shlex.split(args.launcher or ""), environment, lock)
 
     for name, (table, stages) in plans.items():
-        left = Worker(stages, slots_for(jobs, gpus), run_one, about, may_begin).run()
+        left = run_all(stages, args.launcher, jobs, gpus, run_one, about, may_begin)
         if left:
             print(f"the next stage would not be done after {args.minutes:g} minutes; "
                   f"{sum(not finished(s) for s in everything)} stages are left: the same command goes on",

@@ -52,7 +52,7 @@ from engine.steps import ahead, clip_gradients, make_optimizer, parts, set_rate,
 from evaluate import report
 from model import Config, Transformer
 from objectives import OBJECTIVES, add_options, describe, draw_batch, loss_sum
-from support.cli import BadInput, Parser, command_line, import_optional, positive
+from support.cli import BadInput, Parser, command_line, import_optional, positive, told
 from support.options import all_options
 
 # ---------------------------------------------------------------------------- schedules
@@ -245,7 +245,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     if not resume:
         check_source(settings.data)
     machine, saved = preflight(out, resume, overwrite, device, dtype, compiled, fsdp, threads, tensorboard)
-    job = load(settings, out, machine, saved, overwrite)
+    with told("reading the data"):
+        job = load(settings, out, machine, saved, overwrite)
     build(job, saved, out)
     if machine.first:
         open_run_folder(out, settings, len(job.sizes), not resume, overwrite)
@@ -342,7 +343,8 @@ def main(argv=None):
             dist.destroy_process_group()
     if reported and os.environ.get("RANK", "0") == "0":
         try:
-            report(out, args["device"])
+            with told("report"):
+                report(out, args["device"])
         except BadInput as error:  # a text too short to evaluate on, say: the run itself is whole
             print(f"note: no report on {out}: {error}", file=sys.stderr)
     return 0

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.cli import BadInput
+from text.sources import text_files
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -78,7 +79,7 @@ def read_table(path, text, label=None, columns=None, ragged=False):
     """
     texts, labels, lines, skipped, places = [], [], [], 0, None
     wanted = (*text, label) if label else tuple(text)
-    for number, row in read_objects(path, wanted) if Path(path).suffix in JSON_LINES else read_rows(path):
+    for number, row in read_objects(path, wanted) if suffix_of(path) in JSON_LINES else read_rows(path):
         if columns is None:
             columns = row
             continue
@@ -103,20 +104,24 @@ def read_table(path, text, label=None, columns=None, ragged=False):
     return Examples(Path(path), texts, labels if label else None, lines, skipped)
 
 
+def suffix_of(path):
+    return Path(path).suffix.lower()
+
+
 def find_columns(path, wanted, columns):
     """The places of these names among the columns."""
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise BadInput(f"{path} has no column {missing[0]!r}, only {', '.join(map(shorten, columns))}; "
-                       f"{'commas' if Path(path).suffix == '.csv' else 'tabs'} separate columns")
+                       f"{'commas' if suffix_of(path) == '.csv' else 'tabs'} separate columns")
     return [columns.index(name) for name in wanted]
 
 
 def read_rows(path):
     """The rows of a .csv or a tab-separated file -> (line number, list of cells)."""
     with open(path, encoding="utf-8-sig", errors="replace",
-              newline="" if Path(path).suffix == ".csv" else "\n") as file:
-        if Path(path).suffix != ".csv":
+              newline="" if suffix_of(path) == ".csv" else "\n") as file:
+        if suffix_of(path) != ".csv":
             for number, line in enumerate(file, 1):  # splits at \n only, translates nothing
                 line = line.removesuffix("\n").removesuffix("\r")
                 if line:
@@ -165,7 +170,8 @@ def read_object(path, number, line):
 def read_labelled(path, columns=USUAL):
     """The Examples of somebody's own file. BadInput says which columns there are, or that no line names
     them."""
-    if Path(path).suffix in JSON_LINES:
+    text_files(path)  # refuses what is not UTF-8
+    if suffix_of(path) in JSON_LINES:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             line = next((line for line in file if line.strip()), "null")
         header, rows = list(read_object(path, 1, line)), []
@@ -176,7 +182,7 @@ def read_labelled(path, columns=USUAL):
     wanted, names = (*text, columns.label), ", ".join(map(shorten, header))
     if set(wanted) <= set(header):
         return read_table(path, text, columns.label)
-    if all(name.isdecimal() for name in wanted) and Path(path).suffix not in JSON_LINES:
+    if all(name.isdecimal() for name in wanted) and suffix_of(path) not in JSON_LINES:
         if not all(1 <= int(name) <= len(header) for name in wanted):
             raise BadInput(f"{path} has columns 1 to {len(header)}; {', '.join(wanted)} were asked for")
         return read_table(path, text, columns.label, [str(k + 1) for k in range(len(header))])

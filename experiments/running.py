@@ -30,6 +30,7 @@ from support.cli import BadInput, import_optional, write_json
 from train import parse
 
 HERE = Path(__file__).resolve().parent.parent
+PREPARED = 1e6  # bytes of tokens or pixels that one core writes in a second, before any was measured
 
 
 # ---------------------------------------------------------------------------- what is there
@@ -152,7 +153,7 @@ class Worker:
     def __init__(self, stages, slots, run_one, about=None, may_begin=None):
         self.waiting = [stage for stage in with_needs(stages) if not finished(stage)]
         self.slots, self.run_one = slots, run_one
-        self.about = about or (lambda stage, waiting: None)
+        self.about = about or (lambda stage: None)
         self.may_begin = may_begin or (lambda stage: True)
         self.busy, self.mutex, self.stopped = set(), threading.Lock(), False
 
@@ -189,7 +190,7 @@ class Worker:
                         if not self.may_begin(stage):
                             self.stopped = True
                             return
-                        self.about(stage, self.waiting)
+                        self.about(stage)
                         self.run_one(stage, environment, lock)
                         done = True
             except BaseException:
@@ -213,6 +214,14 @@ class Worker:
                 finally:
                     self.stopped = True
         return self.waiting
+
+
+def run_all(stages, launcher, jobs, gpus, run_one, about=None, may_begin=None):
+    """Run what is missing of these stages -> those that are left. Training with a launcher takes all GPUs, so
+    that nothing runs beside it; everything else takes one each."""
+    trainings = [stage for stage in stages if launcher and stage.argv[0] == "train.py"]
+    left = Worker(trainings, [{}], run_one, about, may_begin).run()
+    return left or Worker(stages, slots_for(jobs, gpus), run_one, about, may_begin).run()
 
 
 def slots_for(jobs, device_count):
@@ -242,6 +251,7 @@ def hardware():
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
+@functools.cache
 def measured_flops(share=0.4):
     """FLOP/s that a training can be expected to reach here: a share of what a product of matrices does in the
     precision of training."""
@@ -265,9 +275,11 @@ def seconds_in(record):
 
 
 def estimate_seconds(stages, flops):
-    """{out: seconds} that the stages take, from their FLOPs and from what finished stages of the same program
-    took."""
-    guess = {stage.out: 10 + stage.flops / flops for stage in stages}
+    """{out: seconds} that the stages take, from their FLOPs, from the bytes of data that they prepare, and
+    from what finished stages of the same program took."""
+    prepared = PREPARED * (os.cpu_count() or 1)
+    guess = {stage.out: 10 + stage.flops / flops + stage.disk / prepared * (stage.argv[0] == "data.py")
+             for stage in stages}
     took, guessed = Counter(), Counter()
     for stage in stages:
         if stage.record().exists():

@@ -46,7 +46,7 @@ from images.shapes import SHAPES, shapes
 from support.cli import BadInput, progress
 from text.toy import toy_noise
 
-# beside images: tables of labels, annotations, notes
+# beside images: tables of labels, annotations, notes; a .txt only if an image beside it has its name
 COMPANIONS = {".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".mat", ".npy", ""}
 
 
@@ -71,11 +71,18 @@ def is_images(source):
         if cifar_files(root) or idx_files(root) or is_pickled(root):
             return True
         names = list(itertools.islice(all_files(root), 5000))
-        images = sum(map(is_image, names))
-        others = sum(os.path.splitext(name)[1].lower() not in COMPANIONS for name in names) - images
-        return images > 0 and images >= 9 * others
+        images = [name for name in names if is_image(name)]
+        stems = {os.path.splitext(name)[0] for name in images}
+        others = sum(not is_image(name) and not is_companion(name, stems) for name in names)
+        return 0 < len(images) >= 9 * others
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
+
+
+def is_companion(path, stems):
+    """Whether a file says something about images whose paths without suffix are `stems`."""
+    stem, suffix = os.path.splitext(path)
+    return suffix.lower() in COMPANIONS or (suffix.lower() == ".txt" and stem in stems)
 
 
 def load_images(source, size=None):

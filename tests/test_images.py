@@ -253,6 +253,7 @@ def touch(root, *names):
         (["1.jpg", "labels.csv"], True),
         (["cat/1.jpg", "dog/1.jpg", "labels.csv", "cat/1.xml"], True),
         (["1.jpg", "notes.txt"], False),
+        (["1.jpg", "1.txt", "2.png", "2.TXT"], True),
         (["train/1.txt", "val/1.txt"], False),
         (["train/essays/1.txt", "val/essays/1.txt"], False),
         (["train/a/page.html", "train/a/figure.png", "train/a/figure2.png"], False),

@@ -13,6 +13,7 @@ from test_vision import write_images
 
 import data
 import evaluate
+import train
 from engine.settings import resolve
 from images.shapes import shapes
 from support import cli
@@ -121,6 +122,15 @@ def test_every_command_tells_how_far_it_is(line, says, text_runs, image_run, sai
     assert any(re.match(f"{name}: {says}", told) for told in said), said
     assert all(told.startswith(name + ": ") for told in said)
     assert json.loads((tmp_path / "out.json").read_text())["command"] == f"evaluate.py {name}"
+
+
+def test_so_does_training_before_its_first_step_and_after_its_last(said, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 400)
+    argv = ["--data", str(tmp_path / "a.txt"), "--steps", "1", "--length", "32", "--batch-size", "2",
+            "--device", "cpu", "--dtype", "fp32", "--out", str(tmp_path / "run")]
+    train.main(argv)
+    assert any(re.match(r"reading the data: (tokenizing, [\d,]+ bytes|\d+ s) so far", line) for line in said)
+    assert any(line.startswith("report: ") for line in said)
 
 
 def test_so_does_the_preparation_of_data(said, tmp_path):

@@ -35,6 +35,22 @@ def test_stages_run_in_parallel_and_in_order_of_need(tmp_path):
                                                                    "z"} and len({s for _, s in order}) == 2
 
 
+def test_a_training_with_a_launcher_has_all_gpus_and_the_rest_one_each(tmp_path):
+    log, mutex = [], threading.Lock()
+
+    def run_one(stage, environment, lock):
+        with mutex:
+            log.append((stage.argv[0], environment.get("CUDA_VISIBLE_DEVICES")))
+        time.sleep(0.2)
+        stage.out.write_text("{}")
+        running.write_record(stage, 0.0, "", None)
+
+    trained = [Stage(("train.py", str(k)), tmp_path / f"run{k}") for k in range(2)]
+    probes = [stage_that(tmp_path, f"p{k}", "", one) for k, one in enumerate(trained)]
+    assert running.run_all([*trained, *probes], "torchrun", 2, 2, run_one) == []
+    assert log[:2] == [("train.py", None)] * 2 and {gpu for _, gpu in log[2:]} == {"0", "1"}
+
+
 def test_two_instances_share_the_work_and_do_none_twice(tmp_path):
     todo, log = [stage_that(tmp_path, f"s{k}", "") for k in range(8)], []
 
@@ -99,5 +115,6 @@ def test_launchers_and_slots(monkeypatch):
     assert running.slots_for(1, 0) == [{}]
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in running.slots_for(3, 3)] == ["0", "1", "2"]
     assert len(running.slots_for(2, 0)) == 2
+    assert running.slots_for(1, 8) == [{"CUDA_VISIBLE_DEVICES": "0"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in running.slots_for(2, 2)] == ["4", "6"]

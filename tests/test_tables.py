@@ -1,5 +1,6 @@
 """Labelled texts in files of every kind, whole and broken."""
 import json
+import random
 
 import pytest
 
@@ -81,3 +82,18 @@ def test_what_is_wrong_is_said(tmp_path, name, content, columns, says):
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     with pytest.raises(BadInput, match=says):
         read_labelled(tmp_path / name, columns)
+
+
+def test_what_is_no_text_is_refused_with_the_count(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(random.Random(0).randbytes(5000))
+    with pytest.raises(BadInput, match="1 of 1 files of .*a.csv are not UTF-8 text"):
+        read_labelled(path)
+
+
+def test_suffixes_in_capitals(tmp_path):
+    (tmp_path / "A.CSV").write_text('text,label\n"so, so",yes\n', encoding="utf-8")
+    (tmp_path / "A.JSONL").write_text('{"text": "so, so", "label": "yes"}\n', encoding="utf-8")
+    for name in ("A.CSV", "A.JSONL"):
+        found = read_labelled(tmp_path / name)
+        assert found.texts == [("so, so",)] and found.labels == ["yes"]
