@@ -43,20 +43,39 @@ def print_by_length(results):
 
 
 def plot_by_length(path, curves):
-    """Figure 3, in bins of lengths: curves is {label: by_length dict}. Regimes of one model, "model, regime",
-    share a colour."""
+    """Figure 3: curves is {label: by_length dict}."""
     figure, axes = import_optional("matplotlib.pyplot").subplots(figsize=(7.5, 4), layout="constrained")
-    models = list(dict.fromkeys(label.rpartition(", ")[0] or label for label in curves))
-    for label, curve in curves.items():
-        low, high, cells = zip(*in_bins(curve))
-        colour = f"C{models.index(label.rpartition(', ')[0] or label)}"
-        style = "o--" if label.endswith("truncated") else "o-"
-        axes.plot(np.sqrt(np.multiply(low, high)), cells, style, color=colour, label=label)
-    axes.set(xlabel="tokens in the prefix", ylabel="perplexity of the next token", xscale="log", yscale="log")
-    axes.set_xticks(low, low)
-    axes.minorticks_off()
-    (least, most), steps = axes.get_ylim(), (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-    ticks = [tick for tick in steps if least <= tick <= most]
-    axes.set_yticks(ticks, ticks)
+    draw_by_length(axes, curves)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def draw_by_length(axes, curves):
+    """Perplexity in bins of lengths. Regimes of one model, "model, regime", share a colour."""
+    models = list(dict.fromkeys(label.rpartition(", ")[0] or label for label in curves))
+    for label, curve in curves.items():
+        bins = in_bins(curve)
+        colour = f"C{models.index(label.rpartition(', ')[0] or label)}"
+        style = "o--" if label.endswith("truncated") else "o-"
+        axes.plot(middles(bins), [cell for _, _, cell in bins], style, color=colour, label=label)
+    axes.set(ylabel="perplexity of the next token", yscale="log")
+    prefix_axis(axes, bins)
+    least, most = axes.get_ylim()
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7)):  # the second where the first leaves too few
+        ticks = [digit * 10 ** k for k in range(5) for digit in digits if least <= digit * 10 ** k <= most]
+        if len(ticks) > 2:
+            break
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def middles(bins):
+    """Where bins [(first, last, ...)] stand on a logarithmic axis."""
+    return [math.sqrt(low * high) for low, high, *_ in bins]
+
+
+def prefix_axis(axes, bins):
+    """Lengths of prefixes below an axis, those with which bins begin."""
+    axes.set(xlabel="tokens in the prefix", xscale="log")
+    axes.set_xticks([low for low, *_ in bins], [low for low, *_ in bins])
+    axes.minorticks_off()

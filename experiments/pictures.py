@@ -2,12 +2,13 @@
 matplotlib."""
 
 import itertools
+import math
 
 import numpy as np
 
-from downstream.by_length import plot_by_length
+from downstream.by_length import draw_by_length, middles, prefix_axis
 from downstream.connectivity import plot_connectivity as plot_similarity
-from experiments.measures import regime_of
+from experiments.measures import gain_share, regime_of, unigram_stage
 from experiments.stages import evaluation
 from support.cli import import_optional
 
@@ -157,17 +158,38 @@ def plot_objectives(place, seeds, content, path):
     save(figure, path)
 
 
-def plot_curves_by_length(path, place, rows, seeds):
-    """Figure 3: perplexity by the length of the prefix, the mean over seeds of the loss."""
-    curves = {}
-    for row, model in rows.items():
+def plot_curves_by_length(path, place, rows, reference, seeds):
+    """Figure 3, means over seeds by the length of the prefix: left perplexity, right what each model gains of
+    what the row `reference` gains over unigrams."""
+    curves, unigram = {}, [unigram_stage(place, rows[reference], seed).result() for seed in range(seeds)]
+    ar = [evaluation(place, rows[reference], seed, "perplexity", "--by-length").result()
+          for seed in range(seeds)]
+    bins = [(one["first"], one["last"]) for one in regime_of(ar[0], "next")["by_length"]["bins"]]
+    figure, (left, right) = new_figure(11, 4.6, nrows=1, ncols=2)
+    right.axhline(1, color="C0", label=reference)
+    for k, (row, model) in enumerate(rows.items()):
         found = [evaluation(place, model, seed, "perplexity", "--by-length").result()
                  for seed in range(seeds)]
         for regime, r in found[0]["results"]["regimes"].items():
             nll = np.mean([regime_of(x, regime)["by_length"]["nll"] for x in found], axis=0)
             several = len(found[0]["results"]["regimes"]) > 1
             curves[f"{row}, {regime}" if several else row] = {**r["by_length"], "nll": nll.tolist()}
-    plot_by_length(path, curves)
+            if row != reference:
+                shares = [np.mean([gain_of(first, regime, unigram[seed], found[seed], ar[seed])
+                                   for seed in range(seeds)]) for first, _ in bins]
+                right.plot(middles(bins), shares, "o--" if regime == "truncated" else "o-", color=f"C{k}")
+    draw_by_length(left, curves)
+    prefix_axis(right, bins)
+    right.set(ylabel="(H of unigrams - L) / (H of unigrams - L_ar)", title=f"of what {reference} gains over "
+              "unigrams")
+    left.set(title="perplexity")
+    legend(figure, (left, right))
+    save(figure, path)
+
+
+def gain_of(first, regime, unigram, x, ar):
+    """measures.gain_share in the bin of prefixes that begins with the length `first`."""
+    return gain_share(regime, lambda k, S: k == first, None).read(None, unigram, x, ar).value
 
 
 def forest(claims, path):
@@ -182,8 +204,12 @@ def forest(claims, path):
             panel.plot(c["effect"], 0, "D", color="C3", label="the paper's effect")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.margins(x=0.1)
-        panel.xaxis.set_major_locator(import_optional("matplotlib.ticker").MaxNLocator(5))
-        panel.xaxis.set_major_formatter(in_factors if c["unit"] == "factor" else "{x:+g}")
+        if c["unit"] == "factor":
+            ticks = round_factors(*panel.get_xlim())
+            panel.set_xticks(np.log(ticks), [f"x{tick:g}" for tick in ticks])
+        else:
+            panel.xaxis.set_major_locator(import_optional("matplotlib.ticker").MaxNLocator(5))
+            panel.xaxis.set_major_formatter("{x:+g}")
         panel.tick_params(labelsize=8)
         unit = "share" if not c["unit"] else c["unit"]
         panel.set_yticks([0], [f"{c['short']}\n{c['verdict']}; axis: {unit}"], fontsize=9)
@@ -193,6 +219,10 @@ def forest(claims, path):
     save(figure, path)
 
 
-def in_factors(value, position):
-    """A tick of an axis of logarithms."""
-    return f"x{np.exp(value):.2f}"
+def round_factors(low, high):
+    """At most six round numbers whose logarithms lie between."""
+    for step in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
+        ticks = np.arange(math.ceil(np.exp(low) / step), math.floor(np.exp(high) / step) + 1) * step
+        if len(ticks) <= 6:
+            break
+    return ticks[ticks > 0].round(2)

@@ -26,7 +26,7 @@ from engine.machine import choose_dtype
 from engine.runs import load_checkpoint
 from engine.settings import Settings
 from experiments.stages import with_needs
-from support.cli import BadInput, import_optional, write_json
+from support.cli import BadInput, dashed, import_optional, write_json
 from train import parse
 
 HERE = Path(__file__).resolve().parent.parent
@@ -37,10 +37,13 @@ PREPARED = 1e6  # bytes of tokens or pixels that one core writes in a second, be
 
 def finished(stage):
     """Whether the result of a stage is there: with its record, or whole without it (adopted, or cut off at
-    the very end)."""
+    the very end). BadInput: a run of other settings, as stages are named by their flags and not by what
+    presets were when it was trained."""
+    seconds, config = None, stage.out / "config.json"
+    if stage.argv[0] == "train.py" and config.exists():
+        check_settings(stage, json.loads(config.read_text()))
     if stage.record().exists() and stage.out.exists():
         return True
-    seconds, config = None, stage.out / "config.json"
     if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and config.exists():
         content = load_checkpoint(stage.out)
         if content["step"] >= json.loads(config.read_text())["steps"]:
@@ -50,6 +53,16 @@ def finished(stage):
     if seconds is not None:
         write_record(stage, seconds, "not recorded", None)
     return seconds is not None
+
+
+def check_settings(stage, saved):
+    """Raise BadInput where a run's settings are not those that its stage has now; its data may have moved."""
+    wanted, found = settings_of(asdict(parse(stage.argv[1:])[0])), settings_of(saved)
+    changed = [name for name in wanted if name != "data" and wanted[name] != found[name]]
+    if changed:
+        told = ", ".join(f"{dashed(name)} {found[name]}, now {wanted[name]}" for name in changed)
+        raise BadInput(f"{stage.out} was trained with other presets ({told}): give another --work, or remove "
+                       "this folder")
 
 
 def write_record(stage, seconds, machine, code):

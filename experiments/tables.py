@@ -318,7 +318,7 @@ def figure3(place):
             (fifteen, long): 1, (fifteen, short): -1, (vl, long): -1, (vl, short): 1}, ours=True))
 
     def picture(place, seeds, content, path):
-        plot_curves_by_length(path, place, rows, seeds)
+        plot_curves_by_length(path, place, rows, AR, seeds)
 
     return Table("Figure 3: the length of the prefix", "Of what the autoregressive model gains over "
                  "unigrams, the share that a masked model gains, (H_unigram - L_masked)/(H_unigram - L_ar), "

@@ -185,11 +185,14 @@ class Claim:
 def judge(claim, cells, draws=1000):
     """Everything about a claim that a page shows, as a dict for JSON. The verdict is not corrected for other
     claims."""
-    found, gains = estimate(claim.contrast, cells, draws), {}
+    found, gains, pairs = estimate(claim.contrast, cells, draws), {}, {}
     for key, base in (claim.untrained or {}).items():
         if key in cells and base in cells:
-            gain = estimate({key: 1, base: -1}, cells, draws)
-            gains[key[0]] = [gain.difference, half_width(gain)]
+            pairs.setdefault(key[0], []).append((key, base))
+    for row, own in pairs.items():  # of a mean column all its parts
+        share = 1 / len(own)
+        gain = estimate({key: share for key, _ in own} | {base: -share for _, base in own}, cells, draws)
+        gains[row] = [gain.difference, half_width(gain)]
     half = half_width(found)
     judged = {"claim": claim.text, "ours": claim.ours, "primary": claim.primary, "unit": claim.unit,
               "effect": claim.effect, "difference": found.difference,

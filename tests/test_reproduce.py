@@ -249,6 +249,10 @@ def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path)
     in_process(stage)
     assert runs.load_checkpoint(stage.out)["step"] == 40
     assert running.finished(stage)
+    saved = json.loads((stage.out / "config.json").read_text())
+    (stage.out / "config.json").write_text(json.dumps({**saved, "lr": 0.5, "data": "/moved"}))
+    with pytest.raises(BadInput, match=r"other presets \(--lr 0.5, now [\d.e-]+\): give another --work"):
+        running.finished(stage)
 
 
 # ---------------------------------------------------------------------------- pages, from made-up results
@@ -262,6 +266,19 @@ def fake_nll(rng, model, mean=4, n=12, length=32):
             "sequence_nll": nll.mean(1).tolist(), "by_length": {"prefix": list(range(1, length)),
                                                                 "nll": nll.mean(0).tolist(), "stderr": [0.1]
                                                                 * (length - 1), "bins": bins}}
+
+
+def test_the_share_that_a_model_gains_of_what_the_autoregressive_one_gains():
+    """Unigrams lose 5 nats everywhere; after short prefixes 3 of 4 are gained, after long ones 2 of 3."""
+    def results(name, short, long):
+        bins = [{"first": low, "last": high, "sequence_nll": [short if high < 8 else long] * 3}
+                for low, high in by_length.length_bins(31)]
+        return {"results": {"length": 32, "regimes": {name: {"nll": 0.0, "by_length": {"bins": bins}}}}}
+
+    given = results("unigram", 5, 5), results("padded", 2, 3), results("next", 1, 2)
+    for span, share in ((lambda k, S: k < S / 4, 3 / 4), (lambda k, S: k >= S / 4, 2 / 3)):
+        cell = measures.gain_share("padded", span, "text: ar").read("text: mlm", *given)
+        assert cell.value == pytest.approx(share)
 
 
 def fake_result(stage, rng):

@@ -185,6 +185,18 @@ def test_nothing_is_measured_where_pretraining_gains_nothing():
     assert judge(claim_of(1.0), {A: cells[A], B: three_seeds((5.0, 5.1, 4.9))})["verdict"] == SUPPORTED
 
 
+def test_a_mean_is_measured_by_all_its_parts():
+    """b lies far below the untrained network in task x, as much above it in y, and nowhere in the mean."""
+    cells = {(row, task): three_seeds(values) for row, task, values in (
+        ("a", "x", (9, 9.1, 9.2)), ("a", "y", (9, 9.2, 9.1)), ("b", "x", (1, 1.2, 1.1)),
+        ("b", "y", (9, 9.1, 9.3)), ("untrained", "x", (5, 5.1, 5.1)), ("untrained", "y", (5, 5.2, 5.1)))}
+    contrast = {(row, task): sign / 2 for row, sign in (("a", 1), ("b", -1)) for task in "xy"}
+    base = {key: ("untrained", key[1]) for key in contrast}
+    found = judge(Claim("a beats b", contrast, untrained=base), cells)
+    gains = {row: gain for row, (gain, _) in found["gain_over_untrained"].items()}
+    assert gains == pytest.approx({"a": 4.0, "b": 0.07}, abs=0.1) and found["verdict"] == "not measured"
+
+
 def test_remarks():
     small = judge(claim_of(50.0), {A: three_seeds((1.0, 1.1, 0.9)), B: three_seeds((0.0, 0.0, 0.0))})
     assert small["verdict"] == SUPPORTED and verdicts.remark(small) == "smaller than the paper's"
