@@ -41,7 +41,7 @@ def finished(stage):
     presets were when it was trained."""
     seconds, config = None, stage.out / "config.json"
     if stage.argv[0] == "train.py" and config.exists():
-        check_settings(stage, json.loads(config.read_text()))
+        check_presets(stage, json.loads(config.read_text()))
     if stage.record().exists() and stage.out.exists():
         return True
     if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and config.exists():
@@ -55,7 +55,7 @@ def finished(stage):
     return seconds is not None
 
 
-def check_settings(stage, saved):
+def check_presets(stage, saved):
     """Raise BadInput where a run's settings are not those that its stage has now; its data may have moved."""
     wanted, found = settings_of(asdict(parse(stage.argv[1:])[0])), settings_of(saved)
     changed = [name for name in wanted if name != "data" and wanted[name] != found[name]]
