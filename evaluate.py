@@ -162,12 +162,10 @@ def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False, qu
             results["regimes"][name]["by_length"] = by_length(nll)
     scored = sum(r["tokens"] for r in results["regimes"].values())
     results["tokens_per_second"] = scored / (time.perf_counter() - start)
-    order, unknown = as_trained(run, sequences, quiet=quiet), getattr(run.tokenizer, "unknown", None)
+    order = as_trained(run, sequences, quiet=quiet)
     if order is not None:
         results["training_order_nll"], results["training_order_perplexity"] = order, math.exp(order)
-    if unknown is not None:
-        results["unknown"] = (sequences == unknown).double().mean().item()
-        results["wordpiece"] = getattr(run.tokenizer, "kind", "") == "wordpiece"
+    results |= what_is_dropped(run.tokenizer, sequences)
     return results
 
 
@@ -183,8 +181,17 @@ def bound(run, data=None, max_sequences=200, draws=8, orders=0, seed=0, quiet=Tr
             "draws": draws, "orders": orders,
             "any_order": {name: summary(nll, tokens_per_byte) for name, nll in mixed.items()},
             "left_to_right": {name: summary(nll, tokens_per_byte) for name, nll in exact.items()},
+            **what_is_dropped(run.tokenizer, sequences),
             "difference": {name: {"nll": gap.mean().item(), "stderr": gap.std().item() / math.sqrt(len(gap))}
                            for name, gap in gaps.items()}}
+
+
+def what_is_dropped(tokenizer, sequences):
+    """{"unknown": share of [UNK], "wordpiece": whether that is the tokenizer}, or {} of one without [UNK]."""
+    if tokenizer.unknown is None:
+        return {}
+    return {"unknown": (sequences == tokenizer.unknown).double().mean().item(),
+            "wordpiece": tokenizer.kind == "wordpiece"}
 
 
 # ---------------------------------------------------------------------------- shown
@@ -200,10 +207,16 @@ def print_perplexity(results):
     if "training_order_nll" in results:
         print(f"{'as trained':10s} perplexity   {results['training_order_perplexity']:9.2f}{'':10s}"
               f"nll {results['training_order_nll']:.4f}, each token in the contexts it is trained with")
+    print_dropped(results)
+
+
+def print_dropped(results):
+    """What likelihoods leave out of the text."""
     if "unknown" in results:
         print(f"{results['unknown']:.2%} of these tokens are [UNK].", end=" ")
-        print("WordPiece also drops letter case and spacing: its bits per byte\nleave that out and do not "
-              "compare with those of other tokenizers." if results["wordpiece"] else "")
+        print("WordPiece also drops spacing, and letter case unless it is a cased one:\nits bits per byte "
+              "leave that out and do not compare with those of other tokenizers." if results["wordpiece"]
+              else "")
 
 
 def print_bound(results, run):
@@ -219,6 +232,7 @@ def print_bound(results, run):
     print()
     for name, gap in results["difference"].items():
         print(f"bound - {name}: {gap['nll']:+.4f} ± {gap['stderr']:.4f} nats a token, paired by sequence")
+    print_dropped(results)
     if run.path == "mask" and run.objective.generation == "left":
         print("The bound takes every share of hidden tokens, of which this model was trained with some only.")
 

@@ -46,6 +46,9 @@ class HubTokenizer:
         tokens."""
         self.tokenizer, self.name, self.vocab, self.mask = tokenizer, name, vocab, tokenizer.mask_token_id
         self.separator = tokenizer.eos_token_id if causal else tokenizer.sep_token_id
+        unknown, backend = tokenizer.unk_token_id, getattr(tokenizer, "backend_tokenizer", None)
+        self.unknown = None if unknown == tokenizer.eos_token_id else unknown  # GPT-2's stands for nothing
+        self.kind = type(backend.model).__name__.lower() if backend else ""
         # Where there is no file the library makes up a tokenizer of special tokens alone.
         empty = len(tokenizer) <= len(tokenizer.all_special_ids) or not len(self.encode("a"))
         if empty or self.separator is None or not causal and self.mask is None:

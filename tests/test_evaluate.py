@@ -335,15 +335,18 @@ def test_bound_command(text_runs, capsys, tmp_path):
     assert again["left_to_right"] == results["left_to_right"]
 
 
-def test_unknown_tokens_are_counted(make_run, monkeypatch):
+def test_unknown_tokens_are_counted_and_told(make_run, monkeypatch, capsys):
     run = make_run(from_options("ar"), "causal")
     sequences = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 3], [3, 3, 1, 1, 1, 1, 1, 1]])
     monkeypatch.setattr(evaluate, "evaluation_sequences", lambda *args: (sequences, 0.25, "text"))
     assert "unknown" not in evaluate.perplexity(run)
+    capsys.readouterr()
     monkeypatch.setattr(run.tokenizer, "unknown", 3, raising=False)
     monkeypatch.setattr(run.tokenizer, "kind", "wordpiece", raising=False)
     results = evaluate.perplexity(run)
     assert results["unknown"] == 4 / 16 and results["wordpiece"]
+    evaluate.print_perplexity(results)
+    assert "25.00% of these tokens are [UNK]. WordPiece also drops spacing" in capsys.readouterr().out
 
 
 def test_generate_command(text_runs, capsys):

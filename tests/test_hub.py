@@ -227,6 +227,7 @@ def test_extras_perplexity_command(folders, capsys, tmp_path, name):
                                                                labels=sequences).loss.item(), abs=1e-4)
     shown = call(capsys, *argv, "--by-length")
     assert str(path) in shown and "step" not in shown
+    assert ("tokens are [UNK]. WordPiece also drops" in shown) == (name == "bert")
 
 
 def test_extras_other_commands(folders, capsys, tmp_path):
