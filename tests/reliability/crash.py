@@ -39,7 +39,7 @@ from support.cli import command_line
 
 SAVE_EVERY = 5
 CASES = {  # name: what it adds to the command
-    "ar text": "--objective ar",
+    "ar text": "--objective ar --optimizer adamw",
     "dar text": "--objective dar --t 2",
     "mlm text": "--objective mlm",
     "vl text": "--objective vl",
@@ -47,7 +47,7 @@ CASES = {  # name: what it adds to the command
     "vl text, two streams": "--objective vl --streams 2",
     "ar images": "--objective ar",
     "dar images": "--objective dar --t 1,2",
-    "mlm images": "--objective mlm --mask 0.5",
+    "mlm images": "--objective mlm --mask 0.5 --optimizer adamw",
     "vl images": "--objective vl --streams 2",
     "vl text, large batches": "--objective vl",
 }
