@@ -113,6 +113,7 @@ def summarise(place, name, table, seeds):
     if not table.rows:  # theory: every claim; toy: what its own command prints
         found = table.extra[0].result()
         content["printed_and_computed"] = found.get("claims", [])
+        content["found"] = {name: found[name] for name in ("findings", "results") if name in found}
         content["text"] = found.get("text") or (show_toy(found) if "findings" in found else [])
     return content
 

@@ -49,3 +49,19 @@ def test_every_flag_it_names_is_defined():
     missing = {flag for flag in flags if f'"{flag}"' not in code and f'"{flag[2:]}"' not in code
                and not re.search(rf"\b{flag[2:].replace('-', '_')}: ", code)}
     assert len(flags) > 15 and not missing
+
+
+def test_it_is_one_page():
+    assert len(README.splitlines()) <= 180
+
+
+def test_every_slip_has_a_command_that_shows_it_or_was_found_by_reading():
+    text = (ROOT / "ERRATA.md").read_text(encoding="utf-8")
+    shown = [line.rstrip(" |").rpartition("|")[2] for line in text.splitlines() if line.startswith("| ")]
+    shown = [cell for cell in shown if cell.strip() != "Shown by"]
+    assert len(shown) > 30
+    for cell in shown:
+        commands = re.findall(r"`python spectral.py ([^`]*)`", cell)
+        assert commands or "by reading" in cell, cell
+        for line in commands:
+            assert spectral.read_command(line.split()).command == line.split()[0]
