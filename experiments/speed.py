@@ -127,9 +127,9 @@ def set_up(case, device, clock=time.perf_counter):
 
 
 def processor():
-    """The name of this machine's processor, where Linux says it."""
+    """The name of this machine's processor, where Linux says it, and which kernels PyTorch takes on it."""
     found = re.search(r"model name\s*:\s*(.+)", cpu_info())
-    return found[1] if found else ""
+    return f"{found[1]}, {torch.backends.cpu.get_cpu_capability()} kernels" if found else ""
 
 
 def synchronize(device):

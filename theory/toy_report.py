@@ -69,7 +69,9 @@ def meaning(x):
 
 
 def annotate(axes, points):
-    """Names beside their points [(x, y, name, colour)], each at the offset where it covers the least."""
+    """Names beside their points [(x, y, name, colour)], each at the offset where it covers the least, with a
+    white rim over whatever lies below."""
+    rim = [import_optional("matplotlib.patheffects").withStroke(linewidth=2.5, foreground="white")]
     dots, taken = axes.transData.transform([point[:2] for point in points]), []
     offsets = [(dx, dy) for dy in (-3, 6, -12, 16, -22, 26, -32) for dx in (6, -6, 14, -14)]
     for x, y, name, colour in points:
@@ -77,7 +79,7 @@ def annotate(axes, points):
         for offset in (*offsets, None):
             chosen = offset or offsets[np.argmin(costs)]
             text = axes.annotate(name, (x, y), chosen, textcoords="offset points", fontsize=8,
-                                 color=colour, ha="left" if chosen[0] > 0 else "right")
+                                 color=colour, ha="left" if chosen[0] > 0 else "right", path_effects=rim)
             box = text.get_window_extent()
             if offset:
                 outside = not axes.bbox.x0 < box.x0 < box.x1 < axes.bbox.x1
