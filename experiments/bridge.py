@@ -248,7 +248,8 @@ def plot_bridge(x, path):
         for row in rows:
             errors = row[way]["common"]
             panel.plot([row["tail"]] * 2, [min(errors), max(errors)], color=f"C{k}", linewidth=1.2)
-            panel.plot(row["tail"], np.mean(errors), "o", color=f"C{k}", markeredgecolor="black", ms=6)
+            panel.plot(row["tail"], np.mean(errors), "o", color=f"C{k}", markeredgecolor="black", ms=6,
+                       zorder=4)
         level = np.mean([row[way]["untrained common"] for row in rows])
         panel.axhline(level, color="grey", linestyle=":", label="untrained (dots: mean over seeds; upright lines: range)")
         found = next(y for y in x["orders"] if (y["eps"], y["place"]) == (eps, "common"))

@@ -117,7 +117,7 @@ def plot_toy(x, path):
         for place, row in zip(places, quiet):
             y, style = row[kind]["own"][-1], {"color": colours[row["objective"]]}
             few.plot([place] * 2, [min(y), max(y)], lw=1.2, **style)
-            few.plot(place, np.mean(y), "o", ms=6, mec="black", mew=0.5, **style)
+            few.plot(place, np.mean(y), "o", ms=6, mec="black", mew=0.5, zorder=4, **style)
         few.set(xscale="log", xlabel="tail sum of sigma_j^4, j > 1, per class",
                 title=f"{kind}, eps = {noises[0]:g}, {x['labels']} labels a class: excess error")
         few.margins(x=0.12)
