@@ -56,7 +56,7 @@ from experiments.stages import Place, with_needs
 from support.cli import BadInput, Parser, command_line, duration, positive
 
 TARGETS = {**tables.PAPERS, **ours.OURS}
-ONCE = ("theory", "toy", "bridge")  # these bring their own seeds
+ONCE = ("theory", "toy", "bridge", "recipe")  # these bring their own seeds
 
 
 def place_of(scale, args):

@@ -251,7 +251,8 @@ def plot_bridge(x, path):
             panel.plot(row["tail"], np.mean(errors), "o", color=f"C{k}", markeredgecolor="black", ms=6,
                        zorder=4)
         level = np.mean([row[way]["untrained common"] for row in rows])
-        panel.axhline(level, color="grey", linestyle=":", label="untrained (dots: mean over seeds; upright lines: range)")
+        panel.axhline(level, color="grey", linestyle=":", label="untrained (dots: mean over seeds; upright "
+                      "lines: range)")
         found = next(y for y in x["orders"] if (y["eps"], y["place"]) == (eps, "common"))
         panel.set(xscale="log", title=f"{way}, eps = {eps:g}: Spearman {spearman_text(found[way])}")
         panel.margins(x=0.14, y=0.12)

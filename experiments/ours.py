@@ -196,5 +196,19 @@ def bridge(place):
                  extra=(stage,))
 
 
+def recipe(place):
+    """Time to a loss, of our recipe and of others: experiments/recipe.py."""
+    seeds, share = (1, ("--share", "0.01")) if place.name == "smoke" else (2, ())
+    train = "experiments.recipe", "train", *share
+    runs = [place.stage(f"recipe-{objective}-seed{seed}",
+                        (*train, "--objective", objective, "--seed", str(seed)),
+                        flops=500 * CPU_SCALE.flops) for seed in range(seeds) for objective in ("ar", "vl")]
+    stage = place.stage("recipe", ("experiments.recipe", "summary", *(str(one.out) for one in runs)), *runs,
+                        plot="--plot" if matplotlib() else None)
+    return Table("Which recipe learns soonest", "tiny on pydoc, the same batches of 16 x 128 bytes in the "
+                 "same order, each budget with a schedule of its own. See experiments/recipe.py.",
+                 extra=(stage,))
+
+
 OURS = {f.__name__: f for f in (variety, dose, masked, objectives, fourbytwo, table9_text, theory, toy,
-                                bridge)}
+                                bridge, recipe)}

@@ -1,0 +1,119 @@
+"""Which recipe learns soonest: validation loss against seconds on one thread, each budget with a schedule of
+its own.
+
+    python -m experiments.recipe train --objective ar --seed 0 --json a.json
+    python -m experiments.recipe summary a.json b.json ... [--plot FILE]
+
+A recipe is a set of flags of train.py. All train tiny on pydoc in turn, in one process. Ours has several
+budgets; of those that end below the loss of another recipe, the shortest says how much sooner it is there.
+"""
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from engine.runs import load_checkpoint
+from engine.settings import resolve
+from support.cli import Parser, command_line, import_optional, output_file, real, seed, write_json
+from theory.show import table
+from train import train
+
+DEFAULT = "Muon, as by default"
+RECIPES = {  # name: (flags of train.py, budgets in steps)
+    DEFAULT: ({}, (150, 200, 250, 300, 400)),
+    "AdamW, rate 2e-3": ({"optimizer": "adamw", "lr": 2e-3}, (600,)),
+    "AdamW, rate 6e-3": ({"optimizer": "adamw", "lr": 6e-3}, (600,)),
+    "AdamW as nanoGPT": ({"optimizer": "adamw", "lr": 1e-3, "beta2": 0.99, "weight_decay": 0.1, "clip": 1.0,
+                          "schedule": "cosine", "warmup": 0.05}, (600,))}
+
+
+def run_train(args):
+    """Every recipe and budget with one seed -> {"objective", "seed", "runs": [recipe, steps, loss,
+    seconds]}."""
+    runs = []
+    for name, (flags, budgets) in RECIPES.items():
+        for steps in budgets:
+            settings = resolve(objective=args.objective, steps=max(2, round(steps * args.share)),
+                               seed=args.seed, **flags)
+            with tempfile.TemporaryDirectory() as folder:
+                loss = train(settings, Path(folder, "run"), device="cpu", dtype="fp32", threads=1,
+                             eval_every=10 ** 6, quiet=True)
+                seconds = load_checkpoint(Path(folder, "run"))["seconds"]
+            runs.append({"recipe": name, "steps": settings.steps, "loss": loss, "seconds": seconds})
+    return {"objective": args.objective, "seed": args.seed, "runs": runs}
+
+
+def sooner(runs, name):
+    """How many times sooner ours is below the loss of the recipe `name`; None where no budget is."""
+    [other] = [run for run in runs if run["recipe"] == name]
+    ours = [run["seconds"] for run in runs if run["recipe"] == DEFAULT and run["loss"] <= other["loss"]]
+    return other["seconds"] / min(ours) if ours else None
+
+
+def run_summary(args):
+    """Losses and seconds of every recipe, means over seeds, and how much sooner ours is."""
+    found = [json.loads(Path(file).read_text())["results"] for file in args.files]
+    rows, results = [("objective", "recipe", "steps", "loss", "seconds", "ours is there")], []
+    for objective in dict.fromkeys(x["objective"] for x in found):
+        same = [x for x in found if x["objective"] == objective]
+        for k, run in enumerate(same[0]["runs"]):
+            losses, seconds = ([x["runs"][k][what] for x in same] for what in ("loss", "seconds"))
+            times = [] if run["recipe"] == DEFAULT else [sooner(x["runs"], run["recipe"]) for x in same]
+            results.append({"objective": objective, **run, "loss": losses, "seconds": seconds,
+                            "times_sooner": times})
+            told = ", ".join(f"{x:.1f} x sooner" if x else "not reached" for x in times)
+            rows.append((objective, run["recipe"], str(run["steps"]), ", ".join(f"{x:.3f}" for x in losses),
+                         f"{statistics.mean(seconds):.0f}", told))
+    text = [*table(rows), "", f"Losses of {len(same)} seeds in turn, seconds their mean, one thread."]
+    return {"rows": results, "text": text}
+
+
+def plot_recipes(results, path):
+    """Loss against seconds, a panel for each objective, a colour for each recipe, a dot for each seed."""
+    rows = results["rows"]
+    objectives = list(dict.fromkeys(row["objective"] for row in rows))
+    pyplot = import_optional("matplotlib.pyplot")
+    figure, panels = pyplot.subplots(1, len(objectives), figsize=(5.5 * len(objectives), 4), squeeze=False,
+                                     layout="constrained")
+    for panel, objective in zip(panels[0], objectives):
+        for k, name in enumerate(RECIPES):
+            own = [row for row in rows if (row["objective"], row["recipe"]) == (objective, name)]
+            panel.plot([x for row in own for x in row["seconds"]], [x for row in own for x in row["loss"]],
+                       "os^D"[k], color=f"C{k}", label=name)
+        panel.set(title=objective, xlabel="seconds", ylabel="validation loss (dots: seeds and budgets)")
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def recipe_arguments(argv=None):
+    """The arguments of a command line."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("train", help="every recipe with one seed")
+    one.add_argument("--objective", default="ar")
+    one.add_argument("--seed", type=seed, default=0)
+    one.add_argument("--share", type=real, default=1.0, help="of the budgets")
+    summary = commands.add_parser("summary", help="what they come to")
+    summary.add_argument("files", nargs="+", metavar="FILE", help="what train wrote")
+    summary.add_argument("--plot", type=output_file, metavar="FILE", help="the picture, PNG")
+    for command, function in ((one, run_train), (summary, run_summary)):
+        command.add_argument("--json", type=output_file, metavar="FILE", help="- for standard output")
+        command.set_defaults(function=function)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = recipe_arguments(argv)
+    results = args.function(args)
+    text = results.pop("text", [])
+    write_json(args.json, {"command": f"experiments.recipe {args.command}", "results": results, "text": text})
+    if args.json != "-" and text:
+        print("\n".join(text))
+    if getattr(args, "plot", None):
+        plot_recipes(results, args.plot)
+
+
+if __name__ == "__main__":
+    command_line(main)
