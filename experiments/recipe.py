@@ -28,7 +28,7 @@ RECIPES = {  # name: (flags of train.py, budgets in steps)
                           "schedule": "cosine", "warmup": 0.05}, (600,))}
 
 
-def run_train(args):
+def train_recipes(args):
     """Every recipe and budget with one seed -> {"objective", "seed", "runs": [recipe, steps, loss,
     seconds]}."""
     runs = []
@@ -51,7 +51,7 @@ def sooner(runs, name):
     return other["seconds"] / min(ours) if ours else None
 
 
-def run_summary(args):
+def compare_recipes(args):
     """Losses and seconds of every recipe, means over seeds, and how much sooner ours is."""
     found = [json.loads(Path(file).read_text())["results"] for file in args.files]
     rows, results = [("objective", "recipe", "steps", "loss", "seconds", "ours is there")], []
@@ -98,7 +98,7 @@ def recipe_arguments(argv=None):
     summary = commands.add_parser("summary", help="what they come to")
     summary.add_argument("files", nargs="+", metavar="FILE", help="what train wrote")
     summary.add_argument("--plot", type=output_file, metavar="FILE", help="the picture, PNG")
-    for command, function in ((one, run_train), (summary, run_summary)):
+    for command, function in ((one, train_recipes), (summary, compare_recipes)):
         command.add_argument("--json", type=output_file, metavar="FILE", help="- for standard output")
         command.set_defaults(function=function)
     return parser.parse_args(argv)
