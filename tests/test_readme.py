@@ -1,4 +1,5 @@
 """What the README shows works as it stands there: the worked example, the flags, the files."""
+import json
 import re
 from pathlib import Path
 
@@ -65,3 +66,12 @@ def test_every_slip_has_a_command_that_shows_it_or_was_found_by_reading():
         assert commands or "by reading" in cell, cell
         for line in commands:
             assert spectral.read_command(line.split()).command == line.split()[0]
+
+
+def test_the_orders_that_it_tells_of_the_bridge_are_those_of_the_results():
+    found = json.loads((ROOT / "results" / "bridge-cpu.json").read_text())["found"]["results"]["orders"]
+    [clean] = [order for order in found if (order["eps"], order["place"]) == (0, "common")]
+    (told, low, high), (blind, least, most) = clean["told"], clean["blind"]
+    text = " ".join(README.split())
+    assert f"Spearman {told:.2f}, 95% interval {low:.2f} to {high:.2f}" in text
+    assert f"blind ones ({blind:.2f}, {least:.2f} to {most:.2f})" in text
