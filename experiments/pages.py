@@ -18,7 +18,7 @@ from experiments.measures import matplotlib
 from experiments.pictures import dots, forest
 from experiments.scales import SCALES
 from experiments.stages import Model, pretrain, with_needs
-from experiments.verdicts import MEANING, corrected, judge, remark
+from experiments.verdicts import MEANING, corrected, judge, remark, word
 from support.cli import BadInput, duration, write_json
 from theory.toy_report import show_toy
 
@@ -158,7 +158,7 @@ def interval_text(claim):
 
 def verdict_text(claim):
     said = remark(claim)
-    return claim["verdict"] + f" ({said})" * bool(said)
+    return word(claim) + f" ({said})" * bool(said)
 
 
 def claim_rows(claims, name="claim"):

@@ -10,6 +10,7 @@ from downstream.by_length import draw_by_length, middles, prefix_axis
 from downstream.connectivity import plot_connectivity as plot_similarity
 from experiments.measures import gain_share, regime_of, unigram_stage
 from experiments.stages import evaluation
+from experiments.verdicts import word
 from support.cli import import_optional
 
 __all__ = ["dots", "forest", "heatmap", "plot_curves_by_length", "plot_doses", "plot_objectives",
@@ -212,7 +213,7 @@ def forest(claims, path):
             panel.xaxis.set_major_formatter("{x:+g}")
         panel.tick_params(labelsize=8)
         unit = "share" if not c["unit"] else c["unit"]
-        panel.set_yticks([0], [f"{c['short']}\n{c['verdict']}; axis: {unit}"], fontsize=9)
+        panel.set_yticks([0], [f"{c['short']}\n{word(c)}; axis: {unit}"], fontsize=9)
         panel.grid(axis="x", alpha=0.3)
     panels[-1, 0].set_xlabel("difference; right of the black line, no difference, is as the paper has it")
     legend(figure, panels[:, 0])

@@ -19,7 +19,8 @@ SUPPORTED, EXCLUDED = "supported", "paper's size excluded"
 UNINFORMATIVE, NOT_MEASURED = "uninformative", "not measured"
 MEANING = {
     SUPPORTED: "the interval lies above 0",
-    EXCLUDED: "the interval lies below the paper's effect, and not above 0",
+    EXCLUDED: "the interval lies below the paper's effect, and not above 0; *excluded*, where the paper "
+              "prints none: it lies below 0",
     UNINFORMATIVE: "the interval holds both 0 and the paper's effect, or there is one seed only, which says "
                    "nothing about others",
     NOT_MEASURED: "the models do not score above untrained ones of the same architecture, so their scores do "
@@ -217,6 +218,11 @@ def verdict(judged, p_zero, p_paper, level=0.05):
         return SUPPORTED
     below_paper = p_paper is not None and difference < effect and p_paper < level
     return EXCLUDED if below_paper or difference < 0 and p_zero < level else UNINFORMATIVE
+
+
+def word(judged):
+    """The verdict; where the paper prints no size, none can be excluded but that the claim is so."""
+    return "excluded" if judged["verdict"] == EXCLUDED and judged["effect"] is None else judged["verdict"]
 
 
 def remark(judged):

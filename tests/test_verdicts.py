@@ -197,6 +197,12 @@ def test_a_mean_is_measured_by_all_its_parts():
     assert gains == pytest.approx({"a": 4.0, "b": 0.07}, abs=0.1) and found["verdict"] == "not measured"
 
 
+def test_where_the_paper_prints_no_size_none_is_excluded():
+    cells = {A: three_seeds((-5.0, -5.1, -4.9)), B: three_seeds((0.0, 0.0, 0.0))}
+    found = [judge(claim_of(effect), cells) for effect in (None, 5.0)]
+    assert [verdicts.word(one) for one in found] == ["excluded", "paper's size excluded"]
+
+
 def test_remarks():
     small = judge(claim_of(50.0), {A: three_seeds((1.0, 1.1, 0.9)), B: three_seeds((0.0, 0.0, 0.0))})
     assert small["verdict"] == SUPPORTED and verdicts.remark(small) == "smaller than the paper's"
