@@ -148,7 +148,9 @@ def plot_connectivity(path, rows):
         for row in rows:
             axes.plot(row[name]["curve"]["rank"], row[name]["curve"]["similarity"], label=row["label"])
         axes.set(xlabel="rank of the pair", ylabel=name.replace("_", " "), xscale="log")
-    both[0].legend()
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows),
+                  fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)
 
 
