@@ -27,8 +27,8 @@ MARKERS = "<!-- results -->", "<!-- /results -->"
 # The six rows of the front page: what a reader came for.
 HEADLINES = {
     "table1": "autoregressive generates better than masked (Table 1)",
-    "masked": "masked classifies better than autoregressive (Sec. 4.1)",
-    "dose": "t = 2 classifies better than t = 1 (Tables 3, 9)",
+    "masked": "masked classifies images better than autoregressive (Sec. 4.1)",
+    "dose": "t = 2 classifies images better than t = 1 (Tables 3, 9)",
     "table7": "[0.15, 0.3] generates better than 0.3 (Table 7)",
     "variety": "[0.15, 0.3] generates better than 0.225, its mean (Table 7)",
     "figure3": "masked loses most after short prefixes (Figure 3)"}
