@@ -81,7 +81,7 @@ def run_line(place, name, seeds):
              f"--seeds {seeds}" if seeds else "", "--safer" * place.safer]
     for budget in ("tokens", "epochs"):
         if getattr(place.scale, budget) != getattr(SCALES[place.name], budget):
-            words.append(f"--{budget} {getattr(place.scale, budget):g}")
+            words.append(f"--{budget} {getattr(place.scale, budget):.12g}")
     return " ".join(filter(None, words))
 
 
