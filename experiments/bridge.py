@@ -49,7 +49,7 @@ from support.cli import (
     positive,
     progress,
     seed,
-    write_json,
+    show_and_write,
 )
 from text.toy import CLASSES, POSITIONS, VALUES, draw_tokens, toy_bytes, toy_noise
 from theory.show import table
@@ -307,14 +307,7 @@ def bridge_arguments(argv=None):
 
 
 def main(argv=None):
-    args = bridge_arguments(argv)
-    results = args.function(args)
-    text = results.pop("text", [])
-    write_json(args.json, {"command": f"experiments.bridge {args.command}", "results": results, "text": text})
-    if args.json != "-" and text:
-        print("\n".join(text))
-    if getattr(args, "plot", None):
-        plot_bridge(results, args.plot)
+    show_and_write("experiments.bridge", bridge_arguments(argv), plot_bridge)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.runs import load_checkpoint
 from engine.settings import resolve
-from support.cli import Parser, command_line, import_optional, output_file, real, seed, write_json
+from support.cli import Parser, command_line, import_optional, output_file, real, seed, show_and_write
 from theory.show import table
 from train import train
 
@@ -105,14 +105,7 @@ def recipe_arguments(argv=None):
 
 
 def main(argv=None):
-    args = recipe_arguments(argv)
-    results = args.function(args)
-    text = results.pop("text", [])
-    write_json(args.json, {"command": f"experiments.recipe {args.command}", "results": results, "text": text})
-    if args.json != "-" and text:
-        print("\n".join(text))
-    if getattr(args, "plot", None):
-        plot_recipes(results, args.plot)
+    show_and_write("experiments.recipe", recipe_arguments(argv), plot_recipes)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,18 @@ def write_json(target, content):
         Path(target).write_text(text + "\n")
 
 
+def show_and_write(module, args, plot):
+    """Run args.function(args) -> {"text": lines, results}: prints the lines, writes all of it where --json
+    says and a picture, plot(results, path), where --plot does."""
+    results = args.function(args)
+    text = results.pop("text", [])
+    write_json(args.json, {"command": f"{module} {args.command}", "results": results, "text": text})
+    if args.json != "-" and text:
+        print("\n".join(text))
+    if getattr(args, "plot", None):
+        plot(results, args.plot)
+
+
 @functools.cache
 def note_once(text):
     """A line on standard error, the first time only."""
