@@ -151,8 +151,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, embedding, labels, weight, chunk, differentiate=True):
-        """x (N, D), embedding (V, D), labels (N,), weight (N,) -> the loss, a scalar in fp32. The gradients of
-        x and embedding come with it, unless `differentiate` is false."""
+        """x (N, D), embedding (V, D), labels (N,), weight (N,) -> the loss, a scalar in fp32. The gradients
+        of x and embedding come with it, unless `differentiate` is false."""
         dtype = compute_dtype(x)
         x_low, E = x.to(dtype), embedding.to(dtype)
         loss = x.new_zeros((), dtype=torch.float32)
