@@ -42,23 +42,25 @@ def variety(place):
     """Table 7's question: does a range of ratios help because it varies, or because it hides more?"""
     fixed = {f"fixed {r}": f"text: mlm --mask {r}" for r in (0.15, 0.225, 0.3, 0.575)}
     drawn = {f"[0.15, {high:g}]": f"text: vl --mask 0.15,{high:g}" for high in (0.3, 1.0)}
-    long = f"fixed 0.15, {place.scale.longer:g} x longer"
-    rows = fixed | drawn | {long: f"text x{place.scale.longer:g}: mlm --mask 0.15"}
+    fewer, budget = f"{place.scale.fewer:g} x fewer tokens", f"text x{1 / place.scale.fewer:g}"
+    rows = fixed | drawn | {f"fixed 0.3, {fewer}": f"{budget}: mlm --mask 0.3",
+                            f"[0.15, 1], {fewer}": f"{budget}: vl --mask 0.15,1"}
     columns = {regime: perplexity_column(regime) for regime in REGIMES}
     columns |= {f"loss at {ratio}": loss_at(ratio, TEST_RATIOS) for ratio in TEST_RATIOS}
     paper = {"fixed 0.15": 59.6, "fixed 0.225": round(float(np.sqrt(59.6 * 50.2)), 1), "fixed 0.3": 50.2,
              "[0.15, 0.3]": 45.1}
     paper = {row: dict.fromkeys(REGIMES, number) for row, number in paper.items()}
     pairs = [("[0.15, 0.3]", "fixed 0.225"), ("[0.15, 1]", "fixed 0.575"), ("[0.15, 0.3]", "fixed 0.3"),
-             ("[0.15, 1]", "fixed 0.3"), ("[0.15, 1]", long), ("fixed 0.3", "fixed 0.15"),
-             (long, "fixed 0.3")]
+             ("[0.15, 1]", "fixed 0.3"), ("[0.15, 1]", "fixed 0.15"), ("fixed 0.3", "fixed 0.15"),
+             ("fixed 0.15", f"fixed 0.3, {fewer}"), ("fixed 0.15", f"[0.15, 1], {fewer}")]
     judged = {regime: columns[regime] for regime in REGIMES}
     rows = with_counts(rows)
     return Table("Variety or ratio?", "One architecture, the same settings; the same tokens but for the last "
-                 f"row, which reads {place.scale.longer:g} times as many. A range is compared with the "
-                 "fixed ratio of the same mean, which hides as many tokens. The paper's number beside "
-                 "0.225 is not printed there: it is the geometric mean of those for 0.15 and 0.3. Right: "
-                 "loss per hidden token (nats) where another share is hidden in the test.", rows, columns,
+                 f"two rows, which read {place.scale.fewer:g} times fewer: the same 0.15 beside them is "
+                 "trained that much longer. A range is compared with the fixed ratio of the same mean, "
+                 "which hides as many tokens. The paper's number beside 0.225 is not printed there: it is "
+                 "the geometric mean of those for 0.15 and 0.3. Right: loss per hidden token (nats) where "
+                 "another share is hidden in the test.", rows, columns,
                  paper, compare(judged, pairs, paper, primary=("padded", *pairs[0])), picture=heatmap)
 
 

@@ -20,7 +20,7 @@ class Scale:
     counts: dict    # kind of data: its training examples, for the estimates
     prepare: dict = field(default_factory=dict)  # kind of data: flags of data.py, where it is raw
     curve: tuple = (1,)  # shares of the image epochs after which `dose` probes, each a training of its own
-    longer: float = 6.7  # `variety`: how many times longer its last model is trained
+    fewer: float = 6.7  # `variety`: how many times fewer tokens its last two models read
 
 
 HUB = 3e11  # FLOPs of a training sequence of GPT-2 medium and BERT large
@@ -33,7 +33,7 @@ RISK = ("the paper's image settings are a rate of 8e-3 (5e-4 x 4096/256) without
 
 SMOKE_SCALE = Scale(
     "two cores, minutes, nothing downloaded; the numbers mean nothing", flops=2e10, seeds=2, tokens=10_240,
-    epochs=0.08, vocab=257, counts={"text": 2e5, "images": 8000}, longer=2,
+    epochs=0.08, vocab=257, counts={"text": 2e5, "images": 8000}, fewer=2,
     train={"text": "--preset tiny --length 32 --batch-size 8", "images": "--preset vit-tiny --batch-size 16"},
     evaluate={"perplexity": "--max-sequences 16", "bound": "--max-sequences 16",
               "connectivity": "--features 500 --top 2000", "probe": "--max-train 300 --max-test 300",

@@ -136,11 +136,11 @@ def test_the_same_budget_for_all_models_of_a_table(scale, name, tmp_path):
         assert all(one == found[0] for one in found)
 
 
-def test_variety_gives_equal_tokens_but_to_one(tmp_path):
+def test_variety_gives_equal_tokens_but_to_two(tmp_path):
     place = place_at("cpu", tmp_path)
     steps = [budget["steps"] for budget, _ in budgets_of(place, "variety")[False]]
-    assert set(steps[:-1]) == {steps[0]}
-    assert steps[-1] == pytest.approx(place.scale.longer * steps[0], rel=1e-3)
+    assert set(steps[:-2]) == {steps[0]}
+    assert steps[-2:] == [pytest.approx(steps[0] / place.scale.fewer, rel=0.01)] * 2
     assert steps[0] * 16 * 128 == pytest.approx(place.scale.tokens, rel=0.01)
 
 
