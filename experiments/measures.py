@@ -321,8 +321,8 @@ def connectivity(name, which):
 
 
 def by_kind(place):
-    """A linear probe: of images on their own set, of text as in text_probe."""
-    (text,), images = text_probe(place).values(), probe()
+    """A linear probe: of images on their own set, of text as in few_labels."""
+    (text,), images = few_labels(place).values(), probe()
 
     def stages(place, model, seed):
         return (images if Model(model).kind == "images" else text).stages(place, model, seed)

@@ -16,7 +16,6 @@ from experiments.measures import (
     probe,
     probe_after,
     reconstruction,
-    text_probe,
 )
 from experiments.pictures import heatmap, plot_doses, plot_objectives
 from experiments.scales import CPU_SCALE
@@ -35,7 +34,7 @@ from experiments.tables import (
 from objectives import OBJECTIVES, as_flags
 from theory.claims import TABLE_9
 
-TEST_RATIOS = (0.15, 0.225, 0.3, 0.5, 0.75, 0.95)
+TEST_RATIOS = (0.15, 0.225, 0.3, 0.575, 0.75, 0.95)
 
 
 def variety(place):
@@ -162,7 +161,7 @@ def only(kind, measure):
 
 def table9_text(place):
     """Table 9's question in text: how many tokens at once?"""
-    classify, generate = text_probe(place), {"Perplexity": perplexity_column("")}
+    classify, generate = few_labels(place), {"Perplexity": perplexity_column("")}
     rows, untrained = with_untrained(of("text", STEPS))
     return Table("The choice of t in text", TWO_STREAMS.format("tokens"), rows, classify | generate, {},
                  compare(classify, STEP_PAIRS, untrained=untrained,

@@ -30,7 +30,7 @@ HEADLINES = {
     "masked": "masked classifies images better than autoregressive (Sec. 4.1)",
     "dose": "t = 2 classifies images better than t = 1 (Tables 3, 9)",
     "table7": "[0.15, 0.3] generates better than 0.3 (Table 7)",
-    "variety": "[0.15, 0.3] generates better than 0.225, its mean (Table 7)",
+    "variety": "[0.15, 0.3] generates better than 0.225, its mean (Table 7, interpolated)",
     "figure3": "masked loses most after short prefixes (Figure 3)"}
 
 
@@ -258,8 +258,8 @@ def primaries_of(told):
 
 
 def write_pages(folder, targets, scales, readme=None):
-    """Write FOLDER/README.md with all tables in full; in `readme`, if given, the part between the two
-    markers."""
+    """Write FOLDER/README.md with all tables in full, and their own pages again; in `readme`, if given, the
+    part between the two markers."""
     best = best_of(folder, targets, scales)
     told = [x for x in best if x["scale"] != "smoke" or not x["rows"]]
     primaries = primaries_of(told)
@@ -267,6 +267,8 @@ def write_pages(folder, targets, scales, readme=None):
                        key=lambda c: list(HEADLINES).index(c["target"]))
     origin = ("Written by `python reproduce.py report` from the JSON files of this folder, so that no number "
               "in it can differ from what ran.")
+    for x in told:
+        (folder / f"{x['target']}-{x['scale']}.md").write_text(markdown(x))
     lines = ["# Results", "", origin, ""]
     if primaries:
         lines += ["One primary claim for each target; verdicts after Holm's correction over all of these.",

@@ -20,7 +20,7 @@ class Scale:
     counts: dict    # kind of data: its training examples, for the estimates
     prepare: dict = field(default_factory=dict)  # kind of data: flags of data.py, where it is raw
     curve: tuple = (1,)  # shares of the image epochs after which `dose` probes, each a training of its own
-    fewer: float = 6.7  # `variety`: how many times fewer tokens its last two models read
+    fewer: float = 6.7  # times fewer tokens that some models of `table1`, `variety` read: 1/0.15
 
 
 HUB = 3e11  # FLOPs of a training sequence of GPT-2 medium and BERT large

@@ -170,7 +170,8 @@ class Claim:
     """A contrast that the paper, or this project, says is positive.
 
     effect     its size in the paper's numbers, on the judged scale; None where the paper gives none
-    untrained  {row and column: row and column of the untrained network of the same architecture}
+    untrained  {row and column: row and column of the untrained network of the same architecture}, of all
+               cells that classify; one that is not there makes the claim not measured
     unit       "points", "factor" (the contrast is a logarithm) or "" for what has none
     """
 
@@ -187,8 +188,9 @@ def judge(claim, cells, draws=1000):
     """Everything about a claim that a page shows, as a dict for JSON. The verdict is not corrected for other
     claims."""
     found, gains, pairs = estimate(claim.contrast, cells, draws), {}, {}
-    for key, base in (claim.untrained or {}).items():
-        if key in cells and base in cells:
+    bases = claim.untrained or {}
+    for key, base in bases.items():
+        if base in cells:
             pairs.setdefault(key[0], []).append((key, base))
     for row, own in pairs.items():  # of a mean column all its parts
         share = 1 / len(own)
@@ -200,7 +202,7 @@ def judge(claim, cells, draws=1000):
               "interval": [found.difference - half, found.difference + half] if half else None,
               "smallest_visible": half or None, "seeds": len(next(iter(cells.values()))),
               "gain_over_untrained": gains,
-              "measured": all(gain > half_gain for gain, half_gain in gains.values()),
+              "measured": {*bases.values()} <= {*cells} and all(gain > half for gain, half in gains.values()),
               "p_zero": p_value(found) if half else None,
               "p_paper": p_value(found, claim.effect) if half and claim.effect is not None else None}
     return {**judged, "verdict": verdict(judged, judged["p_zero"], judged["p_paper"])}

@@ -38,7 +38,13 @@ def test_from_training_to_the_summary(tmp_path, monkeypatch, capsys):
     recipe.main(["summary", *files, "--json", str(tmp_path / "all.json")])
     rows = json.loads((tmp_path / "all.json").read_text())["results"]["rows"]
     assert [row["loss"] for row in rows] == [[a["loss"], b["loss"]] for a, b in zip(one, two)]
-    assert rows[-1]["times_sooner"] == [recipe.sooner(x, OTHERS[-1]) for x in (one, two)]
+    muon, adamw = (np.median([run["seconds"] / run["steps"] for run in x]) for x in
+                   (one[:5] + two[:5], one[5:] + two[5:]))
+    assert [row["seconds"] for row in rows] == [pytest.approx([row["steps"] * pace] * 2) for row, pace in
+                                                zip(rows, [muon] * 5 + [adamw] * 3)]
+    for times, x in zip(rows[-1]["times_sooner"], (one, two)):
+        lower = [run["steps"] for run in x[:5] if run["loss"] <= x[-1]["loss"]]
+        assert times == (pytest.approx(6 * adamw / min(lower) / muon) if lower else None)
     assert "ours is there" in capsys.readouterr().out
 
 

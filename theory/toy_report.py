@@ -47,8 +47,13 @@ def meaning(x):
         values = [[y[name] for y in found if y["loss"] == kind] for kind in x["losses"]]
         return " and ".join(f"{np.mean(value):.2f}" if value else "-" for value in values)
 
-    few = [(y["loss"], *(spearman_text(list(y["few"][place].values())[-1]) for place in ("own", "common")))
-           for y in x["findings"] if y["eps"] == 0]
+    def mean_spearman(y, name):
+        found = [at[name][0] for at in y["at"] if at["t"] < x["bottlenecks"][-1] and at[name]]
+        return f"{np.mean(found):.2f}" if found else "-"
+
+    ordered = [(f"{y['eps']:g}", y["loss"], *(mean_spearman(y, name) for name in ("tail", "needs")),
+                *(spearman_text(list(y["few"][place].values())[-1]) for place in ("own", "common")))
+               for y in x["findings"]]
     gap, distance = (np.mean([y[name] for y in x["findings"] if y["loss"] == "spectral"]) for name in
                      ("gap", "distance"))
     least = min(row["told"] for row in x["rows"])
@@ -61,8 +66,10 @@ def meaning(x):
         f"  noisy, where the best rank-t features have lost it: {shares('gone', True)} (1: networks too)",
         f"Networks under the spectral loss miss {gap:.1%} of its optimum; on average their errors are",
         f"{distance:.3f} from the exact ones.",
-        "With few labels and no bottleneck every direction counts. Spearman with the tail, clean:",
-        *(f"  {kind}: own contexts {own}, common contexts {common}" for kind, own, common in few),
+        "With few labels and no bottleneck every direction counts. Spearman of excess error with the tail",
+        "and with what the rule needs, all labels (mean over t), and with the tail, few labels:",
+        *("  " + line for line in table([("eps", "loss", "tail", "needs", "few labels: own", "common"),
+                                         *ordered], "<")),
         "A network that is told the position it predicts has it in its context. Then each has one target, M",
         f"is the identity (least singular value of all objectives here: {least:.6f}), and all tails are",
         "equal: of BERT, two streams and any network that queries positions the theorem says nothing."]

@@ -85,12 +85,13 @@ def test_a_run_goes_on_with_fewer_processes(folder):
     same(folder, "vl text 1", "2 then 1")
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_and_with_more(folder, fsdp):
-    out = f"1 then 2 {fsdp}"
-    half_way(folder, "vl text 1", out)
-    launch(folder, "vl text", out, 2, "--resume", *["--fsdp"] * fsdp)
-    same(folder, "vl text 1", out)
+@pytest.mark.parametrize("case, fsdp", [("vl text", False), ("vl text", True), ("mlm images", True)])
+def test_and_with_more(folder, case, fsdp):
+    """Muon's case, and AdamW's."""
+    out = f"{case} 1 then 2 {fsdp}"
+    half_way(folder, f"{case} 1", out)
+    launch(folder, case, out, 2, "--resume", *["--fsdp"] * fsdp)
+    same(folder, f"{case} 1", out)
     assert "2 processes" in (folder / f"{out}.log").read_text()
 
 
