@@ -181,6 +181,6 @@ def add_result(path, entry):
         # read anew: another process may work on other tasks of the same checkpoint
         entries = read_results(path)
         entries = [one for one in entries if one["key"] != entry["key"]] + [entry]
-        partial = Path(f"{path}.partial")
+        partial = Path(f"{path}.{os.getpid()}.partial")
         partial.write_text("[" + ",\n ".join(map(json.dumps, entries)) + "]\n")
         os.replace(partial, path)

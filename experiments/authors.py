@@ -26,12 +26,17 @@ def passages(path, count, characters, rng):
     return [text[start:start + characters].partition(" ")[2].rpartition(" ")[0] for start in sorted(starts)]
 
 
-def label_authors(folder, out, train=16, dev=40, characters=600):
-    """Write DIR/train.tsv and DIR/dev.tsv with `train` and `dev` passages of every author -> the authors."""
-    novels, rng, out = defaultdict(list), np.random.default_rng(0), Path(out)
+def novels_of(folder):
+    """{author: paths} of the authors of two novels or more in a folder of AUTHOR_TITLE...txt."""
+    novels = defaultdict(list)
     for path in sorted(Path(folder).glob("*.txt")):
         novels[path.stem.split("_")[0]].append(path)
-    novels = {author: paths for author, paths in novels.items() if len(paths) > 1}
+    return {author: paths for author, paths in novels.items() if len(paths) > 1}
+
+
+def label_authors(folder, out, train=16, dev=40, characters=600):
+    """Write DIR/train.tsv and DIR/dev.tsv with `train` and `dev` passages of every author -> the authors."""
+    novels, rng, out = novels_of(folder), np.random.default_rng(0), Path(out)
     if len(novels) < 2:
         raise BadInput(f"{folder} does not hold two or more files AUTHOR_TITLE.txt of each of two or more "
                        "authors")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from downstream import glue
+from experiments.authors import novels_of
 from experiments.stages import Model, evaluation, parsed, pretrain, source
 from experiments.verdicts import Cell, cell_of
 from objectives import OBJECTIVES
@@ -178,7 +179,7 @@ def reconstruction(name, digits):
         return Cell(float(np.log(value)) if factor else value)
 
     return Measure(trained_only(lambda place, model, seed: (evaluation(place, model, seed, "reconstruct"),)),
-                   read, lower=factor, digits=digits, unit="factor" if factor else "points")
+                   read, lower=factor, digits=digits, unit="factor" if factor else "dB")
 
 
 # ---------------------------------------------------------------------------- classification
@@ -274,9 +275,9 @@ def text_probe(place):
 
 def few_labels(place):
     """{column: Measure}: a probe with few labels on who wrote a passage of a novel that it has not seen;
-    where the text is not a folder of such files, the probe of text_probe."""
+    where the text is no folder of novels of two authors or more (authors.py), the probe of text_probe."""
     raw = place.data / "text"
-    if place.name == "smoke" or not raw.is_dir() or (raw / "manifest.json").exists():
+    if place.name == "smoke" or len(novels_of(raw)) < 2:
         return text_probe(place)
     labelled = place.stage("authors", ("experiments.authors", str(raw), *FEW_LABELS.split()), suffix="",
                            disk=1e7)

@@ -89,7 +89,8 @@ def summarise(place, name, table, seeds):
     """Everything that is known of a finished target, as one JSON object: all pages are made from it alone."""
     stages = stages_of(place, table, seeds)
     records = [json.loads(stage.record().read_text()) for stage in stages]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+    versions = {"python": platform.python_version(), "numpy": np.__version__,
+                "torch": ", ".join(sorted({record.get("torch", torch.__version__) for record in records})),
                 "code": ", ".join(sorted({record.get("code") or "not recorded" for record in records}))}
     short = {str(place.data): "DATA", str(place.work): f"runs/reproduce/{place.name}"}
     content = {
@@ -186,10 +187,12 @@ def rows_beside_paper(x):
     return [*rows_of(table), ""]
 
 
-LEGEND = ("Differences are positive where the claim holds, in points of a percentage, or as factors where "
-          "the quantity has no scale of its own (perplexity, L2). Intervals are over pretraining seeds and "
-          "test examples, both the same on both sides (experiments/verdicts.py), not corrected for the "
-          "number of claims. [ours]: the paper does not claim it, or prints no number.")
+LEGEND = ("Differences are positive where the claim holds, in points of a percentage, in dB (PSNR), or as "
+          "factors where the quantity has no scale of its own (perplexity, L2). Intervals are over "
+          "pretraining seeds and test examples, both the same on both sides (experiments/verdicts.py), not "
+          "corrected for the number of claims; examples count as independent, which passages of one novel "
+          "are not quite. Smallest visible: half the interval, the least effect that such a run would tell "
+          "from 0. [ours]: the paper does not claim it, or not as a number.")
 
 
 def markdown(x, level=1):
@@ -271,8 +274,9 @@ def write_pages(folder, targets, scales, readme=None):
         (folder / f"{x['target']}-{x['scale']}.md").write_text(markdown(x))
     lines = ["# Results", "", origin, ""]
     if primaries:
-        lines += ["One primary claim for each target; verdicts after Holm's correction over all of these.",
-                  "", *claim_rows(primaries), ""]
+        corrections = ("One primary claim for each target; verdicts after Holm's correction over all of "
+                       "these, for the tests against 0 and for those against the paper's effect apart.")
+        lines += [corrections, "", *claim_rows(primaries), ""]
         lines += [*(f"- *{word}*: {meaning}." for word, meaning in MEANING.items()), "", LEGEND, ""]
         if matplotlib() and headlines:
             forest(headlines, folder / "forest.png")

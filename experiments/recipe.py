@@ -76,8 +76,9 @@ def compare_recipes(args):
             told = ", ".join(f"{x:.1f} x sooner" if x else "not reached" for x in times)
             rows.append((objective, run["recipe"], str(run["steps"]), ", ".join(f"{x:.3f}" for x in losses),
                          f"{seconds[0]:.0f}", told))
-    text = [*table(rows), "", f"Losses of {len(same)} seeds in turn; seconds on one thread, of these steps "
-            "at the median pace of Muon or of AdamW."]
+    told = (f"Losses of {len(same)} seeds in turn; seconds on one thread, of these steps at the median pace "
+            "of Muon or of AdamW.")
+    text = [*table(rows), "", told]
     return {"rows": results, "text": text}
 
 

@@ -7,10 +7,12 @@ however that ends.
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -43,7 +45,7 @@ def finished(stage):
     if stage.argv[0] == "train.py" and config.exists():
         check_presets(stage, json.loads(config.read_text()))
     if stage.record().exists() and stage.out.exists():
-        return True
+        return json.loads(stage.record().read_text()).get("made_from") in (None, made_from(stage))
     if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and config.exists():
         content = load_checkpoint(stage.out)
         if content["step"] >= json.loads(config.read_text())["steps"]:
@@ -65,9 +67,17 @@ def check_presets(stage, saved):
                        "this folder")
 
 
+def made_from(stage):
+    """A checksum of the records of the trainings that a stage reads, which is another one once they ran
+    anew."""
+    trained = [need for need in stage.needs if need.argv[0] == "train.py"]
+    records = [need.record().read_text() for need in trained if need.out.exists() and need.record().exists()]
+    return hashlib.sha1("".join(records).encode()).hexdigest()[:12] if trained else None
+
+
 def write_record(stage, seconds, machine, code):
     write_json(stage.record(), {"command": readable(stage.line()), "seconds": seconds, "hardware": machine,
-                                "code": code})
+                                "code": code, "torch": torch.__version__, "made_from": made_from(stage)})
 
 
 def adopt(stage, parent):
@@ -82,6 +92,9 @@ def adopt(stage, parent):
             if settings_of(json.loads(config.read_text())) == wanted:
                 stage.out.parent.mkdir(parents=True, exist_ok=True)
                 stage.out.symlink_to(config.parent.resolve())
+                record = config.parent.with_name(config.parent.name + ".stage")
+                if record.exists():  # which says where and by what code it was trained
+                    shutil.copyfile(record, stage.record())
                 if finished(stage):
                     return
                 stage.out.unlink()

@@ -23,6 +23,7 @@ from experiments.measures import (
     transfer,
 )
 from experiments.pictures import plot_curves_by_length, plot_similarity
+from experiments.scales import FEWER
 from experiments.stages import Model, evaluation
 from experiments.verdicts import Claim
 from theory.claims import TABLE_9
@@ -125,7 +126,7 @@ def table1(place):
     else:
         masks = {"Masked": "mlm --mask 0.15", BERT_RULE: "mlm --mask 0.15 --mask-rule bert"}
         rows, untrained = with_untrained(of("text", {AR: "ar", **masks})
-                                         | {AS_MANY: f"text x{1 / place.scale.fewer:g}: ar"})
+                                         | {AS_MANY: f"text x{1 / FEWER:g}: ar"})
         rows = with_counts(rows)
         probes = text_probe(place) | few_labels(place) if place.name == "cpu" else glue_columns(place)
         columns = probes | {f"Perplexity, {regime}": perplexity_column(regime)
@@ -133,7 +134,7 @@ def table1(place):
         scored = "linear probes" if place.name == "cpu" else "the dev parts"
         fair = ("Stand-ins of one size, trained here on the same tokens, for GPT-2 medium and BERT large; "
                 f"held-out text for WikiText-2, {scored} for GLUE. Of the same tokens a masked model "
-                f"predicts 0.15; the last row reads {place.scale.fewer:g} times fewer and so has about as "
+                f"predicts 0.15; the last row reads {FEWER:g} times fewer and so has about as "
                 "many targets. BERT's rule shows a tenth of the hidden tokens and redraws another, so that "
                 "features of visible tokens are trained too. The paper's 34.1 is of another vocabulary and "
                 "of another kind of model (ERRATA.md).")
@@ -272,7 +273,7 @@ def table8(place):
                  "the same hidden patches for all, never the first. L2 is over hidden patches only and in "
                  "units of the data's variance (the paper says neither the unit nor the part), and judged as "
                  "a factor. The paper's numbers are of ViT-B on ImageNet-1K. The linear probe is ours, as in "
-                 "Table 3. Picture: original, hidden in grey, then the rows of the table in order.", rows,
+                 "Table 3. Picture: original, hidden in grey, then the trained rows in order.", rows,
                  columns, paper, compare(columns, [(vl, small), (vl, large), (small, large)], paper,
                                          untrained, ("L2", vl, small)), (picture,))
 

@@ -21,10 +21,10 @@ MEANING = {
     SUPPORTED: "the interval lies above 0",
     EXCLUDED: "the interval lies below the paper's effect, and not above 0; *excluded*, where the paper "
               "prints none: it lies below 0",
-    UNINFORMATIVE: "the interval holds both 0 and the paper's effect, or there is one seed only, which says "
-                   "nothing about others",
-    NOT_MEASURED: "the models do not score above untrained ones of the same architecture, so their scores do "
-                  "not tell of pretraining"}
+    UNINFORMATIVE: "the interval holds 0, and the paper's effect where it prints one; or there is one seed "
+                   "only, which says nothing about others",
+    NOT_MEASURED: "not all of the models are seen to score above untrained ones of the same architecture, so "
+                  "that their scores do not tell of pretraining"}
 
 
 # ---------------------------------------------------------------------------- cells

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import train
 from downstream import by_length
 from engine import machine, runs
 from experiments import measures, pages, running, stages, tables
-from experiments.scales import RISK, SCALES
+from experiments.scales import FEWER, RISK, SCALES
 from experiments.stages import Model, Place
 from experiments.verdicts import SUPPORTED, Cell, judge
 from objectives import OBJECTIVES
@@ -140,7 +141,7 @@ def test_variety_gives_equal_tokens_but_to_two(tmp_path):
     place = place_at("cpu", tmp_path)
     steps = [budget["steps"] for budget, _ in budgets_of(place, "variety")[False]]
     assert set(steps[:-2]) == {steps[0]}
-    assert steps[-2:] == [pytest.approx(steps[0] / place.scale.fewer, rel=0.01)] * 2
+    assert steps[-2:] == [pytest.approx(steps[0] / FEWER, rel=0.01)] * 2
     assert steps[0] * 16 * 128 == pytest.approx(place.scale.tokens, rel=0.01)
 
 
@@ -214,9 +215,10 @@ def test_claims_are_contrasts_of_cells_that_exist(scale, tmp_path):
 
 def test_the_doubling_of_t_is_a_slope(tmp_path):
     place = place_at("cpu", tmp_path)
-    [claim] = [claim for claim in TARGETS["dose"](place).claims if "doubling" in claim.text]
+    [claim] = [claim for claim in TARGETS["dose"](place).claims if "slope" in claim.text]
     cells = {key: [Cell(30 + 2.5 * math.log2(int(key[0].split()[-1])))] * 2 for key in claim.contrast}
-    assert judge(claim, cells)["difference"] == pytest.approx(2.5)
+    assert judge(replace(claim, untrained=None), cells)["difference"] == pytest.approx(2.5)
+    assert judge(claim, cells)["verdict"] == "not measured"  # no untrained row among the cells
     assert claim.effect == pytest.approx(np.polyfit([0, 1, math.log2(3), 2], [56.2, 59.4, 59.6, 58.8], 1)[0])
 
 
@@ -254,6 +256,33 @@ def test_an_interrupted_training_goes_on_and_a_finished_one_is_adopted(tmp_path)
     (stage.out / "config.json").write_text(json.dumps({**saved, "lr": 0.5, "data": "/moved"}))
     with pytest.raises(BadInput, match=r"other presets \(--lr 0.5, now [\d.e-]+\): give another --work"):
         running.finished(stage)
+
+
+def test_what_was_measured_on_a_training_counts_no_more_once_that_ran_anew(tmp_path):
+    place = place_at("smoke", tmp_path)
+    scored = stages.evaluation(place, "text: ar", 0, "perplexity")
+    [training] = scored.needs
+    training.out.mkdir(parents=True)
+    scored.out.write_text("{}")
+    running.write_record(training, 5.0, "here", "abc")
+    running.write_record(scored, 1.0, "here", "abc")
+    assert running.finished(scored)
+    running.write_record(training, 6.0, "here", "abc")
+    assert not running.finished(scored)
+    running.write_record(scored, 1.0, "here", "abc")
+    assert running.finished(scored)
+    training.out.rmdir()
+    assert not running.finished(scored)
+
+
+def test_who_wrote_it_needs_two_novels_of_two_authors(tmp_path):
+    place = place_at("cpu", tmp_path, tmp_path / "data")
+    (place.data / "text").mkdir(parents=True)
+    for name in ("austen_emma", "austen_persuasion", "eliot_romola"):
+        (place.data / "text" / f"{name}.txt").write_text("x")
+        assert [*measures.few_labels(place)] == [*measures.text_probe(place)]
+    (place.data / "text" / "eliot_middlemarch.txt").write_text("x")
+    assert [*measures.few_labels(place)] == ["author, few labels"]
 
 
 # ---------------------------------------------------------------------------- pages, from made-up results
