@@ -1,5 +1,4 @@
-"""How fast a training step is: throughput, memory, FLOP utilisation, against other models, and how its cost
-grows.
+"""How fast a training step is: throughput, memory, FLOP utilisation, other models' too, and how costs grow.
 
     python bench.py                                     ar, dar, mlm and vl at 4 layers x 256
     python bench.py --peers --dtype fp32,bf16           against Hugging Face's models of the same size

@@ -48,7 +48,7 @@ from support.objective import asked
 
 @torch.no_grad()
 def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14, quiet=True):
-    """-log P(x_p | x_1 .. x_{p-1}) of every token p = 2..S of sequences (N, S), as the model was trained.
+    """-log P(x_p | x_1 .. x_{p-1}) of every token p = 2..S of sequences (N, S), each from its whole prefix.
 
     The objective says which group indices give each token its whole prefix and nothing else as context
     (`Objective.left_to_right`): one pass for `ar`, t for `dar`, S - 1 for `mlm` and `vl`. A pass computes the

@@ -1,5 +1,4 @@
-"""Every table and figure of the paper with one command, the paper's numbers beside ours, and a verdict on
-each claim.
+"""Every table and figure of the paper by one command, its numbers beside ours, a verdict on each claim.
 
     python reproduce.py table7 --scale smoke                    proves the pipeline: minutes, no download
     python reproduce.py table7 --scale cpu --data-dir DIR       on your data; --tokens, --epochs: the budget
@@ -22,11 +21,11 @@ work. DIR holds, as far as the targets need it:
     other/      text of another kind (optional; Table 7)
     images100/, wikitext2/   ImageNet-100, WikiText-2 (paper scale)
 
-Verdicts (experiments/verdicts.py). A claim is a difference that the paper says is positive; its size in the
-paper's numbers is the effect that ours is judged against. The 95% interval is over pretraining seeds and over
-test examples, both the same on both sides. Where classification does not tell a pretrained network from an
-untrained one, nothing was measured; one seed proves nothing; one claim of each target is primary, and Holm's
-correction runs over the primaries.
+Verdicts (experiments/verdicts.py). A claim is a difference that the paper, or where marked [ours] this
+project, says is positive; its size in the paper's numbers is the effect that ours is judged against. The 95%
+interval is over pretraining seeds and over test examples, both the same on both sides. Where classification
+does not tell a pretrained network from an untrained one, nothing was measured; one seed proves nothing; one
+claim of each target is primary, and Holm's correction runs over the primaries.
 """
 
 import itertools

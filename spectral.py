@@ -208,8 +208,8 @@ def ties(P, labels, bags, t, seed=0):
 
 
 def trained_on_bags(P, bags, t, networks=10, width=64, steps=1000, seed=0):
-    """Networks f(X) = ReLU(bag of X's tokens W1) W2 that minimise the spectral loss exactly -> f (networks,
-    n, t)."""
+    """Networks f(X) = ReLU(bag of X's tokens W1) W2 trained on the exact spectral loss, of all pairs
+    -> f (networks, n, t)."""
     generator = torch.Generator().manual_seed(seed)
     P, x = torch.tensor(P), torch.tensor(bags, dtype=torch.float64)
     (C, G), sizes, weights = (P.sum(1), P.sum(0)), (x.shape[1], width, t, P.shape[1]), []

@@ -3,7 +3,7 @@
     python train.py --objective vl --mask 0.15,0.3                  the default corpus, minutes on a CPU
     python train.py --objective dar --t 2 --data data/novels        own text (see data.py)
     python train.py --objective mlm --data shapes                   images (see images/sets.py)
-    python train.py --resume --out runs/vl                          go on where that run stopped
+    python train.py --resume --out runs/vl-0.15,0.3                 go on where that run stopped
 
 Leaves a run folder: config.json (all settings), metrics.jsonl (one line every few steps), ckpt.pt (everything
 needed to evaluate or to go on). Which batch and masks a step takes depends on the seed and the step's number
