@@ -54,7 +54,7 @@ CPU_SCALE = Scale(
     evaluate={"perplexity": "--max-sequences 64", "bound": "--max-sequences 24", "connectivity": "",
               "probe text": "--pool mean --max-train 5000", "probe images": "--max-train 10000",
               "finetune": "--epochs 8 --max-train 10000", "reconstruct": "--max-images 200",
-              "transfer": "--max-train 10000", "glue": "--seeds 3 --epochs 3 --max-train 5000 --pool mean"},
+              "transfer": "--max-train 10000", "glue": "--seeds 1 --epochs 3 --max-train 5000 --pool mean"},
     forward={"perplexity": 1.2e4, "bound": 8e3, "connectivity": 8e3, "probe": 2e4, "finetune": 8e5,
              "reconstruct": 2e4, "transfer": 2e4, "glue": 1e5})
 

@@ -282,7 +282,12 @@ def test_who_wrote_it_needs_two_novels_of_two_authors(tmp_path):
         (place.data / "text" / f"{name}.txt").write_text("x")
         assert [*measures.few_labels(place)] == [*measures.text_probe(place)]
     (place.data / "text" / "eliot_middlemarch.txt").write_text("x")
-    assert [*measures.few_labels(place)] == ["author, few labels"]
+    [(name, measure)] = measures.few_labels(place).items()
+    assert name == "author, few labels"
+    correct = np.repeat([1, 0, 1], 80)  # all or none of a novel: three examples, not 240
+    cell = measure.read("text: ar", {"results": {"data": "x", "layers": {"4": {"correct": correct.tolist(),
+                                                                               "test": 240}}}})
+    assert cell.value == pytest.approx(200 / 3) and cell.samples.tolist() == [[[1, 0, 1]]]
 
 
 # ---------------------------------------------------------------------------- pages, from made-up results
