@@ -14,7 +14,7 @@ TEXT = {"schedule": "triangle", "warmup": 0.0, "optimizer": "muon", "weight_deca
 IMAGES = {"schedule": "cosine", "warmup": 0.05, "optimizer": "adamw", "weight_decay": 0.05, "beta2": 0.95,
           "clip": 0.0, "batch_ramp": 0.0, "crop": 0.2, "norm_pix": False}
 
-PRESETS = {  # a size of model.py and a budget that suits it
+PRESETS = {  # a size of model.py and a budget that suits it; rates were tuned for tiny and vit-tiny only
     "tiny": {**TEXT, "batch_size": 16, "steps": 1800, "lr": 6e-3},
     "mini": {**TEXT, "batch_size": 64, "steps": 3000, "lr": 4e-3},
     "small": {**TEXT, "batch_size": 256, "steps": 20_000, "lr": 3e-3},
