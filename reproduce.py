@@ -112,7 +112,7 @@ def show_list(scales, names, args):
 
 def show_line(place, name, stages, seeds, here, large, jobs):
     """One line of the list; `jobs` stages at a time, or one on as many GPUs."""
-    left = [stage for stage in stages if not stage.record().exists()]
+    left = [stage for stage in stages if not finished(stage)]
     seconds, there = estimate_seconds(stages, here), estimate_seconds(stages, place.scale.flops)
     to_go, longest = sum(seconds[stage.out] for stage in left) / jobs, max(seconds.values())
     memory = max(1, max(stage.memory for stage in stages) / 1e9)
@@ -157,7 +157,7 @@ def carry_out(place, names, args):
 
     def about(stage):
         seconds = estimate_seconds(everything, measured_flops())
-        left = [one for one in everything if not one.record().exists()]
+        left = [one for one in everything if not finished(one)]
         to_go = sum(seconds[one.out] for one in left) / jobs
         print(f"[{total - len(left) + 1}/{total}, about {duration(to_go)} to go] "
               f"{readable(command(stage))}", file=sys.stderr)

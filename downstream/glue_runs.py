@@ -178,7 +178,8 @@ def read_results(path):
 def add_result(path, entry):
     """Put an entry in the place of that with its key, whole or not at all."""
     if path is not None:
-        # read anew: another process may work on other tasks of the same checkpoint
+        # read anew: another process may work on other tasks of the same checkpoint. Of two that end at once
+        # one may drop the other's entry; that is then computed again when it is asked for.
         entries = read_results(path)
         entries = [one for one in entries if one["key"] != entry["key"]] + [entry]
         partial = Path(f"{path}.{os.getpid()}.partial")

@@ -297,6 +297,13 @@ def few_labels(place):
     return {"author, few labels": replace(measure, stages=stages, read=read)}
 
 
+def told_of_authors(place):
+    """What the column of few_labels asks, as a sentence, where it asks for authors."""
+    asks = "author, few labels" in few_labels(place)
+    return (" Author: who wrote a passage of a novel that the probe has not seen, from 64 passages of each "
+            "author.") * asks
+
+
 def transfer(place):
     """{column: Measure}: mean accuracy of logistic regression over the nine sets, elsewhere those in
     transfer/, in percent."""

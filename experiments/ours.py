@@ -16,6 +16,7 @@ from experiments.measures import (
     probe,
     probe_after,
     reconstruction,
+    told_of_authors,
 )
 from experiments.pictures import heatmap, plot_doses, plot_objectives
 from experiments.scales import CPU_SCALE, FEWER
@@ -55,8 +56,8 @@ def variety(place):
     judged = {regime: columns[regime] for regime in REGIMES}
     rows = with_counts(rows)
     return Table("Variety or ratio?", "One architecture, the same settings; the same tokens but for the last "
-                 f"two rows, which read {FEWER:g} times fewer: the same 0.15 beside them is "
-                 "trained that much longer. A range is compared with the fixed ratio of the same mean, "
+                 f"two rows, which read {FEWER:g} times fewer: beside these, fixed 0.15 is a model that "
+                 "was trained so much longer. A range is compared with the fixed ratio of the same mean, "
                  "which hides as many tokens. The paper's number beside 0.225 is not printed there: it is "
                  "the geometric mean of those for 0.15 and 0.3. Right: loss per hidden token (nats) where "
                  "another share is hidden in the test.", rows, columns,
@@ -119,14 +120,12 @@ def objectives(place):
     flags = {name: as_flags(cls()) for name, cls in OBJECTIVES.items() if not cls.images_only}
     rows, _ = with_untrained(of("text", flags))
     rows, few = with_counts(rows), few_labels(place)
-    authors = ("who wrote a passage of a novel that the probe has not seen, from 64 passages of each author"
-               if "author, few labels" in few else next(iter(few)))
     return Table("Every objective", "The same tokens in the same order, the same settings, tuned for none, "
                  "each on the path that it takes by default. Perplexity: exact, from left to right, where "
                  "the objective has such a likelihood (masks in one stream: the better of padded and "
                  "truncated). Bound: exp of the any-order bound per token, where there is one; it is "
-                 f"of another distribution than the exact value beside it. Probe: {authors}. These claims "
-                 "are nobody's, so none is judged.", rows,
+                 f"of another distribution than the exact value beside it.{told_of_authors(place)} These "
+                 "claims are nobody's, so none is judged.", rows,
                  {"perplexity": exact_or_none(place), "bound": any_order_bound(), **few},
                  picture=plot_objectives)
 
@@ -148,8 +147,8 @@ def fourbytwo(place):
     claims += compare(text, [("text ar", "text mlm"), ("text vl", "text mlm"), ("text ar", "text dar t=2")])
     return Table("Every objective of the paper, both tasks", "All eight run through two streams; within text "
                  "and within images the same data in the same order and the same settings. L2 of ar and dar "
-                 "is from their left-to-right context only.", rows, classify | text | images, {}, claims
-                 + compare(images, [("images vl", "images mlm")]))
+                 f"is from their left-to-right context only.{told_of_authors(place)}", rows,
+                 classify | text | images, {}, claims + compare(images, [("images vl", "images mlm")]))
 
 
 def only(kind, measure):
@@ -164,8 +163,8 @@ def table9_text(place):
     """Table 9's question in text: how many tokens at once?"""
     classify, generate = few_labels(place), {"Perplexity": perplexity_column("")}
     rows, untrained = with_untrained(of("text", STEPS))
-    return Table("The choice of t in text", TWO_STREAMS.format("tokens"), rows, classify | generate, {},
-                 compare(classify, STEP_PAIRS, untrained=untrained,
+    return Table("The choice of t in text", TWO_STREAMS.format("tokens") + told_of_authors(place), rows,
+                 classify | generate, {}, compare(classify, STEP_PAIRS, untrained=untrained,
                          primary=(next(iter(classify)), *STEP_PAIRS[-1]))
                  + compare(generate, [("t = 1", f"t = {t}") for t in (2, 3, 4)]))
 

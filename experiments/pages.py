@@ -190,9 +190,10 @@ def rows_beside_paper(x):
 LEGEND = ("Differences are positive where the claim holds, in points of a percentage, in dB (PSNR), or as "
           "factors where the quantity has no scale of its own (perplexity, L2). Intervals are over "
           "pretraining seeds and test examples, both the same on both sides (experiments/verdicts.py), not "
-          "corrected for the number of claims; examples count as independent (of authors: novels do), "
-          "which sequences of one novel are not quite. Smallest visible: half the interval, the least effect "
-          "that such a run would tell from 0. [ours]: the paper does not claim it, or not as a number.")
+          "corrected for the number of claims; examples count as independent, though sequences of one "
+          "novel are not quite (in the author column an example is a whole novel). Smallest visible: half "
+          "the interval, the least effect that such a run would tell from 0. [ours]: the paper does not "
+          "claim this.")
 
 
 def markdown(x, level=1):

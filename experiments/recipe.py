@@ -62,7 +62,7 @@ def sooner(runs, name):
 
 
 def compare_recipes(args):
-    """Losses and seconds of every recipe, means over seeds, and how much sooner ours is."""
+    """Losses of every recipe and seed, seconds at the median pace, and how much sooner ours is."""
     found = [json.loads(Path(file).read_text())["results"] for file in args.files]
     rows, results = [("objective", "recipe", "steps", "loss", "seconds", "ours is there")], []
     for objective in dict.fromkeys(x["objective"] for x in found):

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -44,7 +43,10 @@ def finished(stage):
     seconds, config = None, stage.out / "config.json"
     if stage.argv[0] == "train.py" and config.exists():
         check_presets(stage, json.loads(config.read_text()))
-    if stage.record().exists() and stage.out.exists():
+    if not stage.out.exists():
+        stage.record().unlink(missing_ok=True)  # of a result that was removed
+        return False
+    if stage.record().exists():
         return json.loads(stage.record().read_text()).get("made_from") in (None, made_from(stage))
     if stage.argv[0] == "train.py" and (stage.out / "ckpt.pt").exists() and config.exists():
         content = load_checkpoint(stage.out)
@@ -68,16 +70,17 @@ def check_presets(stage, saved):
 
 
 def made_from(stage):
-    """A checksum of the records of the trainings that a stage reads, which is another one once they ran
-    anew."""
-    trained = [need for need in stage.needs if need.argv[0] == "train.py"]
-    records = [need.record().read_text() for need in trained if need.out.exists() and need.record().exists()]
-    return hashlib.sha1("".join(records).encode()).hexdigest()[:12] if trained else None
+    """A checksum of the records of what a stage reads, prepared data aside, which is another one once that
+    ran anew; None where it reads no more than data."""
+    read = [need for need in stage.needs if need.argv[0] != "data.py"]
+    records = [need.record().read_text() for need in read if need.out.exists() and need.record().exists()]
+    return hashlib.sha1("".join(records).encode()).hexdigest()[:12] if read else None
 
 
 def write_record(stage, seconds, machine, code):
     write_json(stage.record(), {"command": readable(stage.line()), "seconds": seconds, "hardware": machine,
-                                "code": code, "torch": torch.__version__, "made_from": made_from(stage)})
+                                "code": code, "torch": torch.__version__ if code else "not recorded",
+                                "made_from": made_from(stage)})
 
 
 def adopt(stage, parent):
@@ -92,10 +95,11 @@ def adopt(stage, parent):
             if settings_of(json.loads(config.read_text())) == wanted:
                 stage.out.parent.mkdir(parents=True, exist_ok=True)
                 stage.out.symlink_to(config.parent.resolve())
-                record = config.parent.with_name(config.parent.name + ".stage")
-                if record.exists():  # which says where and by what code it was trained
-                    shutil.copyfile(record, stage.record())
                 if finished(stage):
+                    record = config.parent.with_name(config.parent.name + ".stage")
+                    if record.exists():  # which says where and by what code it was trained
+                        write_json(stage.record(), {**json.loads(record.read_text()),
+                                                    "command": readable(stage.line())})
                     return
                 stage.out.unlink()
 

@@ -22,7 +22,7 @@ class Scale:
     curve: tuple = (1,)  # shares of the image epochs after which `dose` probes, each a training of its own
 
 
-FEWER = 6.7  # times fewer tokens that some rows read: as many targets as a loss at 0.15 of all
+FEWER = 6.7  # 1/0.15: with so many times fewer tokens a loss at every token has as many targets
 
 HUB = 3e11  # FLOPs of a training sequence of GPT-2 medium and BERT large
 

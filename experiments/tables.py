@@ -20,6 +20,7 @@ from experiments.measures import (
     probe,
     reconstruction,
     text_probe,
+    told_of_authors,
     transfer,
 )
 from experiments.pictures import plot_curves_by_length, plot_similarity
@@ -137,7 +138,7 @@ def table1(place):
                 f"predicts 0.15; the last row reads {FEWER:g} times fewer and so has about as "
                 "many targets. BERT's rule shows a tenth of the hidden tokens and redraws another, so that "
                 "features of visible tokens are trained too. The paper's 34.1 is of another vocabulary and "
-                "of another kind of model (ERRATA.md).")
+                "of another kind of model (ERRATA.md)." + told_of_authors(place))
     score = next((name for name in columns if name.startswith("Avg")), None)
     paper = {AR: {"Perplexity, padded": 22.8, "Perplexity, truncated": 22.8, "Avg": 72.8},
              "Masked": {"Perplexity, padded": 34.1, "Perplexity, truncated": 34.1, "Avg": 80.5}}
