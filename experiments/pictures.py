@@ -87,16 +87,17 @@ def heatmap(place, seeds, content, path):
     losses = np.array([[row["cells"][column]["mean"] for column in columns] for row in rows])
     figure, (left, right) = new_figure(11, 1.6 + 0.5 * len(rows), nrows=1, ncols=2, width_ratios=(1.15, 1))
     worse = losses - losses.min(0)
-    image = left.imshow(worse, cmap="viridis_r", aspect="auto")
+    limit = 3 * np.median(worse) or None  # so that unigrams and short trainings do not bleach the others
+    image = left.imshow(worse, cmap="viridis_r", aspect="auto", vmin=0, vmax=limit)
     for y, x in np.ndindex(losses.shape):
         left.text(x, y, f"{losses[y, x]:.2f}", ha="center", va="center", fontsize=9,
-                  color="white" if worse[y, x] > worse.max() / 2 else "black",
+                  color="white" if worse[y, x] > image.norm.vmax / 2 else "black",
                   weight="bold" if worse[y, x] == 0 else "normal")
     left.set_xticks(range(len(columns)), [column.removeprefix("loss at ") for column in columns])
     left.set_yticks(range(len(rows)), names)
     left.set(xlabel="share hidden in the test",
              title="loss per hidden token (nats); bold: best of its column")
-    figure.colorbar(image, ax=left, label="above the column's best")
+    figure.colorbar(image, ax=left, label="above the column's best", extend="max")
     for (k, regime), (y, row) in itertools.product(enumerate(("padded", "truncated")), enumerate(rows)):
         points(right, y, row["cells"][regime], regime, k, 2)
     rows_on(right, [""] * len(names), xlabel="left-to-right perplexity", title="generation")
