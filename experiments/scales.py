@@ -56,7 +56,7 @@ CPU_SCALE = Scale(
               "finetune": "--epochs 8 --max-train 10000", "reconstruct": "--max-images 200",
               "transfer": "--max-train 10000", "glue": "--seeds 1 --epochs 3 --max-train 5000 --pool mean"},
     forward={"perplexity": 1.2e4, "bound": 8e3, "connectivity": 8e3, "probe": 2e4, "finetune": 8e5,
-             "reconstruct": 2e4, "transfer": 2e4, "glue": 1e5})
+             "reconstruct": 2e4, "transfer": 2e4, "glue": 3e4})
 
 GPU_SCALE = Scale(
     "8 layers x 512 for text and 12 x 384 for images of 32 x 32; one H100 or H200 at 40% MFU",
