@@ -23,18 +23,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from masks import ar_groups, hidden_count
-from support.cli import BadInput
-from support.objective import (
+from masks import (
     AnyOrder,
     Objective,
     Queries,
-    asked,
+    ar_groups,
     equally_likely,
+    hidden_count,
     option,
+    queries_of,
     random_order,
+    show,
     stratified,
 )
+from util import BadInput
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,6 @@ class Permutation(Objective):
     def bound(self, batch, length, generator=None):
         f = 1 + random_order(batch, length, generator)
         return f, (f > 1).float()
-
-    def orders(self, batch, length, generator=None):
-        f = 1 + random_order(batch, length, generator)[:, None]
-        return f, f > 1
 
     def decoding(self, order, given):
         return torch.where(order > 0, order, order.max() + 1)
@@ -127,9 +125,9 @@ class MultiToken(Objective):
 
     def check(self, length):
         super().check(length)
-        if not 1 <= self.t < length:
-            raise BadInput(f"--t {self.t} is not in 1..{length - 1}: no prefix of a sequence of {length} has "
-                           "more tokens behind it")
+        if self.t not in range(1, length):
+            raise BadInput(f"--t {show(self.t)} is not in 1..{length - 1}: no prefix of {length} tokens has "
+                           "more behind it")
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class Diffusion(AnyOrder):
 
     def queries(self, groups):
         hidden, S = groups > 1, groups.shape[1]
-        return asked(groups, hidden * ((S - 1) / hidden.sum(1, keepdim=True)), S - 1)
+        return queries_of(groups, hidden * ((S - 1) / hidden.sum(1, keepdim=True)), S - 1)
 
     def outcomes(self, length, limit=200_000):
         if 2 ** (length - 1) <= limit:
@@ -205,7 +203,7 @@ class Blocks(Objective):
         block, size = self.blocks(groups.shape[1])
         hidden = (groups > 1) & (groups % 2 == 1)
         n = torch.zeros(len(groups), len(size)).index_add(1, block, hidden.float())
-        return asked(groups, hidden * (size / n.clamp(min=1))[:, block], groups.shape[1] - 1)
+        return queries_of(groups, hidden * (size / n.clamp(min=1))[:, block], groups.shape[1] - 1)
 
     def outcomes(self, length, limit=200_000):
         if 2 ** (length - 1) <= limit:
@@ -225,19 +223,12 @@ class Blocks(Objective):
         return {"next": torch.where(block == 0, 1, 2 * block + hidden.long())}
 
     def bound(self, batch, length, generator=None):
-        """As in training, but as many tokens are visible in all blocks: the mean is that of `orders`."""
+        """As in training, but as many tokens are visible in all blocks: the mean is that over orders."""
         visible = stratified(batch, self.block, generator)[:, None] - 1
         block, size = self.blocks(length)
         n = (size - visible).clamp(min=0).index_fill(1, torch.tensor([0]), 1)
         f = self.hide(batch, length, n, generator)[0]
         return f, ((f > 1) & (f % 2 == 1)) * (self.block / n.clamp(min=1))[:, block]
-
-    def orders(self, batch, length, generator=None):
-        """Pass j asks for the j-th token of every block in a random order within the blocks."""
-        block, size = self.blocks(length)
-        rank = self.hide(batch, length, size[None], generator)[1][:, None]
-        j = torch.arange(self.block)[:, None]
-        return torch.where(block == 0, 1, 2 * block + (rank >= j).long()), (rank == j) & (block > 0)
 
     def decoding(self, order, given):
         block, _ = self.blocks(len(order))
@@ -247,9 +238,9 @@ class Blocks(Objective):
 
     def check(self, length):
         super().check(length)
-        if not 1 <= self.block < length:
-            raise BadInput(f"--block {self.block} is not in 1..{length - 1}: the first of {length} tokens is "
-                           "given, and blocks are made of the others")
+        if self.block not in range(1, length):
+            raise BadInput(f"--block {show(self.block)} is not in 1..{length - 1}: the first of {length} "
+                           "tokens is given, and blocks are made of the others")
 
 
 @dataclass(frozen=True)
@@ -267,17 +258,23 @@ class Spans(Objective):
     paper = "span filling (GLM, Du et al. 2022)"
     generation = "confident"
 
+    def check(self, length):
+        super().check(length)
+        if isinstance(self.mask, tuple) or not 0 < self.mask < 1:
+            raise BadInput(f"--mask {show(self.mask)} is not a ratio between 0 and 1, such as 0.15")
+
     def counts(self, length):
         """Hidden tokens and spans. Two spans have a visible token between them."""
-        n = hidden_count(self.mask, length)
+        n = int(hidden_count(self.mask, length))
         return n, min(max(round(n / self.span), 1), length - n + 1)
 
     def place(self, starts, before):
-        """f from starts (B, n - 1), whether the second, third .. hidden token begins a span, and before
-        (B, S - n + 1), whether a span stands after that many visible tokens."""
+        """f (B, S) from starts (B, n - 1), whether the second, third .. hidden token begins a span, and
+        before (B, S - n + 1), whether a span stands after that many visible tokens."""
         batch, n = len(starts), starts.shape[1] + 1
-        span = F.pad(starts.long().cumsum(1), (1, 0))
-        position = torch.arange(n) + before.nonzero()[:, 1].view(batch, -1).gather(1, span)
+        span = F.pad(starts.long().cumsum(1), (1, 0))          # (B, n) the span of each hidden token
+        visible = before.nonzero()[:, 1].view(batch, -1)       # (B, m) visible tokens before each span
+        position = torch.arange(n) + visible.gather(1, span)   # (B, n)
         f = torch.ones(batch, n + before.shape[1] - 1, dtype=torch.long)
         return f.scatter(1, position, torch.arange(2, n + 2).repeat(batch, 1))
 
@@ -295,18 +292,14 @@ class Spans(Objective):
                                              before.repeat(len(starts), 1)))
 
     def max_targets(self, length):
-        return hidden_count(self.mask, length)
+        return self.counts(length)[0]
 
     def min_targets(self, length):
-        return hidden_count(self.mask, length)
+        return self.counts(length)[0]
 
     def decoding(self, order, given):
         f = (order - given + 1).clamp(min=1) * (order > 0)
         return f.index_fill(0, (order == 0).nonzero()[0], int(f.max()) + 1)
-
-    def __post_init__(self):
-        if not (isinstance(self.mask, (int, float)) and 0 < self.mask < 1):
-            raise BadInput(f"--mask {self.mask} is not a ratio between 0 and 1; type one such as --mask 0.15")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Group indices f, and the two attention masks that follow from them (paper, Eq. 24).
+"""The one idea: a group index f for every token. From it follow who sees whom, and what is predicted.
 
 A pretraining objective is a rule that gives each token i = 1..S of a sequence a group index f(i):
 
@@ -6,18 +6,23 @@ A pretraining objective is a rule that gives each token i = 1..S of a sequence a
     f = 1        given: context only, never a target
     f = 2, 3 ..  predicted in this order; the tokens of one group are predicted in parallel
 
-    context of target i = { j : 0 < f(j) <  f(i) }    query_mask,   M_g of Eq. 24
-    content of token i  = { j : 0 < f(j) <= f(i) }    content_mask, M_h of Eq. 24
+One rule gives every attention mask: a row with limit c sees { j : 0 < f(j) < c } (paper, Eq. 24).
 
-A query may also ask for token p at another cut c than f(p): it then sees { j : 0 < f(j) < c }.
+    query of token p     limit f(p)        M_g: everything before its group
+    content of token i   limit f(i) + 1    M_h: its own group too
+    a query with a cut   limit c           token p is asked for from a shorter context
 
-Draw them: python objectives.py dar --t 2 --length 8
+The file has the paper's samplers of f, the masks, and what an objective may say: f, queries, weights. Draw
+them with: python objectives.py dar --t 2 --length 8
 """
 
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from util import BadInput
 
 # ---------------------------------------------------------------------------- group indices
 
@@ -27,98 +32,203 @@ def ar_groups(length):
 
 
 def dar_groups(length, t, first):
-    """Diversity-enhanced autoregressive, L_semi,t (Eq. 6): a first group of `first` tokens, then of `t` each.
+    """Diversity-enhanced autoregressive, L_semi,t (Eq. 6): a first group of `first` tokens, then groups of t.
 
-    f(i) = 1 + max(0, ceil((i - first) / t)), i from 1. `first`, and `t` too, is an int, giving (S,), or a
-    LongTensor (B,), giving (B, S). With `first` uniform in 1..t, every pair (context 1..k, target p),
-    k < p <= min(k + t, S), is equally likely. t = 1 is the autoregressive case.
+    Ints `t` and `first` give (S,); LongTensors (B,) give (B, S). With `first` uniform in 1..t every pair
+    (context 1..k, target p) with k < p <= min(k + t, S) is equally likely.
     """
     first, t = torch.as_tensor(first)[..., None], torch.as_tensor(t)[..., None]
-    if bool((t < 1).any() or (first < 1).any()):
-        raise ValueError("groups need t >= 1 and a first group of at least 1 token, got "
-                         f"t = {t[..., 0].tolist()}, first = {first[..., 0].tolist()}")
     i = torch.arange(1, length + 1)
-    return 1 + ((i - first + t - 1) // t).clamp(min=0)
+    return 1 + ((i - first + t - 1) // t).clamp(min=0)  # 1 + ceil((i - first) / t), and 1 in the first group
 
 
 def masked_groups(batch, length, ratio, generator=None):
-    """Masked, L_m (a ratio), and variable-length masked, L_vm of Eq. 5 (a range): 1 visible, 2 masked. (B, S)
+    """Masked, L_m (a ratio), and variable-length masked, L_vm of Eq. 5 (a range): 1 visible, 2 hidden. (B, S)
 
-    `ratio` is a float or (low, high), drawn uniformly anew for each sequence. A ratio rho hides exactly
-    round(rho S) tokens, at least 1 and at most S - 1, every subset of that size being equally likely.
+    `ratio` is a float or (low, high), from which each sequence draws its own. It hides exactly round(rho S)
+    tokens, at least 1 and at most S - 1, every subset of that size being equally likely.
     """
-    low, high = (ratio, ratio) if isinstance(ratio, (int, float)) else ratio
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"a mask ratio lies in (0, 1] and a range is low,high: got {low},{high}")
-    # The ratio is drawn even where the range is a point, so that equal ends repeat the fixed ratio exactly.
+    low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
     scores = torch.rand(batch, length, generator=generator)
+    # The ratio is drawn even where the range is a point, so that equal ends repeat the fixed ratio exactly.
     rho = low + (high - low) * torch.rand(batch, 1, generator=generator, dtype=torch.float64)
-    hidden = hidden_count(rho, length)                                        # (B, 1)
-    rank = scores.argsort(dim=1).argsort(dim=1)                               # (B, S) a permutation of 0..S-1
-    return 1 + (rank < hidden).long()
+    rank = scores.argsort(dim=1).argsort(dim=1)  # of each token in a random order of its sequence: 0..S-1
+    return 1 + (rank < hidden_count(rho, length)).long()
 
 
 def hidden_count(rho, length):
-    """How many of `length` tokens a ratio (a number or a double tensor) hides: round(rho S) within 1..S-1."""
-    if isinstance(rho, Tensor):
-        return (rho * length).round().clamp(1, length - 1).long()
-    return min(max(round(rho * length), 1), length - 1)
+    """How many of `length` tokens a ratio (a number or a tensor) hides: round(rho S), within 1..S-1.
+    LongTensor."""
+    return (torch.as_tensor(rho, dtype=torch.float64) * length).round().clamp(1, length - 1).long()
 
 
 # ---------------------------------------------------------------------------- attention masks
 
+def sees(groups, limits):
+    """Row i may attend to column j where 0 < f(j) < limit(i). groups (..., S), limits (..., n) -> bool (...,
+    n, S)."""
+    return (groups[..., None, :] > 0) & (groups[..., None, :] < limits[..., :, None])
+
+
 def content_mask(groups):
-    """M_h of Eq. 24. groups (..., S) -> bool (..., S, S): row i may attend to column j, 0 < f(j) <= f(i)."""
-    return (groups[..., None, :] > 0) & (groups[..., None, :] <= groups[..., :, None])
+    """M_h of Eq. 24: a token sees its own group and what comes before. (..., S) -> bool (..., S, S)."""
+    return sees(groups, groups + 1)
 
 
 def query_mask(groups, cuts=None):
-    """M_g of Eq. 24. groups (..., S), cuts (..., n) -> bool (..., n, S): query row i may attend to column j,
-    0 < f(j) < c(i), by default c = f.
+    """M_g of Eq. 24: a query sees what comes before its cut c, by default c = f. (..., S) -> bool (..., n,
+    S).
 
-    The default rows of padding and of the first group are all False: they see nothing and are never scored.
+    The rows of padding and of the first group see nothing; they are never scored.
     """
-    cuts = groups if cuts is None else cuts
-    return (groups[..., None, :] > 0) & (groups[..., None, :] < cuts[..., :, None])
+    return sees(groups, groups if cuts is None else cuts)
 
 
-def by_group(groups, targets, cuts):
-    """The same masks for long sequences: in the order of f, what any row sees is a prefix, told by a length.
+# ---------------------------------------------------------------------------- what an objective may say
 
-    groups (B, S); targets and cuts (B, n). Returns order (B, S), the positions by f with padding at the end;
-    rows (B, n), the order of the queries by cut; seen (B, S + n), of how many of the ordered tokens each
-    ordered content row and then each ordered query row sees the first. Rows that see nothing - padding is one
-    - are given something to see all the same: they are never scored, and nothing sees them.
+class Queries(NamedTuple):
+    """What is asked of B sequences: row (p, c) predicts token p from its context { j : 0 < f(j) < c }."""
+
+    targets: Tensor  # (B, n) positions p, from 0
+    cuts: Tensor     # (B, n) c
+    weight: Tensor   # (B, n) float32, how much the row counts in the loss; 0 for filler, which nobody scores
+
+
+def queries_of(groups, weight, n):
+    """Queries for the tokens with weight (B, S) > 0, each at the cut c = f(p), and filler up to n rows."""
+    wanted = weight > 0
+    most = int(wanted.sum(1).max())
+    if most > n:
+        raise BadInput(f"a sequence asks for {most} tokens, and max_targets promises at most {n}; begin with "
+                       "a group of f = 1, which is given, or let max_targets return more")
+    targets = (~wanted).long().argsort(dim=1, stable=True)[:, :n]
+    return Queries(targets, groups.gather(1, targets), weight.gather(1, targets))
+
+
+def option(default, help):
+    """A field of an objective, which is also the flag --NAME of every command that takes an objective."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective is a frozen dataclass whose fields are its options. Only `groups` must be written.
+
+    `queries` says what is asked, where that is not every p with f(p) > 1 at the cut f(p) and the weight 1.
+    `left_to_right`, `bound` and `decoding` say what evaluation needs; each returns None where there is no
+    such thing.
     """
-    f, order = groups.masked_fill(groups == 0, torch.iinfo(groups.dtype).max).sort(dim=1, stable=True)
-    wanted, rows = cuts.sort(dim=1, stable=True)
-    content, query = torch.searchsorted(f, f, right=True), torch.searchsorted(f, wanted)  # f(j) <= f(i), < c
-    return order, rows, torch.cat([content, query], dim=1).clamp(min=1)
+
+    paper = ""           # name and source
+    one_stream = None    # the one-stream path that can run it, "causal" or "mask"; None: two streams only
+    attention = "full"   # what its network is probed with: "causal" where it only knows the past
+    generation = "left"  # by default: "left" to right, or "confident", the surest tokens of `decoding` first
+    images_only = False  # whether it speaks of squares of patches
+
+    def groups(self, batch, length, generator=None):
+        """Draw f for `batch` sequences -> LongTensor (batch, length)."""
+        raise TypeError(f"{type(self).__name__} does not define groups(batch, length, generator)")
+
+    def queries(self, groups):
+        """What is asked under f (B, S) -> Queries of n = max_targets(S) rows."""
+        return queries_of(groups, (groups > 1).float(), self.max_targets(groups.shape[1]))
+
+    def max_targets(self, length):
+        """The query rows of every sequence, filler included: a static shape."""
+        return length - 1
+
+    def min_targets(self, length):
+        """The fewest tokens with f > 1: on the mae path the encoder has room for all others."""
+        return 1
+
+    def outcomes(self, length, limit=200_000):
+        """The distribution of f: (f LongTensor (K, S), probability double (K,)), by default that of 100,000
+        draws. None where there are more than `limit` outcomes."""
+        f = self.groups(100_000, length, torch.Generator().manual_seed(0))
+        f, counts = f.unique(dim=0, return_counts=True)
+        return f, counts.double() / counts.sum()
+
+    def left_to_right(self, length, path):
+        """How the model computes P(x_p | x_1 .. x_{p-1}), p = 2..S (Eq. 2), the way it was trained.
+
+        Returns {regime: f (passes, length)}: every p has its whole prefix and nothing else as its context in
+        a pass of each regime, of which the first counts. None where there is no exact left-to-right
+        likelihood.
+        """
+
+    def bound(self, batch, length, generator=None):
+        """Draw f and weights (B, S) with E sum_p weight_p * -log P(x_p | context) >= -log P(x_2 .. x_S |
+        x_1)."""
+
+    def decoding(self, order, given):
+        """One step of generation in the objective's own way. order (L,): 1, 2, .. as the tokens became known,
+        of which the first `given` were not generated, and 0 where a token is missing -> f (L,), whose highest
+        group is asked for. None where it only goes from left to right."""
+
+    def check(self, length):
+        """Raise BadInput where the options do not fit sequences of this length."""
+        if length < 2:
+            raise BadInput(f"a sequence of length {length} leaves nothing to predict; give 2 or more")
+
+
+class AnyOrder(Objective):
+    """What objectives share that predict any hidden tokens, f = 2, from the visible ones, f = 1.
+
+    Such a network can uncover x_2 .. x_S, given x_1, in any order o. The mixture P = E_o P_o is one
+    distribution, and by Jensen -log P <= E_o sum_k -log P(x_{o_k} | x_1, x_{o_1} .. x_{o_{k-1}}). Where n
+    tokens are still hidden, they are a uniform subset and the next one is uniform among them. So the right
+    side is also E_n E_mask (S - 1)/n sum_hidden -log P(x_p | visible), n uniform in 1..S-1.
+    """
+
+    one_stream = "mask"
+
+    def bound(self, batch, length, generator=None):
+        n = stratified(batch, length - 1, generator)[:, None]
+        hidden = random_order(batch, length, generator) >= length - n
+        return 1 + hidden.long(), hidden * ((length - 1) / n)
+
+    def decoding(self, order, given):
+        return 1 + (order == 0).long()
+
+
+def random_order(batch, length, generator=None):
+    """0 for x_1, which is given, then a uniform permutation of 1..S-1. (B, S)"""
+    rest = 1 + torch.rand(batch, length - 1, generator=generator).argsort(dim=1)
+    return torch.cat([torch.zeros_like(rest[:, :1]), rest], dim=1)
+
+
+def stratified(batch, n, generator=None):
+    """Numbers 1..n, uniform over the batch: one from each of `batch` equal parts of that range. (B,)"""
+    place = torch.arange(batch) + torch.rand(batch, generator=generator, dtype=torch.float64)
+    return 1 + (place * n / batch).long().clamp(max=n - 1)
+
+
+def equally_likely(groups):
+    """Outcomes (K, S) with probability 1/K each."""
+    return groups, torch.full((len(groups),), 1 / len(groups), dtype=torch.float64)
+
+
+def show(value):
+    """An option's value as one types it: 0.15 or 0.15,0.3."""
+    if isinstance(value, tuple):
+        return ",".join(map(show, value))
+    return str(value) if isinstance(value, (bool, str)) else f"{value:g}"
 
 
 # ---------------------------------------------------------------------------- drawn as text
 
-def draw(groups, queries=None):
-    """f and both masks of one sequence, groups (S,), as text: rows attend, columns are attended to.
-
-    Every token has a row in M_g, unless `queries`, [(position, cut, weight), ..], say what is asked.
-    """
-    S, f = len(groups), groups.tolist()
-
+def draw(groups, queries):
+    """f (S,) and both masks as text: rows attend, columns are attended to. `queries` is [(position, cut,
+    weight), ..]."""
     def row(i, seen, note=""):
-        return f"{i + 1:3d} " + "".join("■ " if cell else "· " for cell in seen) + note
+        return f"{i + 1:3d} " + " ".join("■" if cell else "·" for cell in seen) + note
 
-    content = [row(i, seen) for i, seen in enumerate(content_mask(groups).tolist())]
-    if queries is None:
-        notes = [f" predicted in step {g - 1}" if g > 1 else " given" if g else " left out" for g in f]
-        asked = [row(i, seen, notes[i]) for i, seen in enumerate(query_mask(groups).tolist())]
-    else:
-        asked = [row(p, [0 < group < c for group in f], f" cut {c}, weight {weight:.3g}")
-                 for p, c, weight in queries]
-    width, gap = 2 * S + 4, " " * 6
-    rows = zip_longest(content, asked, fillvalue="")
-    return "\n".join([
-        "position i  " + " ".join(f"{i:2d}" for i in range(1, S + 1)),
-        "group f(i)  " + " ".join(f"{group:2d}" for group in f), "",
-        f"{'M_h, content stream':<{width}}{gap}M_g, query stream",
-        *(f"{left:<{width}}{gap}{right}".rstrip() for left, right in rows)])
+    lines = ["position i  " + " ".join(f"{i:2d}" for i in range(1, len(groups) + 1)),
+             "group f(i)  " + " ".join(f"{g:2d}" for g in groups.tolist()),
+             "", "M_h, content stream: what token i may read"]
+    lines += [row(i, seen) for i, seen in enumerate(content_mask(groups).tolist())]
+    lines += ["", "M_g, query stream: what token i is predicted from"]
+    for p, c, weight in queries:
+        note = f"  cut {c}, weight {weight:.3g}" if (c, weight) != (groups[p], 1) else ""
+        lines.append(row(p, sees(groups, torch.tensor([c]))[0].tolist(), note))
+    return "\n".join(lines)

@@ -1,86 +1,341 @@
-"""The losses against plain formulas, the registry's promises, and the refusal of wrong combinations."""
+"""What each objective says - f, queries, weights - against its definition; facts that tie them; the loss."""
+
+import itertools
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import WAYS
+from conftest import call
 from torch._dynamo.utils import counters
 
-import evaluate
-import objectives
-from masks import query_mask
+from masks import Objective, Queries, hidden_count, option, queries_of
 from objectives import (
     OBJECTIVES,
-    PAPER,
     add_options,
     choose_path,
     describe,
     draw_batch,
+    flag,
     from_options,
     loss_sum,
-    options_of,
     scores_next,
     spectral_loss,
     target_nll,
 )
-from support.cli import BadInput, Parser
-from support.kernels import LinearCrossEntropy
-from support.objective import (
-    Objective,
-    Queries,
-    asked,
-    checked_queries,
-    equally_likely,
-    one_query_per_prefix,
-    option,
-)
-from support.operator import spectrum
+from util import BadInput, Parser
+
+# ---------------------------------------------------------------------------- definitions by plain loops
+#
+# {f: (probability, {(token, cut): weight})} for sequences of S tokens, counted from 1.
+
+def by_default(pairs):
+    """Every token with f(p) > 1 is asked for at the cut f(p) and counts 1."""
+    table = Counter()
+    for f, probability in pairs:
+        table[f] += probability
+    return {f: (share, {(p, c): 1.0 for p, c in enumerate(f, 1) if c > 1}) for f, share in table.items()}
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_linear_cross_entropy_values_and_gradients(chunk):
-    generator = torch.Generator().manual_seed(0)
-    x, E = (torch.randn(n, 5, generator=generator, requires_grad=True) for n in (7, 9))
-    labels, weight = torch.randint(9, (7,), generator=generator), torch.rand(7, generator=generator)
-    ours = LinearCrossEntropy.apply(4 * x, E, labels, weight, chunk)
-    plain = (F.cross_entropy(4 * x @ E.T, labels, reduction="none") * weight).sum()
-    assert torch.allclose(ours, plain, rtol=1e-6)
-    for a, b in zip(torch.autograd.grad(2 * ours, (x, E)), torch.autograd.grad(2 * plain, (x, E))):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+def subsets(items):
+    return [set(chosen) for n in range(len(items) + 1) for chosen in itertools.combinations(items, n)]
 
 
-def test_linear_cross_entropy_survives_improbable_labels():
-    x = torch.tensor([[200.0], [-200.0]])
-    E, labels = torch.tensor([[1.0], [0.0], [-1.0]]), torch.tensor([2, 0])
-    loss = LinearCrossEntropy.apply(x, E, labels, torch.ones(2), 8)
-    assert loss.item() == pytest.approx(800)
+def dar(S, t):
+    low, high = t if isinstance(t, tuple) else (t, t)
+    return by_default((tuple(1 + max(0, math.ceil((i - first) / t)) for i in range(1, S + 1)),
+                       1 / t / (high - low + 1)) for t in range(low, high + 1) for first in range(1, t + 1))
 
 
-def test_loss_is_the_weighted_sum_over_queries(way, make_model):
-    """Query by query, each in a pass of its own, times a weight that the objective might give."""
+def masked(S, mask):
+    """Every subset of the drawn size; where the ratio is drawn, the sizes by a fine grid of ratios."""
+    low, high = mask if isinstance(mask, tuple) else (mask, mask)
+    rho = torch.linspace(low, high, 2_000_001, dtype=torch.float64) if low < high else torch.tensor([low])
+    sizes = hidden_count(rho, S).bincount(minlength=S + 1).double() / len(rho)
+    return by_default((tuple(1 + (i in hidden) for i in range(S)),
+                       sizes[len(hidden)].item() / math.comb(S, len(hidden)))
+                      for hidden in subsets(range(S)) if sizes[len(hidden)] > 0)
+
+
+def mtp(S, t):
+    """Eq. 3: over prefixes k, the mean over the next tokens, as many as there are up to t."""
+    weight = {(k + h, k + 1): 1 / min(t, S - k) for k in range(1, S) for h in range(1, t + 1) if k + h <= S}
+    return {tuple(range(1, S + 1)): (1.0, weight)}
+
+
+def diffusion(S):
+    """n uniform in 1..S-1, then a uniform n-subset of 2..S is hidden and counts (S - 1)/n."""
+    return {tuple(1 + (i in hidden) for i in range(1, S + 1)):
+            (1 / (S - 1) / math.comb(S - 1, len(hidden)), {(i, 2): (S - 1) / len(hidden) for i in hidden})
+            for hidden in subsets(range(2, S + 1))[1:]}
+
+
+def blocks(S, block):
+    """In every block of B tokens after the first: n uniform in 1..B, a uniform n-subset, weights B/n."""
+    places = [range(start, min(start + block, S + 1)) for start in range(2, S + 1, block)]
+    table = {}
+    for chosen in itertools.product(*(subsets(place)[1:] for place in places)):
+        f, share, weight = [1], 1.0, {}
+        for b, (place, hidden) in enumerate(zip(places, chosen), 1):
+            f += [2 * b + (i in hidden) for i in place]
+            share /= len(place) * math.comb(len(place), len(hidden))
+            weight |= {(i, 2 * b + 1): len(place) / len(hidden) for i in hidden}
+        table[tuple(f)] = share, weight
+    return table
+
+
+def spans(S, mask, span):
+    n = int(hidden_count(mask, S))
+    m = min(max(round(n / span), 1), S - n + 1)
+    found = [hidden for hidden in itertools.combinations(range(S), n)
+             if sum(i - 1 not in hidden for i in hidden) == m]
+    return by_default((tuple(2 + hidden.index(i) if i in hidden else 1 for i in range(S)), 1 / len(found))
+                      for hidden in found)
+
+
+def segments(S, segment):
+    side = math.isqrt(S)
+    across = side // segment
+    orders = list(itertools.permutations(range(1, across ** 2 + 1)))
+    return by_default((tuple(order[r // segment * across + c // segment] for r in range(side)
+                             for c in range(side)), 1 / len(orders)) for order in orders)
+
+
+DEFINITIONS = {
+    "ar": lambda S: by_default([(tuple(range(1, S + 1)), 1.0)]),
+    "dar": dar,
+    "mlm": masked,
+    "vl": masked,
+    "permutation": lambda S: by_default((f, 1 / math.factorial(S))
+                                        for f in itertools.permutations(range(1, S + 1))),
+    "prefix": lambda S: by_default((tuple(max(1, i - k) for i in range(1, S + 1)), 1 / (S - 1))
+                                   for k in range(S - 1)),
+    "mtp": mtp, "diffusion": diffusion, "blocks": blocks, "spans": spans, "segments": segments,
+}
+
+# On so few tokens that everything can be listed. A short last block, one span, as many spans as fit, squares
+# of several patches, t at its ends.
+CASES = [("ar", {}, 6), ("dar", {"t": 2}, 6), ("dar", {"t": (1, 3)}, 6), ("mlm", {"mask": 0.4}, 6),
+         ("vl", {"mask": (0.2, 0.7)}, 6), ("vl", {"mask": (0.01, 1.0)}, 5), ("vl", {"mask": (0.5, 0.5)}, 5),
+         ("permutation", {}, 5), ("prefix", {}, 6), ("mtp", {"t": 3}, 6), ("mtp", {"t": 1}, 5),
+         ("mtp", {"t": 4}, 5), ("diffusion", {}, 6), ("blocks", {"block": 2}, 6), ("blocks", {"block": 4}, 7),
+         ("blocks", {"block": 3}, 9), ("spans", {"mask": 0.5, "span": 2}, 6),
+         ("spans", {"mask": 0.6, "span": 1}, 7), ("spans", {"mask": 0.3, "span": 3}, 8),
+         ("spans", {"mask": 0.9, "span": 1}, 5), ("segments", {"segment": 1}, 4),
+         ("segments", {"segment": 2}, 16)]
+IDS = [f"{describe(from_options(name, **options))} S={S}".replace(" ", "-") for name, options, S in CASES]
+
+
+@pytest.fixture(params=CASES, ids=IDS)
+def case(request):
+    """(objective, S, its table by the definition)."""
+    name, options, S = request.param
+    return from_options(name, **options), S, DEFINITIONS[name](S, **options)
+
+
+def queries_by_token(objective, f):
+    """{(token, cut): weight} of one f, the tokens counted from 1."""
+    rows = zip(*(x[0].tolist() for x in objective.queries(torch.tensor([f]))))
+    return {(p + 1, c): w for p, c, w in rows if w > 0}
+
+
+def test_every_objective_has_a_case():
+    assert {name for name, *_ in CASES} == set(OBJECTIVES)
+
+
+def test_listed_outcomes_queries_and_weights_are_those_of_the_definition(case):
+    objective, S, table = case
+    objective.check(S)
+    listed = Counter()
+    for f, p in zip(*(x.tolist() for x in objective.outcomes(S))):
+        listed[tuple(f)] += p
+    assert listed.keys() == table.keys()
+    for f, (p, weight) in table.items():
+        assert listed[f] == pytest.approx(p, abs=1e-5 if flag(objective) == "vl" else 1e-12)
+        assert queries_by_token(objective, f) == pytest.approx(weight)
+
+
+def test_the_sampler_draws_the_listed_outcomes(case):
+    """Chi-squared of 20,000 draws; outcomes that would be drawn less than five times are pooled."""
+    objective, S, table = case
+    draws = objective.groups(20_000, S, torch.Generator().manual_seed(0))
+    seen = Counter(map(tuple, draws.tolist()))
+    assert seen.keys() <= table.keys()
+    cells, rare = [], [0, 0.0]
+    for f, (p, _) in table.items():
+        if 20_000 * p < 5:
+            rare = [rare[0] + seen[f], rare[1] + 20_000 * p]
+        else:
+            cells.append((seen[f], 20_000 * p))
+    cells += [rare] if rare[1] else []
+    chi2, k = sum((a - b) ** 2 / b for a, b in cells), len(cells) - 1
+    quantile = k * (1 - 2 / (9 * k) + 4 * math.sqrt(2 / (9 * k))) ** 3 if k else 1e-9  # 1 - 3e-5
+    assert chi2 <= quantile
+
+
+def test_promised_numbers_of_targets(case):
+    """Both promises hold in every outcome, and the larger one is needed."""
+    objective, S, table = case
+    groups = torch.tensor(list(table))
+    weight, hidden = objective.queries(groups).weight, (groups > 1).sum(1)
+    assert weight.shape == (len(groups), objective.max_targets(S))
+    assert (weight > 0).any(1).all() and (weight > 0).all(1).any()
+    assert int(hidden.min()) >= objective.min_targets(S)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "vl", "blocks"])
+def test_outcomes_that_nobody_lists_are_those_of_draws(name):
+    options = {"block": 2} if name == "blocks" else {}
+    objective = from_options(name, **options)
+    listed = {tuple(f): p for f, p in zip(*(x.tolist() for x in objective.outcomes(5)))}
+    groups, probability = Objective.outcomes(objective, 5)
+    assert probability.sum().item() == pytest.approx(1) and len(groups) == len(listed)
+    for f, p in zip(groups.tolist(), probability.tolist()):
+        assert abs(p - listed[tuple(f)]) < 5 * math.sqrt(p / 100_000)
+
+
+# ---------------------------------------------------------------------------- facts
+
+def pairs(name, S, **options):
+    """{(target, its context): weight in the expected loss}, tokens counted from 1."""
+    objective, total = from_options(name, **options), Counter()
+    for f, share in zip(*(x.tolist() for x in objective.outcomes(S))):
+        for (p, c), weight in queries_by_token(objective, f).items():
+            total[p, frozenset(j for j, group in enumerate(f, 1) if 0 < group < c)] += share * weight
+    return dict(total)
+
+
+@pytest.mark.parametrize("S", [5, 6])
+def test_objectives_that_are_one(S):
+    """The same tokens are predicted from the same contexts, with the same weights."""
+    ar = {(p, frozenset(range(1, p))): 1.0 for p in range(2, S + 1)}
+    for name, options in (("ar", {}), ("dar", {"t": 1}), ("mtp", {"t": 1}), ("blocks", {"block": 1})):
+        assert pairs(name, S, **options) == pytest.approx(ar)
+    assert pairs("blocks", S, block=S - 1) == pytest.approx(pairs("diffusion", S))
+    eq_6 = {(p, frozenset(range(1, k + 1))): 1 / 3
+            for k in range(1, S) for p in range(k + 1, min(k + 3, S) + 1)}
+    assert pairs("dar", S, t=3) == pytest.approx(eq_6)
+
+
+class Oracle:
+    """Stands for a network whose prediction of x_p depends on the tokens of its context and nothing else."""
+
+    def __init__(self, sequence, vocab=3):
+        self.sequence, self.vocab, self.known = sequence, vocab, {}
+
+    def nll(self, p, context):
+        """-log P(x_p | the tokens of the context), by a random softmax for each pair."""
+        key = p, frozenset(context)
+        if key not in self.known:
+            generator = torch.Generator().manual_seed(7 + len(self.known))
+            scores = 2 * torch.randn(self.vocab, generator=generator, dtype=torch.float64)
+            self.known[key] = -scores.log_softmax(0)[self.sequence[p - 1]].item()
+        return self.known[key]
+
+    def mean_over_orders(self, places):
+        """Places (lists of tokens) are uncovered one after the other, the tokens of each in a random order;
+        what stands in none is given."""
+        given, means = sorted(set(range(1, len(self.sequence) + 1)).difference(*places)), []
+        for orders in itertools.product(*map(itertools.permutations, places)):
+            order = [*given, *itertools.chain(*orders)]
+            means.append(sum(self.nll(p, order[:k]) for k, p in enumerate(order) if k >= len(given)))
+        return sum(means) / len(means)
+
+
+SEQUENCE, REST = (2, 0, 1, 1, 2), [[2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("name, options, places", [
+    ("diffusion", {}, REST), ("blocks", {"block": 4}, REST), ("blocks", {"block": 2}, [[2, 3], [4, 5]]),
+    ("blocks", {"block": 3}, [[2, 3, 4], [5]])])
+def test_the_expected_loss_is_the_mean_over_orders(name, options, places):
+    """So diffusion is permutation in expectation, with x_1 given, and each is a bound by Jensen."""
+    oracle = Oracle(SEQUENCE)
+    loss = sum(weight * oracle.nll(*pair) for pair, weight in pairs(name, 5, **options).items())
+    assert loss == pytest.approx(oracle.mean_over_orders(places), rel=1e-6)
+
+
+@pytest.mark.parametrize("name, options, places", [
+    ("mlm", {"mask": 0.3}, REST), ("vl", {}, REST), ("diffusion", {}, REST), ("permutation", {}, REST),
+    ("blocks", {"block": 2}, [[2, 3], [4, 5]]), ("blocks", {"block": 3}, [[2, 3, 4], [5]])])
+def test_the_bound_is_the_mean_over_orders(name, options, places):
+    """The mean of 20,000 draws of `bound`, within five standard errors."""
+    f, weight = from_options(name, **options).bound(20_000, 5, torch.Generator().manual_seed(1))
+    oracle, table = Oracle(SEQUENCE), Counter(zip(map(tuple, f.tolist()), map(tuple, weight.tolist())))
+    terms = [sum(w * oracle.nll(p, [j for j, group in enumerate(f, 1) if 0 < group < f[p - 1]])
+                 for p, w in enumerate(weights, 1) if w > 0) for f, weights in table]
+    terms, times = (torch.tensor(x, dtype=torch.float64) for x in (terms, list(table.values())))
+    mean = (terms * times).sum() / 20_000
+    error = ((terms - mean).square() * times).sum().sqrt() / 20_000
+    assert abs(mean - oracle.mean_over_orders(places)) < 5 * error + 1e-6
+
+
+def test_only_objectives_that_have_them_claim_a_likelihood_or_a_bound():
+    claims = {name: (objective.left_to_right(8, "two-stream") is not None, objective.bound(2, 8) is not None)
+              for name, objective in ((name, from_options(name)) for name in OBJECTIVES if name != "blocks")}
+    assert {name for name, (exact, _) in claims.items() if not exact} == {"spans", "segments"}
+    assert {name for name, (_, bound) in claims.items() if bound} == {"mlm", "vl", "permutation", "diffusion"}
+    plain = Objective()
+    assert plain.left_to_right(8, "mask") is plain.bound(2, 8) is plain.decoding(None, 1) is None
+
+
+def test_every_token_is_scored_once_with_its_prefix(way):
+    """In each regime every token has its whole prefix, and nothing else, as its context in one pass."""
     objective, path = way
-    model, generator = make_model(dtype=torch.float32), torch.Generator().manual_seed(1)
-    tokens = torch.randint(11, (3, 8), generator=generator)
-    batch = draw_batch(objective, path, tokens, 11, generator)
-    batch = batch._replace(weight=batch.weight * torch.rand(batch.weight.shape, generator=generator))
-    assert batch.total.tolist() == pytest.approx([objective.queries(batch.groups).weight.sum().item()] * 3)
-    total = 0.0
-    for b in range(3):
-        for p, c, weight in zip(batch.targets[b].tolist(), batch.cuts[b].tolist(), batch.weight[b].tolist()):
-            if weight > 0 and path == "mask":
-                total += weight * masked_nll(model, tokens[b], batch.groups[b], p)
-            elif weight > 0:
-                one = (x[b:b + 1] for x in (tokens, batch.groups))
-                nll = target_nll(model, *one, torch.tensor([[p]]), path, cuts=torch.tensor([[c]]))
-                total += weight * nll.item()
-    assert loss_sum(model, batch, path).item() == pytest.approx(total, rel=1e-4)
+    for regime, passes in (objective.left_to_right(7, path) or {}).items():
+        count = [0] * 7
+        for f in passes:
+            contexts = [[j for j in range(7) if 0 < f[j] < f[p]] for p in range(7)]
+            scored = [bool(f[p] > 1) and contexts[p] == list(range(p)) for p in range(7)]
+            assert scores_next(f).tolist() == scored
+            count = [a + b for a, b in zip(count, scored)]
+        assert count[0] == 0 and min(count[1:]) == 1
+        if type(objective).queries is Objective.queries:  # others score less than every p with f(p) > 1
+            assert max(count) == 1
+        if regime == "padded":
+            assert (passes > 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "segments"])
+def test_a_step_of_generation_asks_for_missing_tokens_from_known_ones(name):
+    """All that are missing, or those of the first block, or the next one: from all that are known so far."""
+    objective = from_options(name, **({"block": 3} if name == "blocks" else {}))
+    for order in ([1, 2, 0, 0, 0, 0, 0], [1, 2, 0, 4, 3, 0, 0], [1, 2, 3, 4, 0, 5, 0]):
+        f = objective.decoding(torch.tensor(order), 2)
+        if f is None:
+            assert objective.generation == "left"
+            continue
+        top = int(f.max())
+        wanted = [i for i, group in enumerate(f.tolist()) if group == top and order[i] == 0]
+        seen = {i for i, group in enumerate(f.tolist()) if 0 < group < top}
+        missing = [i for i in range(7) if order[i] == 0]
+        known = {i for i in range(7) if order[i] > 0}
+        if name == "blocks":  # two blocks of three: nothing of a later one than is asked for
+            last = 3 if missing[0] <= 3 else 6
+            missing, known = [i for i in missing if i <= last], {i for i in known if i <= last}
+        assert wanted == (missing[:1] if name == "spans" else missing) and seen == known
+
+
+# ---------------------------------------------------------------------------- the batch and the loss
+
+def test_80_10_10_rule():
+    tokens = torch.arange(400)[None].expand(500, -1)  # ids 0..399, so that a changed token shows
+    batch, always = (draw_batch(from_options("mlm", mask=0.5), "mask", tokens, 400,
+                                torch.Generator().manual_seed(0), rule) for rule in ("bert", "always"))
+    target, changed = batch.groups == 2, batch.tokens != tokens
+    assert not batch.blank[~target].any() and not changed[~target].any() and not (changed & batch.blank).any()
+    for share, expected in ((batch.blank[target], 0.8), (changed[target], 0.1 * 399 / 400)):
+        assert abs(share.double().mean().item() - expected) < 4 * math.sqrt(0.25 / len(share))
+    assert torch.equal(batch.labels, tokens.gather(1, batch.targets))
+    assert torch.equal(always.blank, always.groups == 2) and torch.equal(always.tokens, tokens)
+
+
+def test_vl_with_equal_ends_is_mlm():
+    tokens = torch.randint(11, (4, 8))
+    one, other = (draw_batch(objective, "mask", tokens, 11, torch.Generator().manual_seed(0), "bert")
+                  for objective in (from_options("mlm", mask=0.3), from_options("vl", mask=(0.3, 0.3))))
+    assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
 def test_a_part_of_a_batch_is_what_it_is_in_the_whole(way):
@@ -88,109 +343,82 @@ def test_a_part_of_a_batch_is_what_it_is_in_the_whole(way):
     batch."""
     objective, path = way
     tokens = torch.randint(11, (6, 8), generator=torch.Generator().manual_seed(0))
-    rule = "bert" if path == "mask" else "always"
-    whole = draw_batch(objective, path, tokens, 11, torch.Generator().manual_seed(1), rule)
+    whole = draw_batch(objective, path, tokens, 11, torch.Generator().manual_seed(1), "bert")
+    assert whole.total.tolist() == pytest.approx([whole.weight.sum().item()] * 6)
     for part in (slice(0, 2), slice(2, 6)):
-        drawn = draw_batch(objective, path, tokens[part], 11, torch.Generator().manual_seed(1), rule, 6, part)
-        for ours, expected, name in zip(drawn, whole, whole._fields):
-            assert torch.equal(ours, expected[part]), name
-        assert all(torch.equal(a, b) for a, b in zip(drawn, whole.part(part.start, part.stop)))
+        generator = torch.Generator().manual_seed(1)
+        drawn = draw_batch(objective, path, tokens[part], 11, generator, "bert", 6, part)
+        for ours, expected, cut in zip(drawn, whole, whole.part(part.start, part.stop)):
+            assert torch.equal(ours, expected[part]) and torch.equal(ours, cut)
 
 
-def masked_nll(model, tokens, groups, p):
-    """-log P of token p with [MASK] at all targets at once, by the plain softmax."""
-    everything = torch.arange(len(tokens))[None]
-    logits = model.logits(model(tokens[None], groups[None], everything, "mask"))[0, p]
-    return (logits.logsumexp(0) - logits[tokens[p]]).item()
-
-
-def test_one_graph_whatever_is_drawn(way, make_model):
-    """torch.compile sees the same shapes in every batch: one graph, no breaks, the same loss."""
+def test_the_loss_is_the_weighted_sum_over_queries(way, make_model):
+    """Query by query, each in a pass of its own, times a weight that the objective might give."""
     objective, path = way
-    model = make_model(dtype=torch.float32)
+    model, generator = make_model(dtype=torch.float32), torch.Generator().manual_seed(1)
+    tokens = torch.randint(11, (3, 8), generator=generator)
+    batch = draw_batch(objective, path, tokens, 11, generator)
+    batch = batch._replace(weight=batch.weight * torch.rand(batch.weight.shape, generator=generator))
+    total = 0.0
+    for b, k in batch.weight.nonzero().tolist():
+        one = tokens[b:b + 1], batch.groups[b:b + 1], batch.targets[b:b + 1, k:k + 1]
+        cut = batch.cuts[b:b + 1, k:k + 1]
+        logits = model.logits(model(*one, path, cut))[0, 0]
+        nll = logits.logsumexp(0) - logits[tokens[b, batch.targets[b, k]]]
+        torch.testing.assert_close(target_nll(model, *one, path, cuts=cut)[0, 0], nll)
+        total += (batch.weight[b, k] * nll).item()
+    assert loss_sum(model, batch, path).item() == pytest.approx(total, rel=1e-4)
+
+
+def test_mtp_is_equation_3(make_model):
+    """Eq. 3 by its two sums, through a network that is asked for a prefix at a time."""
+    S, t, model = 6, 3, make_model(vocab=4, length=6, dtype=torch.float32)
+    tokens = torch.randint(4, (1, S), generator=torch.Generator().manual_seed(1))
+    total, f = 0.0, torch.arange(1, S + 1)[None]
+    for k in range(1, S):
+        targets = torch.arange(k, min(k + t, S))[None]
+        cuts = torch.full_like(targets, k + 1)
+        features = model(tokens[:, :k + t], f[:, :k + t], targets, "two-stream", cuts)
+        scores = model.logits(features)[0].log_softmax(-1)
+        total -= scores.gather(1, tokens[0, targets[0], None]).mean().item()
+    batch = draw_batch(from_options("mtp", t=t), "two-stream", tokens, 4)
+    assert loss_sum(model, batch, "two-stream").item() == pytest.approx(total, rel=1e-5)
+    assert batch.total.item() == pytest.approx(S - 1)
+
+
+def test_the_loss_of_images_is_the_squared_error(image_way, make_image_model):
+    objective, path = image_way
+    model, generator = make_image_model(path), torch.Generator().manual_seed(0)
+    patches = torch.randn(3, 9, 48, generator=generator, dtype=torch.float64)
+    batch = draw_batch(objective, path, patches, 0, generator)
+    features = model(patches, batch.groups, batch.targets, path, batch.cuts, given=batch.given)
+    total = 0.0
+    for b, k in batch.weight.nonzero().tolist():
+        error = model.pixels(features[b, k]) - patches[b, batch.targets[b, k]]
+        total += batch.weight[b, k] * error.square().mean()
+    torch.testing.assert_close(loss_sum(model, batch, path), total, check_dtype=False)
+
+
+def test_batches_have_one_shape_whatever_is_drawn(way):
+    objective, path = way
+    tokens, generator = torch.randint(11, (4, 8)), torch.Generator().manual_seed(0)
+    batches = [draw_batch(objective, path, tokens, 11, generator) for _ in range(20)]
+    assert len({tuple((x.dtype, x.shape) for x in batch) for batch in batches}) == 1
+
+
+@pytest.mark.parametrize("name, path", [("ar", "causal"), ("vl", "mask"), ("vl", "mae"), ("mtp", "two-stream")])
+def test_the_loss_is_one_graph(name, path, make_model, make_image_model):
+    """torch.compile finds nothing to break at, and compiles once."""
     torch._dynamo.reset()
     counters.clear()
+    model = (make_image_model(path) if path == "mae" else make_model()).float()
     compiled = torch.compile(loss_sum, dynamic=False, backend="eager")
-    for seed in range(4):
-        tokens = torch.randint(11, (4, 8))
-        batch = draw_batch(objective, path, tokens, 11, torch.Generator().manual_seed(seed))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(4, 9, 48) if path == "mae" else torch.randint(11, (4, 8))
+        batch = draw_batch(from_options(name), path, tokens, 11, generator)
         assert torch.allclose(compiled(model, batch, path), loss_sum(model, batch, path))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-
-
-def test_vl_with_equal_ends_equals_mlm(make_model):
-    model, tokens = make_model(dtype=torch.float32), torch.randint(11, (4, 8))
-    losses = []
-    for objective in (from_options("mlm", mask=0.3), from_options("vl", mask=(0.3, 0.3))):
-        batch = draw_batch(objective, "mask", tokens, 11, torch.Generator().manual_seed(0))
-        losses.append((batch.tokens, batch.blank, batch.targets, loss_sum(model, batch, "mask")))
-    assert all(torch.equal(a, b) for a, b in zip(*losses))
-
-
-def test_80_10_10_rule():
-    tokens = torch.arange(400)[None].expand(500, -1)  # ids 0..399, so that a changed token shows
-    batch, always = (draw_batch(from_options("mlm", mask=0.5), "mask", tokens, 400,
-                                torch.Generator().manual_seed(0), rule) for rule in ("bert", "always"))
-    target = batch.groups == 2
-    changed = batch.tokens != tokens
-    n = target.sum().item()
-    assert not batch.blank[~target].any() and not changed[~target].any()
-    assert not (changed & batch.blank).any()
-    for share, expected in ((batch.blank[target], 0.8), (changed[target], 0.1 * 399 / 400)):
-        assert abs(share.double().mean().item() - expected) < 4 * math.sqrt(0.25 / n)
-    assert torch.equal(batch.labels, tokens.gather(1, batch.targets))
-    assert torch.equal(always.blank, always.groups == 2) and torch.equal(always.tokens, tokens)
-
-
-def test_groups_can_be_pinned(way):
-    """CUDA pins a batch in place, which a tensor that repeats its memory refuses."""
-    batch = draw_batch(*way, torch.zeros(3, 8, dtype=torch.long), 11)
-    assert all(0 not in field.stride() for field in batch)
-
-
-def test_dar_first_group_is_uniform():
-    first = (from_options("dar", t=3).groups(6000, 9, torch.Generator().manual_seed(0)) == 1).sum(1)
-    counts = Counter(first.tolist())
-    assert set(counts) == {1, 2, 3}
-    assert all(abs(c - 2000) < 4 * math.sqrt(6000 * 2 / 9) for c in counts.values())
-
-
-MORE = [from_options("vl", mask=(0.5, 0.5)), from_options("vl", mask=(0.01, 1.0)),
-        from_options("dar", t=(1, 3)), from_options("segments", segment=1)]
-LISTED = dict.fromkeys([objective for objective, _ in WAYS] + MORE)  # each once, in order
-
-
-@pytest.mark.parametrize("objective", LISTED, ids=describe)
-def test_listed_outcomes_are_what_the_sampler_draws(objective):
-    """Chi-squared of 20,000 draws against the listed distribution."""
-    S = 4 if objective.images_only else 5
-    if objective.outcomes(S) is None:
-        pytest.skip("nobody listed its outcomes")
-    groups, probability = objective.outcomes(S)
-    assert probability.sum().item() == pytest.approx(1)
-    checked_queries(objective, "two-stream", groups)
-    expected = Counter()
-    for f, p in zip(groups.tolist(), probability.tolist()):
-        expected[tuple(f)] += p
-    draws = 20_000
-    seen = Counter(map(tuple, objective.groups(draws, S, torch.Generator().manual_seed(0)).tolist()))
-    assert seen.keys() <= expected.keys()
-    chi2 = sum((seen[f] - draws * p) ** 2 / (draws * p) for f, p in expected.items())
-    k = len(expected) - 1
-    assert chi2 <= k + 5 * math.sqrt(2 * k) + 1e-9
-
-
-def test_every_token_is_scored_with_its_whole_prefix(way):
-    objective, path = way
-    for passes in (objective.left_to_right(7, path) or {}).values():
-        scored = torch.stack([scores_next(f) for f in passes])
-        count = scored.sum(0)
-        assert count[0] == 0 and (count[1:] > 0).all()
-        if type(objective).queries is Objective.queries:  # others may ask for less than every p with f(p) > 1
-            assert count.max() == 1
-        for f, row in zip(passes, scored):
-            for p in row.nonzero()[:, 0].tolist():
-                assert query_mask(f)[p].nonzero()[:, 0].tolist() == list(range(p))
 
 
 def test_spectral_loss_against_its_formula():
@@ -199,57 +427,17 @@ def test_spectral_loss_against_its_formula():
     marginal = torch.tensor([0.1, 0.2, 0.3, 0.4])
     expected = sum(-2 * scores[i, targets[i]] + sum(marginal[v] * scores[i, v] ** 2 for v in range(4))
                    for i in range(6)) / 6
-    assert torch.allclose(spectral_loss(scores, targets, marginal), expected)
+    torch.testing.assert_close(spectral_loss(scores, targets, marginal), expected)
 
 
-# ---------------------------------------------------------------------------- wrong use, and new objectives
-
-@pytest.mark.parametrize("name, options, says", [
-    ("vl", {"mask": (0.15,)}, "--objective mlm --mask 0.15"),
-    ("vl", {"mask": "0.15"}, "--objective mlm --mask 0.15"),
-    ("mlm", {"mask": (0.15, 0.3)}, "--objective vl --mask 0.15,0.3"),
-    ("mlm", {"t": 2}, "--objective dar"),
-    ("ar", {"mask": (0.15,)}, "--objective mlm"),
-    ("ar", {"mask": (0.15,)}, "ar takes no options"),
-    ("mlm", {"mask": (0.0,)}, "--mask 0.15"),
-    ("mlm", {"mask": (1.0,)}, "--mask 0.15"),
-    ("mlm", {"mask": "much"}, "'much'"),
-    ("vl", {"mask": (0.3, 0.15)}, "--mask 0.15,0.3"),
-    ("vl", {"mask": (0.0, 0.3)}, "--mask 0.15,0.3"),
-    ("vl", {"mask": (0.1, 0.2, 0.3)}, "two ratios"),
-    ("dar", {"t": "two"}, "--t: 'two'"),
-    ("ar", {"heads": 3}, "no objective has an option --heads"),
-    ("bert", {}, "ar, dar, mlm, vl"),
-])
-def test_wrong_combinations_say_what_to_type(name, options, says):
-    with pytest.raises(BadInput, match=says.replace("(", r"\(")):
-        from_options(name, **options)
-
-
-@pytest.mark.parametrize("t", [0, 8, 200])
-def test_t_must_fit_the_sequence(t):
-    with pytest.raises(BadInput, match="1..7"):
-        from_options("dar", t=t).check(8)
-
-
-def test_the_paths_of_the_papers_objectives():
-    with pytest.raises(BadInput, match="--streams 2"):
-        choose_path(from_options("dar"), 1)
-    assert {flag: choose_path(from_options(flag)) for flag in PAPER} == {
-        "ar": "causal", "dar": "two-stream", "mlm": "mask", "vl": "mask"}
-    assert choose_path(from_options("ar"), 2) == "two-stream"
-    assert choose_path(from_options("mlm"), images=True) == "mae"
-    with pytest.raises(BadInput, match="images"):
-        choose_path(from_options("segments"))
-
+# ---------------------------------------------------------------------------- new objectives, and the demo
 
 @dataclass(frozen=True)
 class EveryNth(Objective):
-    """The README's kind of example: an option of its own, queries and weights of its own."""
+    """An option of its own, queries and weights of its own."""
 
     nth: int = 2
     heavy: float = option(1.0, "weight of the last token")
-    loud: bool = False
     paper = "every n-th token"
     one_stream = "mask"
 
@@ -259,162 +447,86 @@ class EveryNth(Objective):
     def queries(self, groups):
         weight = (groups > 1).float()
         weight[:, -1] *= self.heavy
-        return asked(groups, weight, self.max_targets(groups.shape[1]))
-
-    def left_to_right(self, length, path):
-        return {"next": one_query_per_prefix(length)}
+        return queries_of(groups, weight, self.max_targets(groups.shape[1]))
 
 
-def test_a_new_objective_is_one_class(monkeypatch, make_run, capsys):
-    """Registered, it has flags, is drawn, trained for a step, evaluated and given a spectrum."""
+def test_a_new_objective_is_one_class(monkeypatch, make_model):
+    """Registered, it has flags, is drawn, trained and listed."""
     monkeypatch.setitem(OBJECTIVES, "nth", EveryNth)
     parser = Parser()
     add_options(parser)
-    args = parser.parse_args(["--nth", "2", "--heavy", "0.5", "--loud"])
-    objective = from_options("nth", **options_of(vars(args)))
-    assert objective == EveryNth(2, 0.5, True) and describe(objective) == "nth nth=2 heavy=0.5 loud=True"
-    assert "nth: weight of the last token (default: 1)" in " ".join(parser.format_help().split())
-    objectives.main(["nth", "--length", "4", "--heavy", "0.5"])
-    assert "cut 2, weight 0.5" in capsys.readouterr().out
+    objective = from_options("nth", vars(parser.parse_args(["--nth", "2", "--heavy", "0.5"])))
+    assert objective == EveryNth(2, 0.5) and describe(objective) == "nth nth=2 heavy=0.5"
+    assert "cut 2, weight 0.5" in call("objectives.py nth --length 4 --heavy 0.5")
     for path in ("mask", "two-stream"):
-        run = make_run(objective, path, vocab=3, length=4)
-        batch = draw_batch(objective, path, torch.randint(3, (2, 4)), 3)
+        batch = draw_batch(objective, path, torch.randint(11, (2, 4)), 11)
         assert batch.weight.tolist() == [[1, 0.5, 0]] * 2 and batch.targets[:, :2].tolist() == [[1, 3]] * 2
-        assert batch.total.tolist() == [3, 3]
-        assert loss_sum(run.model.float(), batch, path).isfinite()
-        sequences = torch.cartesian_prod(torch.tensor([0]), *[torch.arange(3)] * 3)
-        for nll in evaluate.left_to_right(run, sequences).values():
-            assert (-nll.double().sum(1)).exp().sum().item() == pytest.approx(1, abs=1e-4)
-    assert spectrum(objective, 4, samples=2000)["singular_values"].shape == (2,)
+        assert batch.total.tolist() == [3, 3] and loss_sum(make_model().float(), batch, path).isfinite()
+    f, probability = objective.outcomes(4)
+    assert (f.tolist(), probability.tolist()) == ([[1, 2, 1, 2]], [1])
 
 
-def make_class(**members):
-    """An objective with those members, as a fork might have it."""
-    return dataclass(frozen=True)(type("Fork", (Objective,), members))
+def fork(f, **members):
+    """An objective whose every draw is f, as somebody might write it."""
+    members["groups"] = lambda self, batch, length, generator=None: torch.tensor([f]).repeat(batch, 1)
+    return dataclass(frozen=True)(type("Fork", (Objective,), members))()
 
 
-@pytest.mark.parametrize("default, text, value", [
-    (2, "5", 5), (0.5, "0.25", 0.25), ("a", "b", "b"), (2, "0", None), (0.5, "inf", None), (0.5, "x", None),
-    (2, 2.5, None), (0.5, 1, 1), ("a", 3, None), ((1, 2), "3,4", None)])
-def test_an_option_is_read_as_its_default(monkeypatch, default, text, value):
-    fork = make_class(width=default, __annotations__={"width": type(default)})
-    monkeypatch.setitem(OBJECTIVES, "fork", fork)
-    if value is None:
-        with pytest.raises(BadInput, match="--width"):
-            from_options("fork", width=text)
-    else:
-        assert from_options("fork", width=text).width == value
+def rows(n, target, cut, weight=1.0):
+    """A `queries` that asks n times for one target at one cut."""
+    def queries(self, groups):
+        shape = len(groups), n
+        return Queries(torch.full(shape, target), torch.full(shape, cut), torch.full(shape, weight))
+    return queries
 
 
-def test_an_option_that_clashes_says_what_to_rename(monkeypatch):
-    parser = Parser()
-    parser.add_argument("--lr")
-    monkeypatch.setitem(OBJECTIVES, "fork", make_class(lr=0.1, __annotations__={"lr": float}))
-    with pytest.raises(BadInput, match="option lr of fork is already a flag"):
-        add_options(parser)
-    monkeypatch.setitem(OBJECTIVES, "fork", make_class(t=True, __annotations__={"t": bool}))
-    with pytest.raises(BadInput, match="option t is a switch"):
-        add_options(Parser())
-    plain = type("Plain", (Objective,), {"span": 2, "__annotations__": {"span": int}})
-    monkeypatch.setitem(OBJECTIVES, "fork", plain)
-    with pytest.raises(BadInput, match="dataclass"):
-        from_options("ar")
-
-
-def f_of(*rows):
-    return {"groups": lambda self, batch, length, generator=None: torch.tensor(rows).repeat(batch, 1)[:batch]}
-
-
-def wide(self, groups):
-    """Asks for token 3 from what includes itself."""
-    shape = (len(groups), 3)
-    return Queries(torch.full(shape, 2), torch.full(shape, 5), torch.ones(shape))
-
-
-@pytest.mark.parametrize("members, path, says", [
-    (f_of([2, 3, 4, 5]), "two-stream", "every token of a sequence is asked for.* begin with a group of f"),
-    (f_of([3, 2, 2, 0]), "two-stream", "token 2 is asked for and would see nothing.* Begin with a group"),
-    (f_of([0, 2, 3, 4]), "two-stream", "token 2 is asked for and would see nothing"),
-    (f_of([1, 1, 1, 1]), "two-stream", "nothing is asked for"),
-    (f_of([1, -1, 2, 3]), "two-stream", "group below 0"),
-    (f_of([2, 2, 2, 2]), "mask", "every token of a sequence is asked for"),
-    (f_of([1, 1, 2, 2]) | {"max_targets": lambda *_: 1}, "mask", "2 tokens, and max_targets promises at"),
-    (f_of([1, 2, 1, 3]), "mask", r"f = 1 2 1 3, which one stream \(mask\) cannot compute"),
-    (f_of([1, 2, 0, 1]), "mask", "f = 1 2 0 1, which one stream"),
-    (f_of([1, 2, 0, 3]), "causal", "f = 1 2 0 3, which one stream"),
-    (f_of([1, 1, 2, 1]) | {"min_targets": lambda self, length: 2}, "mae", "fewer tokens than min_targets, 2"),
-    (f_of([1, 2, 3, 4]) | {"queries": wide}, "two-stream", "token 3, of f = 3, is asked for at the cut 5"),
-    (f_of([1, 2, 3, 4]) | {"queries": wide, "max_targets": lambda *_: 4}, "two-stream", "what max_targets"),
-    (f_of([1.0, 2, 3, 4]), "two-stream", "torch.float32"),
-    (f_of([1, 2, 3]), "two-stream", r"\(2, 3\) where torch.int64 of \(2, 4\)"),
-    ({"groups": lambda self, *_: [1, 2, 3, 4]}, "two-stream", "a list where"),
-])
-def test_an_f_that_cannot_be_computed_is_refused_where_it_is_drawn(members, path, says, monkeypatch):
-    fork = make_class(**members)
+@pytest.mark.parametrize("objective, path, says", [
+    (fork([1, 2, 3]), "two-stream", "should be"),
+    (fork([1.0, 2, 3, 4]), "two-stream", "should be"),
+    (fork([1, 2, 3, 4], queries=rows(4, 2, 3)), "two-stream", "should be"),
+    (fork([1, 2, 2, 2], max_targets=lambda *_: 2), "two-stream", "asks for 3 tokens"),
+    (fork([2, 3, 4, 5]), "two-stream", "asks for 4 tokens"),
+    (fork([3, 2, 2, 0]), "two-stream", "would see nothing"),
+    (fork([1, 2, 3, 4], queries=rows(3, 2, 5)), "two-stream", "would see itself"),
+    (fork([1, 1, 1, 1]), "two-stream", "nothing is asked for"),
+    (fork([1, -1, 2, 3]), "two-stream", "cannot compute this f"),
+    (fork([1, 2, 1, 3]), "mask", "cannot compute this f"),
+    (fork([1, 2, 0, 3]), "causal", "cannot compute this f"),
+    (fork([1, 2, 3, 4], queries=rows(3, 3, 3)), "causal", "cannot compute cuts"),
+    (fork([1, 1, 2, 1], min_targets=lambda *_: 2), "mae", "min_targets")])
+def test_what_cannot_be_computed_is_refused_where_it_is_drawn(objective, path, says):
     with pytest.raises(BadInput, match=says):
-        draw_batch(fork(), path, torch.zeros(2, 4, dtype=torch.long), 3)
-    if path != "mae":
-        fork = make_class(**members, one_stream=None if path == "two-stream" else path)
-        monkeypatch.setitem(OBJECTIVES, "fork", fork)
-        with pytest.raises(BadInput, match=says.replace("2, ", "256, ") if "where torch" in says else says):
-            objectives.main(["fork", "--length", "4"])
-
-
-def test_too_many_targets_are_refused_where_they_are_listed(monkeypatch):
-    fork = make_class(**f_of([1, 1, 2, 2]), max_targets=lambda self, length: 2,
-                      outcomes=lambda self, *_: equally_likely(torch.tensor([[1, 1, 2, 2], [1, 2, 2, 2]])))
-    monkeypatch.setitem(OBJECTIVES, "fork", fork)
-    with pytest.raises(BadInput, match="asks for 3 tokens"):
-        objectives.main(["fork", "--length", "4"])
-    with pytest.raises(BadInput, match="asks for 3 tokens"):
-        spectrum(fork(), 4)
+        draw_batch(objective, path, torch.zeros(2, 4, dtype=torch.long), 3)
 
 
 def test_a_hole_in_f_is_seen_by_nobody(make_model):
     """f = 0 between tokens, in two streams: what stands there changes nothing."""
-    model, fork = make_model(dtype=torch.float32), make_class(**f_of([1, 0, 2, 3]))
     tokens = torch.tensor([[1, 2, 3, 4], [1, 9, 3, 4]])
-    batch = draw_batch(fork(), "two-stream", tokens, 11)
-    losses = [loss_sum(model, batch.part(b, b + 1), "two-stream").item() for b in range(2)]
-    assert losses[0] == losses[1]
+    batch = draw_batch(fork([1, 0, 2, 3]), "two-stream", tokens, 11)
+    model = make_model(dtype=torch.float32)
+    one, other = (loss_sum(model, batch.part(b, b + 1), "two-stream").item() for b in range(2))
+    assert one == other
 
 
-def test_a_new_objective_claims_nothing():
-    """Neither a left-to-right likelihood nor a bound nor causal attention comes by inheritance."""
-    fork = make_class(**f_of([1, 2, 1, 1]))()
-    assert fork.left_to_right(4, "two-stream") is fork.bound(2, 4) is fork.outcomes(4) is None
-    assert fork.attention == "full"
-    assert {name for name in PAPER if from_options(name).attention == "causal"} == {"ar", "dar"}
+def test_the_path_of_each_objective():
+    paths = {name: choose_path(from_options(name), images=name == "segments") for name in OBJECTIVES}
+    assert paths == {**dict.fromkeys(OBJECTIVES, "two-stream"), "ar": "causal",
+                     **dict.fromkeys(["mlm", "vl", "diffusion"], "mask")}
+    for name, images in (("ar", False), ("mlm", True)):
+        assert choose_path(from_options(name), 2, images) == "two-stream"
+    assert choose_path(from_options("mlm"), images=True) == "mae"
+    for name, streams in (("dar", 1), ("segments", None)):
+        with pytest.raises(BadInput):
+            choose_path(from_options(name), streams)
 
 
-# ---------------------------------------------------------------------------- the command line
-
-def run_main(code, **environment):
-    """Run `code` with support.cli at hand in a process of its own -> (status, standard error)."""
-    result = subprocess.run([sys.executable, "-c", "import sys, io\nfrom support import cli\n" + code],
-                            text=True, capture_output=True, check=False, cwd=Path(objectives.__file__).parent,
-                            env={**os.environ, **environment})
-    return result.returncode, result.stderr
-
-
-@pytest.mark.parametrize("error, line", [
-    ("cli.BadInput('no such\\nthing')", "error: no such thing"), ("OSError('disk')", "error: disk"),
-    ("MemoryError()", "error: not enough memory (no details)"),
-    ("RuntimeError('CUDA out of memory.\\nmore')", "error: not enough memory (CUDA out of memory.)")])
-def test_errors_are_one_line_and_a_switch_shows_where(error, line):
-    code = f"def main():\n    raise {error}\ncli.command_line(main)"
-    status, quiet = run_main(code, TRACEBACK="0")
-    assert status == 2 and quiet.startswith(line) and len(quiet.splitlines()) == 1
-    status, loud = run_main(code, TRACEBACK="1")
-    assert status == 2 and "Traceback" in loud and "in main" in loud
-    assert loud.splitlines()[-1] == quiet.strip()
-
-
-def test_other_errors_keep_their_traceback():
-    status, text = run_main("def main():\n    raise RuntimeError('bug')\ncli.command_line(main)")
-    assert status == 1 and "RuntimeError: bug" in text
-
-
-def test_a_notebook_has_no_reconfigure():
-    status, text = run_main("sys.stdout = io.StringIO()\ncli.command_line(lambda: 3)")
-    assert (status, text) == (3, "")
+def test_drawing_in_the_terminal_and_as_a_picture(tmp_path):
+    text = call("objectives.py dar --t 2 --length 4")
+    drawn = [line.split()[2:] for line in text.splitlines() if line.startswith("group")]
+    assert sorted(drawn) == [["1", "1", "2", "2"], ["1", "2", "2", "3"]]
+    text = call("objectives.py vl --mask 0.2,0.8 --length 20")
+    hidden = [line.split().count("2") for line in text.splitlines() if line.startswith("group")]
+    assert 4 <= hidden[0] < hidden[1] < hidden[2] <= 16  # few, middling and many
+    pytest.importorskip("matplotlib")
+    call(f"objectives.py mtp segments --plot {tmp_path / 'sheet.png'}")
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")

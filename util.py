@@ -1,0 +1,110 @@
+"""What every command line shares: wrong use in one line, flags with their defaults, optional packages, JSON,
+tables."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong; the message names the value and what is allowed."""
+
+
+# ---------------------------------------------------------------------------- the command line
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong use as BadInput."""
+
+    def __init__(self, *args, **kwargs):
+        epilog = "Errors are one line; with TRACEBACK=1 in the environment they show where they arose."
+        kwargs = {"formatter_class": Help, "allow_abbrev": False, "epilog": epilog, **kwargs}
+        super().__init__(*args, **kwargs)
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+def command_line(main):
+    """Run `main`. A wrong use ends with one line `error: ...` on standard error and exit status 2; with
+    TRACEBACK=1 in the environment the traceback comes before it."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a question mark for what the locale has no sign for
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # somebody piped the output into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (BadInput, OSError) as error:
+        if os.environ.get("TRACEBACK", "0") != "0":
+            traceback.print_exc()
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def numbers(text):
+    """An argparse type: '2' -> 2, '0.15' -> 0.15, '0.15,0.3' -> (0.15, 0.3)."""
+    try:
+        values = tuple(int(x) if x.isdecimal() else float(x) for x in text.split(","))
+    except ValueError:
+        message = f"{text!r} is neither a number like 0.15 nor a range like 0.15,0.3"
+        raise argparse.ArgumentTypeError(message) from None
+    return values if len(values) > 1 else values[0]
+
+
+def import_optional(name):
+    """Import a package, or a module of one, that only some commands need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        package = {"PIL": "pillow", "sklearn": "scikit-learn"}.get(package, package)
+        raise BadInput(f"this needs the {package} package: pip install {package}") from None
+
+
+# ---------------------------------------------------------------------------- results
+
+def plain(x):
+    """Results with arrays and tensors in them -> what JSON knows."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
+def write_json(target, content):
+    """The --json convention of all commands: one object, to a file or to standard output (-)."""
+    text = json.dumps(plain(content), indent=1)
+    if target == "-":
+        print(text)
+    elif target:
+        Path(target).write_text(text + "\n")
+
+
+def table(rows, align=">"):
+    """Rows of text as lines with aligned columns, the first column to the left."""
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    lines = [row[0].ljust(first) + "".join(f"  {cell:{align}{width}}" for cell, width in zip(row[1:], others))
+             for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
