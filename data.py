@@ -1,245 +1,486 @@
-"""What --data names: corpora of text, packed into sequences of token ids; and the front end that prepares
-data.
+"""Text: what --data names, tokenizers, and sequences of token ids; and the front end of all preparation.
 
     pydoc        the documentation of the Python that runs, about 2 MB of English: nothing to download
-    PATH         any UTF-8 text file or folder of them, also .gz and .xz
-    DIR          a token folder written by `python data.py text INPUT... --out DIR --tokenizer wordpiece
-                 --vocab 8192`
-    hf:NAME      a Hugging Face dataset, streamed through the `datasets` package (column `text`)
-    toy          sequences of the paper's toy model, or toy:EPS of the noisy one (text/toy.py)
+    PATH         any UTF-8 text file or folder of them, also .gz and .xz, as bytes
+    DIR          a token folder: python data.py text INPUT... --out DIR --tokenizer wordpiece --vocab 8192
+    hf:NAME      a Hugging Face dataset, or hf:NAME::SUBSET, read by the `datasets` package (column `text`)
+    toy          sequences of the paper's toy model, or toy:EPS of the noisy one
 
-Images are named the same way: see images/sets.py. `python data.py images` prepares them, `python data.py
-sheet` shows them. text/ holds tokenizers, the reading of text, and token folders.
+A token folder holds train.bin and val.bin (documents one after another, each closed by a separator),
+tokenizer.json and manifest.json. Images are named the same way: see images.py.
 """
+
+import ast
+import functools
+import gzip
+import itertools
 import json
+import lzma
 import math
+import os
 import sys
+import sysconfig
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from images.files import SUFFIXES
-from images.patches import shown_images
-from images.pixels import contact_sheet, write_png
-from images.sets import load_images, prepare_images
-from support.cli import BadInput, Parser, command_line, output_file, positive, seed, told
-from text.folders import SPLITS, Corpus, held_out, open_tokens, prepare_text, sha256, within
-from text.sources import checksum_of, documents, existing
-from text.tokenizers import ByteTokenizer, token_type
-from text.toy import CLASSES, POSITIONS, VALUES, draw_tokens, toy_bytes, toy_noise
+from images import example, new_folder, prepare_images
+from util import BadInput, Parser, command_line, import_optional, positive
+
+SEPARATOR, UNKNOWN = "[SEP]", "[UNK]"
+
+# ---------------------------------------------------------------------------- tokenizers
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens, and a separator. Needs no package and no training."""
+
+    kind, vocab, separator = "byte", 257, 256
+
+    def encode(self, text):
+        """str -> uint16 array of ids."""
+        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, ids):
+        """Ids -> str; each separator becomes an empty line."""
+        parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
+        return "".join("\n\n" if cut else bytes(part).decode("utf-8", "replace") for cut, part in parts)
+
+    def to_json(self):
+        return json.dumps({"kind": self.kind})
 
 
-def load_corpus(source, cache=None, replace=False, hf_bytes=None, resume=False):
-    """What --data names, for training. Raw text is tokenized to bytes into the folder `cache`, once; of a
-    Hugging Face dataset the first `hf_bytes`.
+class TrainedTokenizer:
+    """WordPiece (lower-cased, accents stripped, as in the Cramming protocol) or byte-level BPE."""
 
-    The cache remembers a checksum of what it was read from. One of other text is made anew if `replace`, else
-    refused; a run that is resumed (`resume`) keeps what it had of a dataset, however much it would ask for
-    now.
-    """
-    if source != "pydoc" and not source.startswith("hf:") and (Path(source) / "manifest.json").exists():
-        return open_tokens(source)
+    def __init__(self, tokenizer):
+        self.tokenizer, self.kind = tokenizer, type(tokenizer.model).__name__.lower()
+        tokenizer.encode_special_tokens = True  # "[SEP]" written in a text is text
+        self.vocab, self.separator = tokenizer.get_vocab_size(), tokenizer.token_to_id(SEPARATOR)
+
+    @classmethod
+    def train(cls, kind, vocab, texts):
+        """Train on an iterator of str."""
+        lib = import_optional("tokenizers")
+        if kind == "wordpiece":
+            tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))
+            tokenizer.normalizer = lib.normalizers.BertNormalizer(lowercase=True)
+            tokenizer.pre_tokenizer = lib.pre_tokenizers.BertPreTokenizer()
+            tokenizer.decoder = lib.decoders.WordPiece()
+            trainer = lib.trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=[UNKNOWN, SEPARATOR],
+                                                    show_progress=False)
+        else:
+            tokenizer = lib.Tokenizer(lib.models.BPE())
+            tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = lib.decoders.ByteLevel()
+            alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
+            trainer = lib.trainers.BpeTrainer(vocab_size=vocab, special_tokens=[SEPARATOR],
+                                              show_progress=False, initial_alphabet=alphabet)
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    def encode(self, text):
+        pieces = list(cut_at_lines(text, 1 << 14))  # encoded on all cores
+        encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        ids = itertools.chain.from_iterable(piece.ids for piece in encoded)
+        return np.fromiter(ids, dtype=token_type(self.vocab))
+
+    def decode(self, ids):
+        parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
+        return "".join("\n\n" if cut else self.tokenizer.decode(list(part)) for cut, part in parts)
+
+    def to_json(self):
+        return self.tokenizer.to_str()
+
+
+def tokenizer_from_json(text):
+    """The tokenizer that `to_json` described."""
+    if json.loads(text).get("kind") == ByteTokenizer.kind:
+        return ByteTokenizer()
+    return TrainedTokenizer(import_optional("tokenizers").Tokenizer.from_str(text))
+
+
+def token_type(vocab):
+    return np.uint16 if vocab <= 1 << 16 else np.uint32
+
+
+def cut_at_lines(text, size):
+    """Cut a text into pieces of about `size` characters that end at line ends."""
+    start = 0
+    while start < len(text):
+        stop = start + size
+        stop = text.find("\n", stop) + 1 or len(text) if stop < len(text) else len(text)
+        yield text[start:stop]
+        start = stop
+
+
+# ---------------------------------------------------------------------------- documents
+
+def documents(source, max_bytes=None):
+    """(name, text) of each document of a source, in a fixed order; about max_bytes of text at most."""
     if source == "pydoc":
-        return in_memory("pydoc", documents("pydoc"), ByteTokenizer(), 0.1)
+        found = pydoc_texts()
+    elif source.startswith("hf:"):
+        rows = hub_rows(source, streaming=max_bytes is not None)
+        found = ((str(k), row["text"]) for k, row in enumerate(rows))
+    else:
+        found = text_files(source)
+    left = max_bytes or math.inf
+    for name, text in found:
+        size = byte_count(text)
+        yield name, text if size <= left else text[:left]
+        left -= size
+        if left <= 0:
+            return
+
+
+def byte_count(text):
+    return len(text.encode("utf-8", "replace"))
+
+
+def text_files(source):
+    """(name, text) of a file, or of the files in a folder but hidden ones: UTF-8, any line ends, .gz and .xz
+    unpacked."""
+    root = Path(source)
+    if not source or not root.exists():
+        raise BadInput(f"{source or 'the empty name'} does not exist; give a text file, a folder, pydoc or "
+                       "hf:NAME")
+    if (root / "manifest.json").exists():
+        raise BadInput(f"{source} is prepared already; give it to train.py --data as it is")
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        inner = path.relative_to(root)
+        if path.is_dir() or any(part.startswith(".") for part in inner.parts):
+            continue
+        try:
+            with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)(path, "rb") as file:
+                text = file.read().decode("utf-8-sig", "replace")
+        except (EOFError, lzma.LZMAError, zlib.error) as error:
+            raise BadInput(f"{path} is not a whole {path.suffix[1:]} file: {error}") from None
+        if text.count("\ufffd") + text.count("\0") > 0.1 * len(text):
+            raise BadInput(f"{path} is not UTF-8 text; give text, or a folder of images")
+        yield path.name if path == root else str(inner), text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def hub_rows(source, streaming):
+    """The rows of a Hugging Face dataset: downloaded and cached by `datasets`, or streamed."""
+    name, _, subset = source[3:].partition("::")
+    load_dataset = import_optional("datasets").load_dataset
+    try:
+        rows = load_dataset(name, subset or None, split="train", streaming=streaming)
+        columns = rows.column_names or list(next(iter(rows)))
+    except Exception as error:  # noqa: BLE001  depends on the network and on the kind of its files
+        raise BadInput(f"{source} could not be read: {type(error).__name__}: {error}") from None
+    if "text" not in columns:
+        raise BadInput(f"the dataset {name} has no column 'text', only {', '.join(columns)}")
+    return rows
+
+
+@functools.cache  # parsing all sources takes seconds
+def pydoc_texts():
+    """[(name, text)] of every module of the standard library and of every pydoc topic.
+
+    Docstrings are read from the sources without importing them. Parts that some distributions leave out
+    (tests, Tk, IDLE, ...) are left out everywhere, so that the corpus depends on the version of Python alone.
+    """
+    optional = {"test", "tests", "idlelib", "lib2to3", "distutils", "ensurepip", "tkinter", "turtle",
+                "turtledemo", "site-packages", "dist-packages", "pydoc_data", "__pycache__", "venv", "curses",
+                "dbm", "sqlite3"}
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found, root = [], Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        foreign = parts[0] not in sys.stdlib_module_names or parts[0].startswith("_sysconfig")
+        if foreign or optional & set(parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        if text := "\n\n".join(filter(None, texts)):
+            found.append((".".join(parts).removesuffix(".__init__"), text + "\n"))
+    from pydoc_data.topics import topics
+    return found + [(f"topics.{name}", topics[name].strip() + "\n") for name in sorted(topics)]
+
+
+# ---------------------------------------------------------------------------- corpora
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of a corpus. `val_bytes` is the UTF-8 size of the text behind `val`, for bits per byte."""
+
+    name: str
+    tokenizer: object
+    train: np.ndarray
+    val: np.ndarray
+    val_bytes: int
+
+
+def load_corpus(source, hf_bytes=None):
+    """What --data names, for training: raw text as bytes, of a Hugging Face dataset the first `hf_bytes`."""
+    if (Path(source) / "manifest.json").exists():
+        return open_tokens(source)
     if toy_noise(source) is not None:
         return toy_corpus(source)
-    cache, remote = Path(cache), source.startswith("hf:")
-    key = f"{source} {hf_bytes}" if remote else checksum_of(source)
-    try:
-        manifest = json.loads((cache / "manifest.json").read_text())
-        known, kept = [str(name) for name in manifest["sources"]], manifest["key"]
-    except Exception:  # noqa: BLE001
-        known = kept = None  # not there, or damaged: `prepare_text` refuses to write over it
-    if kept == key or resume and remote and known == [source]:
-        return open_tokens(cache)
-    if known and not replace:
-        changed = f"{source} as it was before it changed" if known == [source] else ", ".join(known)
-        raise BadInput(f"{cache} holds the tokens of {changed}, not of {source}; choose another --out, "
-                       "give --overwrite or remove it")
-    prepare_text([source], cache, max_bytes=hf_bytes if remote else None, replace=replace, key=key)
-    return open_tokens(cache)
-
-
-def check_source(source):
-    """Refuse what --data names where it is neither drawn nor remote nor there; nothing is read."""
-    if source not in ("pydoc", "shapes") and not source.startswith("hf:") and toy_noise(source) is None:
-        existing(source)
+    max_bytes = hf_bytes if source.startswith("hf:") else None
+    return in_memory(source, ByteTokenizer(), 0.1 if source == "pydoc" else 0.05, max_bytes)
 
 
 def load_evaluation(source, tokenizer):
     """What --data names, for evaluating a model with that tokenizer: the validation part of pydoc or of a
     token folder, the whole of a text, or its first 50 MB."""
-    if toy_noise(source) is not None:
-        if tokenizer.kind != ByteTokenizer.kind:
-            raise BadInput(f"--data {source} is made of bytes; the checkpoint's tokens are others")
-        return toy_corpus(source)
-    if source != "pydoc" and (Path(source) / "manifest.json").exists():
-        corpus = open_tokens(source)
-        if sha256(corpus.tokenizer.to_json()) != sha256(tokenizer.to_json()):
+    if (Path(source) / "manifest.json").exists() or toy_noise(source) is not None:
+        corpus = load_corpus(source)
+        if corpus.tokenizer.to_json() != tokenizer.to_json():
             raise BadInput(f"{source} was tokenized with another tokenizer than the checkpoint's; give the "
                            "text itself")
         return corpus
-    return in_memory(source, documents(source), tokenizer, 0.1 if source == "pydoc" else 1, 50_000_000)
+    if source == "pydoc":
+        return in_memory(source, tokenizer, 0.1)
+    return in_memory(source, tokenizer, 1, 50_000_000)
 
 
-def in_memory(name, docs, tokenizer, fraction, max_bytes=math.inf):
-    """A Corpus of these documents in memory, of which a share by module (1: all) is the validation part."""
-    ids, size, budget = {True: [], False: []}, {True: 0, False: 0}, [max_bytes]
-    for document in docs:
-        if budget[0] <= 0:
-            break
-        side = fraction == 1 or held_out(document, fraction)
-        for block in within(document.blocks, budget):
-            ids[side].append(tokenizer.encode(block))
-            size[side] += len(block.encode("utf-8", "replace"))
-        ids[side].append(np.array([tokenizer.separator], token_type(tokenizer.vocab)))
+def in_memory(source, tokenizer, fraction, max_bytes=None):
+    """A Corpus of which that share (1: all) is for validation: of the documents, or, of few documents, of the
+    tokens, from the end."""
+    share = fraction if fraction == 1 else share_of_documents([source], fraction, max_bytes)
+    ids, size = {False: [], True: []}, Counter()
+    for name, block, count in encoded(source, tokenizer, max_bytes):
+        held = held_out(name, source, share)
+        ids[held].append(block)
+        size[held] += count
+    if not size.total():
+        raise BadInput(f"no text in {source}")
     empty = np.zeros(0, token_type(tokenizer.vocab))
-    train, val = (np.concatenate([empty, *ids[side]]) for side in (False, True))
-    if size[True] == 0:
-        raise BadInput(f"no text in {name}")
-    return Corpus(name, tokenizer, train, val, size[True])
+    train, val = (np.concatenate([empty, *blocks]) for blocks in ids.values())
+    if not len(val):
+        tail = max(1, round(fraction * len(train)))
+        size[True] = round(size[False] * tail / len(train))
+        train, val = train[:-tail], train[-tail:]
+    return Corpus(source, tokenizer, train, val, max(1, size[True]))
+
+
+def held_out(name, source, share):
+    """Whether a document is for validation: decided by a checksum of its name, of pydoc's modules by that of
+    their package, the same on every machine."""
+    if source == "pydoc" and not name.startswith("topics."):
+        name = name.partition(".")[0]
+    return zlib.crc32(name.encode("utf-8", "surrogateescape")) < share * 2 ** 32
+
+
+def share_of_documents(sources, fraction, max_bytes):
+    """The share of the documents that is held out: none if there are fewer than 20."""
+    found = itertools.chain.from_iterable(documents(source, max_bytes) for source in sources)
+    return fraction if len(list(itertools.islice(found, 20))) == 20 else 0
+
+
+def encoded(source, tokenizer, max_bytes=None):
+    """(document's name, its next token ids, bytes of text behind these); a separator closes each document."""
+    separator = np.array([tokenizer.separator], token_type(tokenizer.vocab))
+    if source.startswith("hf:") and max_bytes is None:
+        rows = hub_rows(source, streaming=False)
+        cores = os.cpu_count() if len(rows) > 10_000 else None
+        rows = rows.map(encode_rows, batched=True, num_proc=cores, remove_columns=rows.column_names,
+                        fn_kwargs={"tokenizer": tokenizer.to_json()}).with_format("numpy")
+        for k, row in enumerate(rows):
+            yield str(k), np.append(row["ids"], separator).astype(separator.dtype), int(row["bytes"])
+        return
+    for name, text in documents(source, max_bytes):
+        for block in cut_at_lines(text, 1 << 20):
+            yield name, tokenizer.encode(block), byte_count(block)
+        yield name, separator, 0
+
+
+def encode_rows(rows, tokenizer):
+    """What `datasets` maps over batches of rows, and caches."""
+    tokenizer = tokenizer_from_json(tokenizer)
+    return {"ids": [tokenizer.encode(text) for text in rows["text"]],
+            "bytes": [byte_count(text) for text in rows["text"]]}
+
+
+# ---------------------------------------------------------------------------- sequences
+
+class Sequences:
+    """A token stream cut into sequences of `length`, in a seeded order that is drawn anew for each epoch.
+
+    Every token is seen once per epoch; separators fill up the last sequence. Sequence number k is the same
+    whoever asks, which makes resuming exact. seed None: in order.
+    """
+
+    def __init__(self, tokens, length, separator, seed=None):
+        self.tokens, self.length, self.separator, self.seed = tokens, length, separator, seed
+        self.total = len(tokens)
+
+    def __len__(self):
+        return math.ceil(self.total / self.length)
+
+    def batch(self, start, size, part=slice(None)):
+        """Sequences start .. start + size - 1, over epochs, or a part of them -> LongTensor (B, length)."""
+        numbers = range(start, start + size)[part]
+        rows = np.full((len(numbers), self.length), self.separator, dtype=np.int64)
+        for row, number in zip(rows, numbers):
+            k = example(number, len(self), self.seed)
+            piece = self.tokens[k * self.length:(k + 1) * self.length]
+            row[:len(piece)] = piece
+        return torch.from_numpy(rows)
+
+
+def prefetch(draw, steps):
+    """draw(k) for each of the steps; a thread draws the next one while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for k in steps:
+            ready, waiting = waiting, pool.submit(draw, k)
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()
+
+
+# ---------------------------------------------------------------------------- token folders
+
+def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None):
+    """Write a token folder, document by document -> its manifest.
+
+    tokenizer     byte, or wordpiece or bpe, trained on at most 200 MB of the text for training
+    val           sources for validation; without them a share of the others is, as of in_memory
+    max_bytes     of text that is read of each source
+    """
+    with new_folder(out, (*sources, *val)) as folder:
+        kind, tokenizer = tokenizer, ByteTokenizer()
+        share = 0 if val else share_of_documents(sources, val_fraction, max_bytes)
+        if kind != tokenizer.kind:
+            texts = (text for source in sources for name, text in documents(source, max_bytes)
+                     if not held_out(name, source, share))
+            tokenizer = TrainedTokenizer.train(kind, vocab, up_to(texts, 200 << 20))
+        tokens, size, dtype = Counter(), Counter(), token_type(tokenizer.vocab)
+        with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val_file, \
+                tqdm(desc="tokenizing", unit=" bytes", unit_scale=True, mininterval=10) as bar:
+            for source, part in [(source, share) for source in sources] + [(source, 1) for source in val]:
+                for name, ids, count in encoded(source, tokenizer, max_bytes):
+                    held = held_out(name, source, part)
+                    ids.tofile(val_file if held else train)
+                    tokens[held] += len(ids)
+                    size[held] += count
+                    bar.update(count)
+        if not size[False]:
+            raise BadInput(f"no text for training in {', '.join(sources)}")
+        if not tokens[True]:  # of few documents the last tokens move to val.bin
+            ids = np.memmap(folder / "train.bin", dtype, "r")
+            tail = max(1, round(val_fraction * len(ids)))
+            ids[-tail:].tofile(folder / "val.bin")
+            os.truncate(folder / "train.bin", (len(ids) - tail) * ids.itemsize)
+            tokens[False], tokens[True] = len(ids) - tail, tail
+            size[True] = round(size[False] * tail / len(ids))
+            size[False] -= size[True]
+        manifest = {"format": 1, "tokenizer": kind, "vocab": tokenizer.vocab, "dtype": dtype.__name__,
+                    "sources": sources, "val_sources": val,
+                    "train": {"tokens": tokens[False], "bytes": size[False]},
+                    "val": {"tokens": tokens[True], "bytes": size[True]}}
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+def up_to(texts, size):
+    """Pieces of the texts, until that many characters."""
+    for piece in itertools.chain.from_iterable(cut_at_lines(text, 1 << 14) for text in texts):
+        if size <= 0:
+            return
+        size -= len(piece)
+        yield piece
+
+
+def open_tokens(folder):
+    """A token folder as a Corpus, memory-mapped."""
+    folder = Path(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if "tokenizer" not in manifest:
+        raise BadInput(f"{folder} does not hold tokens of data.py text")
+    tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    train, val = (np.memmap(folder / f"{side}.bin", manifest["dtype"], "r") for side in ("train", "val"))
+    return Corpus(str(folder), tokenizer, train, val, max(1, manifest["val"]["bytes"]))
+
+
+# ---------------------------------------------------------------------------- the toy model (Sec. 4.1.2)
+# All tokens of a sequence are of its class; with toy:EPS the class of each is drawn anew at that rate. A
+# token is a class, a position and one of T values, one byte from '0' to 'o'.
+
+CLASSES, POSITIONS, VALUES = 4, 8, 2
+
+
+def toy_noise(source):
+    """How often the class of a token is drawn anew: 0 for toy, EPS for toy:EPS, None for other data."""
+    name, colon, text = str(source).partition(":")
+    if name != "toy":
+        return None
+    try:
+        eps = float(text) if colon else 0.0
+    except ValueError:
+        eps = math.nan
+    if not 0 <= eps < 1:
+        raise BadInput(f"--data {source}: type toy or toy:EPS, where EPS is at least 0 and less than 1")
+    return eps
+
+
+def draw_tokens(r, s, T, eps, N, generator):
+    """N sequences -> tokens c T + j of class c and value j (N, s), and the class of each sequence (N,)."""
+    y = torch.randint(r, (N, 1), generator=generator)
+    redrawn = torch.rand(N, s, generator=generator) < eps
+    c = torch.where(redrawn, torch.randint(r, (N, s), generator=generator), y)
+    return c * T + torch.randint(T, (N, s), generator=generator), y[:, 0]
+
+
+def toy_bytes(tokens):
+    """Tokens of draw_tokens (N, POSITIONS) as --data toy has them."""
+    return ord("0") + torch.arange(POSITIONS) * (CLASSES * VALUES) + tokens
 
 
 def toy_corpus(source, train=1 << 17, val=1 << 12):
-    """That many sequences of the toy model, the same at every call, one after another without separators."""
+    """That many sequences, the same at every call, one after another without separators."""
     generator = torch.Generator().manual_seed(0)
     tokens, _ = draw_tokens(CLASSES, POSITIONS, VALUES, toy_noise(source), train + val, generator)
     cut, ids = train * POSITIONS, toy_bytes(tokens).flatten().numpy().astype(np.uint16)
     return Corpus(source, ByteTokenizer(), ids[:cut], ids[cut:], len(ids) - cut)
 
 
-class Sequences:
-    """A token stream cut into sequences of `length`, in a seeded order that is drawn anew for each epoch.
-
-    Every token is seen once per epoch; separators fill up the last sequence. Sequence number k of training is
-    the same whoever asks, which makes resuming exact.
-    """
-
-    def __init__(self, tokens, length, separator, seed=None):
-        self.tokens, self.length, self.separator, self.seed = tokens, length, separator, seed
-        self.epoch, self.order = -1, None
-        self.total = len(tokens)
-
-    def __len__(self):
-        return math.ceil(len(self.tokens) / self.length)
-
-    def batch(self, start, size, part=slice(None)):
-        """Sequences start .. start + size - 1, counted over epochs, or a part of these -> LongTensor (size,
-        length). seed None: in order."""
-        numbers = range(start, start + size)[part]
-        rows = np.full((len(numbers), self.length), self.separator, dtype=np.int64)
-        for row, number in zip(rows, numbers):
-            epoch, k = divmod(number, len(self))
-            if self.seed is not None:
-                if epoch != self.epoch:
-                    self.epoch, self.order = epoch, np.random.default_rng([self.seed,
-                                                                           epoch]).permutation(len(self))
-                k = self.order[k]
-            piece = self.tokens[k * self.length:(k + 1) * self.length]
-            row[:len(piece)] = piece
-        return torch.from_numpy(rows)
-
-
 # ---------------------------------------------------------------------------- command line
 
-def text_command(args):
-    """`python data.py text INPUT... --out DIR`: writes a token folder and prints what it holds.
-
-    args     inputs, out, tokenizer, vocab, val, val_fraction, max_bytes: see `text.folders.prepare_text`
-    BadInput: an input that is not there or no text, a folder that is not empty, values out of range.
-    """
-    manifest = prepare_text(args.inputs, args.out, args.tokenizer, args.vocab, args.val, args.val_fraction,
-                            args.max_bytes)
-    for side in SPLITS:
-        count = manifest[side]
-        documents = f"{count['documents']:8,} documents" if count["documents"] else f"{'the end of it':>18s}"
-        print(f"{side:5s} {documents} {count['tokens']:14,} tokens "
-              f"{count['bytes']:14,} bytes"
-              + (f", {count['replaced']:,} characters were not UTF-8" if count["replaced"] else "")
-              + (f", {count['unknown'] / max(1, count['tokens']):.3%} of the tokens are [UNK]"
-                 if manifest["tokenizer"] == "wordpiece" else ""))
-    train, val = (manifest[side]["documents"] for side in SPLITS)
-    how = (f"all of {', '.join(args.val)}" if args.val else
-           f"{val / (train + val):.1%} of the documents, chosen by a checksum of their names" if val else
-           f"the last {args.val_fraction:.1%} of the tokens, as there are too few documents")
-    print(f"{args.out}: {manifest['tokenizer']} tokenizer with {manifest['vocab']:,} tokens; held out: {how}")
-
-
-def images_command(args):
-    """`python data.py images INPUT --out DIR`: decodes, resizes and writes an image folder, prints what it
-    holds.
-
-    args     input, out, size, val_fraction, seed: see `images.sets.prepare_images`
-    BadInput: an input that holds no images, more than 1% corrupt files, a folder that is not empty, a full
-    disk.
-    """
-    manifest = prepare_images(args.input, args.out, args.size, args.val_fraction, args.seed)
-    for side in SPLITS:
-        count = manifest[side]
-        print(f"{side:5s} {count['images']:10,} images"
-              + (f", {len(count['skipped']):,} corrupt files skipped" if count["skipped"] else ""))
-    print(f"{args.out}: {manifest['size']} x {manifest['size']} pixels, {len(manifest['classes'])} classes")
-
-
-def sheet_command(args):
-    """`python data.py sheet INPUT --out FILE`: writes a PNG of training images, a row for each class.
-
-    args     input, size, columns, views (as random crops), seed, out
-    BadInput: an input that holds no images, or others than of that size.
-    """
-    images = load_images(args.input, args.size)
-    write_png(args.out, contact_sheet(shown_images(images, args.columns, args.views, args.seed)))
-    print(f"{args.out}: {len(images.train):,} training images of {images.size} x {images.size} pixels; "
-          + (f"rows are classes: {', '.join(images.classes)}" if images.classes else "they have no classes"))
-
-
 def main(argv=None):
-    """The command line, of `argv` or sys.argv -> None. BadInput: a wrong use."""
-    parser = Parser(description="Prepare data for train.py, or look at it.")
+    parser = Parser(description="Prepare data for train.py.")
     commands = parser.add_subparsers(dest="command", required=True)
-
     text = commands.add_parser("text", help="tokenize text into a folder of memory-mapped ids")
-    text.add_argument("inputs", nargs="+", metavar="INPUT",
+    text.add_argument("sources", nargs="+", metavar="INPUT",
                       help="text files or folders, pydoc, hf:NAME or hf:NAME::SUBSET")
-    text.add_argument("--out", required=True,
-                      help="folder to write; after an interruption the same command goes on")
     text.add_argument("--tokenizer", choices=("byte", "wordpiece", "bpe"), default="byte")
     text.add_argument("--vocab", type=positive, default=8192, help="vocabulary size of wordpiece and bpe")
-    text.add_argument("--val", nargs="+", default=[], metavar="INPUT",
-                      help="validation text; default: a share of INPUT")
-    text.add_argument("--val-fraction", type=float, default=0.05, help="that share, by document")
+    text.add_argument("--val", nargs="+", default=[], metavar="INPUT", help="text for validation")
     text.add_argument("--max-bytes", type=positive, help="stop after about that much text of each INPUT")
-    text.set_defaults(function=text_command)
-
-    kinds = ", ".join(sorted(SUFFIXES))
     images = commands.add_parser("images", help="decode and resize images into a memory-mapped folder")
-    images.add_argument("input", metavar="INPUT",
-                        help=f"folder of images ({kinds}), in class folders or not, with train/ "
-                        "and val/ or test/ or without; or the binary files of CIFAR-10 or CIFAR-100, or "
-                        "MNIST's idx files")
-    images.add_argument("--out", required=True, help="folder to write")
-    images.add_argument("--size", type=positive,
-                        help="side in pixels: the shorter side is resized to it and the centre "
-                        "cut out (default: as they are, or 224 where files differ)")
-    images.add_argument("--val-fraction", type=float, default=0.1,
-                        help="held out where there is no val/ or test/")
-    images.add_argument("--seed", type=seed, default=0, help="of what is held out")
-    images.set_defaults(function=images_command)
-
-    sheet = commands.add_parser("sheet", help="a picture of some training images of each class")
-    sheet.add_argument("input", metavar="INPUT", help="images, as for train.py --data")
-    sheet.add_argument("--out", type=output_file, default="sheet.png", help="PNG file to write")
-    sheet.add_argument("--size", type=positive, help="side in pixels (default: as they are)")
-    sheet.add_argument("--columns", type=positive, default=12, help="images in a row")
-    sheet.add_argument("--views", action="store_true", help="random crops as in training")
-    sheet.add_argument("--seed", type=seed, default=0, help="of the crops")
-    sheet.set_defaults(function=sheet_command)
-
-    args = parser.parse_args(argv)
-    with told(args.command):
-        return args.function(args)
+    images.add_argument("source", metavar="INPUT", help="class folders of images, or CIFAR's binary files")
+    images.add_argument("--size", type=positive, help="side in pixels (default: files 224, CIFAR 32)")
+    for command, fraction in ((text, 0.05), (images, 0.1)):
+        command.add_argument("--out", required=True, help="folder to write")
+        command.add_argument("--val-fraction", type=float, default=fraction,
+                             help="share that is held out if the input has no validation part")
+    args = vars(parser.parse_args(argv))
+    if not 0 < args["val_fraction"] < 1:
+        raise BadInput(f"--val-fraction {args['val_fraction']:g} is not between 0 and 1")
+    if args.pop("command") == "images":
+        manifest = prepare_images(**args)
+        about = f"{manifest['size']} x {manifest['size']} pixels, {len(manifest['classes'])} classes"
+    else:
+        manifest = prepare_text(**args)
+        about = f"{manifest['tokenizer']} tokenizer with {manifest['vocab']:,} tokens"
+    for side in ("train", "val"):
+        print(f"{side:5s}", ", ".join(f"{count:,} {name}" for name, count in manifest[side].items()))
+    print(f"{args['out']}: {about}")
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    command_line(main)
