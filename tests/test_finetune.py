@@ -1,15 +1,23 @@
-"""Fine-tuning learns, repeats, and leaves the network alone."""
+"""Fine-tuning learns, repeats, leaves the network alone, and gives each layer its rate."""
+
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
-from labelled_texts import QUICK, some_texts
+import torch.nn.functional as F
+from conftest import call, call_json
 
-from downstream import encoding, finetune, glue, glue_runs
-from engine import steps
+from images import ImageSet
+from model import Config, Transformer
 from objectives import from_options
-from support.cli import BadInput
+from run import Run, Settings
+from tasks import finetune, glue, probe
+from tasks.finetune import DropPath, Protocol
+from util import BadInput
+
+QUICK = Protocol(lr=1e-2, pool="mean", attention="full", epochs=4, batch_size=8)
 
 
 @pytest.fixture
@@ -18,87 +26,153 @@ def run(make_run):
     return make_run(from_options("mlm"), "mask", vocab=257, length=24, scale=1.0, dtype=torch.float32)
 
 
-def test_learning_rate_rises_and_falls():
-    shares = [steps.warm_cosine(p, 0.1) for p in np.linspace(0, 1, 101)]
-    assert shares[0] == 0 and shares[5] == pytest.approx(0.5) and shares[10] == 1
-    assert shares[55] == pytest.approx(0.5)
-    assert shares[100] == pytest.approx(0) and all(np.diff(shares[:11]) > 0) and all(np.diff(shares[10:]) < 0)
+def texts(run, count, longest=7):
+    """Random texts, and what `fine_tune` reads of them."""
+    rng = np.random.default_rng(0)
+    found = ["".join(rng.choice(list("abcdef "), rng.integers(1, longest + 1))) for _ in range(count)]
+    return found, probe.prepare(run, glue.Part([(text,) for text in found]))
 
 
-def test_micro_batches_add_up_to_the_batch(run):
-    texts = some_texts(21, longest=7)
-    inputs, labels = encoding.tokenize(run, texts), np.arange(21) % 3
-    protocol = dataclasses.replace(QUICK, epochs=2, dropout=0.0)
-    whole, parted, coarser = (finetune.fine_tune(run, inputs, labels, 3,
-                                                 dataclasses.replace(protocol, **change), 0)
-                              for change in ({}, {"micro_batch": 3}, {"batch_size": 16}))
-    scores = [predict(inputs) for predict, _ in (whole, parted, coarser)]
-    assert whole[1]["train_loss"] == pytest.approx(parted[1]["train_loss"], rel=1e-4)
-    assert (scores[0] == scores[1]).all()
-    assert whole[1]["train_loss"] != pytest.approx(coarser[1]["train_loss"], rel=1e-4)
+def loss_of(run, prepared, labels, seed=0, **changes):
+    protocol = dataclasses.replace(QUICK, epochs=2, **changes)
+    return finetune.fine_tune(run, prepared, labels, range(3), protocol, seed)[1]["train_loss"]
 
+
+# ---------------------------------------------------------------------------- text
 
 @pytest.mark.parametrize("attention, pool", [("full", "mean"), ("causal", "last")])
-def test_fine_tuning_learns_classes(run, attention, pool):
-    texts = some_texts(200, longest=7)
-    labels = np.array([2 if "a" in text else "e" in text for (text,) in texts], np.int64)
-    inputs = encoding.tokenize(run, texts)
-    before = glue_runs.fingerprint(run.model)
+def test_fine_tuning_learns_classes_on_a_copy(run, attention, pool):
+    words, prepared = texts(run, 200)
+    labels = np.array([2 if "a" in text else int("e" in text) for text in words])
+    before = [parameter.clone() for parameter in run.model.parameters()]
     protocol = dataclasses.replace(QUICK, attention=attention, pool=pool, epochs=8)
-    predict, figures = finetune.fine_tune(run, inputs, labels, 3, protocol, seed=0)
-    assert np.bincount(labels).max() < 0.5 * 200
-    assert (predict(inputs) == labels).mean() > 0.85 and figures["train_loss"] < 0.7
-    assert 0 < figures["input_share"] < 0.5 and 0.5 < figures["padding_efficiency"] <= 1
-    # of a copy
-    assert glue_runs.fingerprint(run.model) == before
+    predict, figures = finetune.fine_tune(run, prepared, labels, range(3), protocol, 0)
+    assert np.bincount(labels).max() < 100 and np.mean(predict(prepared) == labels) > 0.85
+    assert figures["train_loss"] < 0.7 and all(map(torch.equal, before, run.model.parameters()))
     assert all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
-def test_fine_tuning_learns_scores(run):
-    texts = some_texts(200, longest=7)
-    scores = np.array([100 + 7.5 * text.count("a") / len(text) for (text,) in texts])
-    inputs = encoding.tokenize(run, texts)
-    predict, _ = finetune.fine_tune(run, inputs, scores, 1, dataclasses.replace(QUICK, epochs=8), 0)
-    predicted = predict(inputs)
-    assert glue.pearson(predicted,
-                        scores) > 0.85 and abs(predicted.mean() - scores.mean()) < 0.3 * scores.std()
+def test_fine_tuning_learns_scores_of_any_size(run):
+    words, prepared = texts(run, 200)
+    scores = np.array([100 + 7.5 * text.count("a") / len(text) for text in words])
+    predict, _ = finetune.fine_tune(run, prepared, scores, None, dataclasses.replace(QUICK, epochs=8), 0)
+    predicted = predict(prepared)
+    assert glue.pearson(predicted, scores) > 0.85
+    assert abs(predicted.mean() - scores.mean()) < 0.3 * scores.std()
+
+
+def test_micro_batches_add_up_to_the_batch(run):
+    _, prepared = texts(run, 21)
+    whole, parted, coarser = (loss_of(run, prepared, np.arange(21) % 3, dropout=0.0, **changes)
+                              for changes in ({}, {"micro_batch": 3}, {"batch_size": 16}))
+    assert whole == pytest.approx(parted, rel=1e-4) and whole != pytest.approx(coarser, rel=1e-4)
 
 
 def test_seeds_repeat_and_differ(run):
-    texts = some_texts(24)
-    labels = np.arange(24) % 2
-    inputs = encoding.tokenize(run, texts)
-
-    def loss(seed, **changes):
-        protocol = dataclasses.replace(QUICK, epochs=1, **changes)
-        return finetune.fine_tune(run, inputs, labels, 2, protocol, seed)[1]["train_loss"]
-
-    assert loss(0) == loss(0) != loss(1)
-    # Without dropout, what has been drawn for it elsewhere changes nothing; the order and the new layer have
-    # their own seeds.
-    torch.manual_seed(5)
-    assert loss(0, dropout=0.0) == loss(0, dropout=0.0) != loss(0)
-
-
-def test_best_epoch_is_kept_only_when_asked_for(run):
-    texts = some_texts(16)
-    inputs, labels, script = encoding.tokenize(run, texts), np.arange(16) % 2, [0.1, 0.9, 0.5]
-    seen = []
-
-    def validate(predict):
-        seen.append(predict(inputs))
-        return script[len(seen) - 1]
-
-    protocol = dataclasses.replace(QUICK, epochs=3, lr=0.05, dropout=0.0)
-    predict, figures = finetune.fine_tune(run, inputs, labels, 2, protocol, 0, validate=validate)
-    assert seen == [] and "best_epoch" not in figures
-    predict, figures = finetune.fine_tune(run, inputs, labels, 2,
-                                          dataclasses.replace(protocol, best_epoch=True), 0,
-                                          validate=validate)
-    assert figures["best_epoch"] == 2 and len(seen) == 3 and np.array_equal(predict(inputs), seen[1])
+    _, prepared = texts(run, 24)
+    first, again, other = (loss_of(run, prepared, np.arange(24) % 3, seed) for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_divergence_is_reported(run):
-    inputs = encoding.tokenize(run, some_texts(16))
-    with pytest.raises(BadInput, match="smaller --lr"), np.errstate(all="ignore"):
-        finetune.fine_tune(run, inputs, np.full(16, np.nan), 1, QUICK, 0)
+    _, prepared = texts(run, 16)
+    with pytest.raises(BadInput, match="smaller --lr than 1e"):
+        loss_of(run, prepared, np.arange(16) % 3, lr=1e30)
+
+
+# ---------------------------------------------------------------------------- images
+
+def image_run():
+    torch.manual_seed(0)
+    model = Transformer(Config(0, 9, 3, 16, 2, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3, decoder=(1, 16, 2)))
+    return Run(model.eval(), from_options("mlm"), "mae", None, Settings(preset="vit-tiny"), 0, "test")
+
+
+def bright(count, seed):
+    """Images whose class is the bright channel."""
+    rng = np.random.default_rng(seed)
+    pixels, labels = rng.integers(0, 85, (count, 12, 12, 3)), rng.permutation(np.arange(count) % 3)
+    pixels[np.arange(count), :, :, labels] += 100
+    return ImageSet(pixels.astype(np.uint8), labels)
+
+
+def test_fine_tuning_of_images_learns_with_mixing():
+    run, train, val = image_run(), bright(96, 0), bright(60, 1)
+    protocol = Protocol(**{**finetune.MAE, "lr": 1e-2, "epochs": 6, "batch_size": 16, "pool": "mean",
+                           "attention": "full"})
+
+    def tune(seed=0, **changes):
+        changed = dataclasses.replace(protocol, **changes)
+        predict, figures = finetune.fine_tune(run, train, train.labels, "abc", changed, seed)
+        return np.mean(predict(val) == val.labels), figures["train_loss"]
+
+    accuracy, loss = tune()
+    assert accuracy > 0.9 and tune(lr=1e-9, epochs=1)[0] < 0.7
+    assert tune(epochs=1) == tune(epochs=1) != tune(epochs=1, seed=1)
+    # A smoothed label cannot be met exactly: the loss is at least its entropy.
+    share = 0.1 / 3
+    entropy = -(1 - 2 * share) * math.log(1 - 2 * share) - 2 * share * math.log(share)
+    plain = tune(mixup=0.0, cutmix=0.0, smoothing=0.0, crop=1.0, drop_path=0.0)[1]
+    assert plain < entropy < tune(mixup=0.0, cutmix=0.0)[1] < loss
+
+
+def test_every_parameter_has_the_rate_of_its_layer():
+    protocol = dataclasses.replace(QUICK, lr=1.0, layer_decay=0.5, weight_decay=0.3)
+    model, found = finetune.Classifier(image_run(), 3, protocol, 0), {}
+    for group in model.groups():
+        found |= {id(parameter): (group["lr"], group["weight_decay"]) for parameter in group["params"]}
+    shares = {"head": 1, "encoder.norm": 1, "encoder.blocks.2": 1 / 2, "encoder.blocks.1": 1 / 4,
+              "encoder.blocks.0": 1 / 8}  # and 1 / 16 for all that comes before the blocks
+    for name, parameter in model.named_parameters():
+        share = next((shares[prefix] for prefix in shares if name.startswith(prefix + ".")), 1 / 16)
+        assert found.pop(id(parameter)) == (share, 0.3 if parameter.dim() == 2 else 0), name
+    assert not found
+
+
+def test_drop_path_leaves_out_whole_samples_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    x, drop = torch.rand(20_000, 2, 3) + 1, DropPath(0.3)
+    y = drop.train()(x)
+    out = (y == 0).flatten(1)
+    assert torch.equal(out.any(1), out.all(1))
+    assert abs(out[:, 0].double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 20_000)
+    assert torch.allclose(y[~out[:, 0]], x[~out[:, 0]] / 0.7) and torch.equal(drop.eval()(x), x)
+
+
+def test_drop_path_rises_with_depth_and_the_classifier_is_the_encoder_and_a_head():
+    run = image_run()
+    model = finetune.Classifier(run, 3, dataclasses.replace(QUICK, drop_path=0.4, dropout=0.0), 0)
+    assert [block.dropout.rate for block in model.encoder.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert all(isinstance(block.dropout, torch.nn.Dropout) for block in run.model.blocks)  # of a copy
+    x, block = torch.randn(6, 9, 16), model.encoder.blocks[2].train()
+    block.dropout.rate = 1 - 1e-9
+    assert torch.equal(block(x, 9), x)  # with every branch skipped
+    patches = torch.randn(4, 9, 48)
+    h = F.layer_norm(run.model.encode(patches).mean(1), (16,))
+    expected = h @ model.head[1].weight.T + model.head[1].bias
+    assert torch.allclose(model.eval()(probe.patch_batch(patches)), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- commands
+
+def test_finetune_of_text_and_few_labels(trained, reviews, tmp_path):
+    run = trained("vl --mask 0.15,0.3")
+    found = call_json(f"evaluate.py finetune {run} --data {reviews} --epochs 1 --batch-size 8 --seeds 2 "
+                      "--label-fraction 0.25 --lr 1e-3")
+    results, accuracy = found["results"], found["results"]["accuracy"]
+    assert found["protocol"]["batch_size"] == 8 and results["train"] == 32 and results["dev"] == 32
+    assert accuracy["seeds"] == [np.mean(correct) for correct in results["correct"]]
+    assert np.array_equal(np.array(results["predictions"]) == results["labels"], results["correct"])
+    table = tmp_path / "pairs.tsv"
+    table.write_text("a\tb\tscore\n" + "".join(f"one {k}\ttwo\t{k / 4}\n" for k in range(20)))
+    shown = call(f"evaluate.py finetune {run} --data {table} --text-column a --text-column-b b "
+                 "--label-column score --epochs 1")
+    assert "pearson" in shown and "spearman" in shown
+
+
+def test_finetune_of_images(trained):
+    run = trained("ar --streams 2", data="shapes")
+    found = call_json(f"evaluate.py finetune {run} --data shapes --epochs 1 "
+                      "--max-train 96 --max-test 48 --batch-size 16 --mixup 0.8")
+    assert found["protocol"]["lr"] == 2e-3 * 16 / 256 and found["protocol"]["attention"] == "causal"
+    assert found["results"]["train"] == 96 and len(found["results"]["correct"][0]) == found["results"]["dev"]

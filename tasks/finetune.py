@@ -1,0 +1,408 @@
+"""Fine-tuning on labelled text and images, and GLUE; all commands of evaluate.py that need labels.
+
+    python evaluate.py finetune CKPT --data my.csv --label-fraction 0.1 --seeds 3
+    python evaluate.py glue CKPT --glue-dir DIR --tasks all --seeds 3 --submit DIR        Table 2
+
+Text follows the Cramming protocol: all weights, a new linear layer on the pooled features, dropout 0.1,
+AdamW, cosine decay, 5 epochs of batches of 16. Images follow MAE's (He et al. 2021, A.1) without RandAugment
+and random erasing. The last epoch counts: dev labels choose nothing.
+"""
+
+import copy
+import itertools
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import prefetch
+from images import Patches, mix, patchify, unpatchify
+from objectives import describe
+from run import warmup_cosine
+from tasks import glue, probe
+from tasks.hub import open_run
+from util import BadInput, positive, table, write_json
+
+# ---------------------------------------------------------------------------- protocols
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How to fine-tune; the defaults are those of text."""
+
+    lr: float                 # the peak: warm-up, then cosine to 0
+    pool: str
+    attention: str            # causal or full
+    epochs: int = 5
+    batch_size: int = 16
+    micro_batch: int = 256    # examples per forward pass at most; the rest is accumulated
+    warmup: float = 0.06      # share of the steps over which the learning rate rises
+    clip: float = 1.0         # largest norm of the gradient; 0 for no clipping
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+    eps: float = 1e-12
+    dropout: float = 0.1
+    layer_decay: float = 1.0  # learning rate of a layer as a share of that of the next one
+    drop_path: float = 0.0    # images: share of samples that skip a branch of the last block; 0 in the first
+    mixup: float = 0.0        # images: parameter of the Beta distribution, 0 for none
+    cutmix: float = 0.0       # images: the same
+    smoothing: float = 0.0    # images: of the labels
+    crop: float = 0.08        # images: least share of the area that a random crop keeps
+
+
+MAE = {"epochs": 100, "batch_size": 1024, "warmup": 0.05, "clip": 0.0, "weight_decay": 0.05, "beta2": 0.999,
+       "eps": 1e-8, "dropout": 0.0, "layer_decay": 0.65, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0,
+       "smoothing": 0.1}
+# Too small to overfit in a few epochs: mixing slows it down.
+VIT_TINY = {**MAE, "epochs": 10, "batch_size": 128, "crop": 0.2, "mixup": 0.0, "cutmix": 0.0,
+            "smoothing": 0.0}
+
+
+def protocol_of(args, run):
+    """The Protocol of this kind and size of model, but for what the options say."""
+    attention, pool = probe.attention_and_pool(run, args.attention, args.pool)
+    given = {f.name: getattr(args, f.name, None) for f in fields(Protocol)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if run.tokenizer is not None:  # the paper's rate is for its 768-wide model; tiny hardly moves with it
+        usual = {"lr": 4e-5 if run.model.config.width >= 512 else 5e-4}
+    else:
+        tiny = run.settings.preset == "vit-tiny"
+        usual = VIT_TINY if tiny else MAE
+        usual = {**usual, "lr": (2e-3 if tiny else 5e-4) * given.get("batch_size", usual["batch_size"]) / 256}
+    protocol = Protocol(**{**usual, **given, "attention": attention, "pool": pool})
+    if not 0 < protocol.lr < math.inf:
+        raise BadInput(f"--lr {protocol.lr:g} is not a positive number")
+    for name in ("layer_decay", "drop_path", "smoothing"):
+        if not 0 <= getattr(protocol, name) <= 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(protocol, name):g} is not in 0..1")
+    return protocol
+
+
+# ---------------------------------------------------------------------------- the network
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training a branch is left out for a share `rate` of the
+    samples, and grows for the others so that its expectation stays."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or not self.rate:
+            return x
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+
+class Classifier(nn.Module):
+    """A copy of the encoder, pooling, and a new linear layer with `outputs` scores."""
+
+    def __init__(self, run, outputs, protocol, seed):
+        super().__init__()
+        self.encoder, self.protocol, width = copy.deepcopy(run.model), protocol, run.model.config.width
+        if run.tokenizer is None:
+            self.encoder.decoder = self.encoder.pixels = None
+            rates = torch.linspace(0, protocol.drop_path, len(self.encoder.blocks)).tolist()
+            for block, rate in zip(self.encoder.blocks, rates):
+                block.dropout = DropPath(rate)
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = protocol.dropout
+        between = nn.Dropout(protocol.dropout) if run.tokenizer is not None else nn.LayerNorm(width)
+        self.head = nn.Sequential(between, nn.Linear(width, outputs))
+        nn.init.normal_(self.head[1].weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.head[1].bias)
+
+    def forward(self, batch):
+        """-> (B, outputs)."""
+        features = self.encoder.encode(batch.tokens, batch.padding, self.protocol.attention == "causal")
+        return self.head(probe.pool_features(features, batch, self.protocol.pool)).float()
+
+    def groups(self):
+        """Parameter groups with layer-wise rates lr * decay^(L + 1 - l): l = L + 1 for the head and the final
+        norm, 1 .. L for the blocks, 0 for what comes before them. Vectors have no weight decay."""
+        p, top, found = self.protocol, len(getattr(self.encoder, "blocks", ())) + 1, {}
+        for name, parameter in self.named_parameters():
+            if name.startswith("encoder.blocks."):
+                layer = int(name.split(".")[2]) + 1
+            else:
+                layer = top if name.startswith(("head.", "encoder.norm.")) else 0
+            found.setdefault((layer, parameter.dim() >= 2), []).append(parameter)
+        return [{"params": parameters, "lr": p.lr * p.layer_decay ** (top - layer),
+                 "weight_decay": p.weight_decay * matrices}
+                for (layer, matrices), parameters in found.items()]
+
+
+# ---------------------------------------------------------------------------- the loop
+
+def optimise(model, batches, loss, steps, protocol, autocast, title):
+    """Train on batches(epoch), pairs (Inputs, targets), `steps` of them in all -> figures of the run."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.groups(), betas=(0.9, protocol.beta2), eps=protocol.eps,
+                                  fused=device.type in ("cuda", "cpu"))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    step, examples, start = 0, 0, time.perf_counter()
+    model.train()
+    with tqdm(total=steps, desc=title, unit=" steps", leave=False, mininterval=1) as bar:
+        for epoch in range(protocol.epochs):
+            running, first = torch.zeros((), device=device), step
+            for batch, wanted in batches(epoch):
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * warmup_cosine((step + 0.5) / steps, protocol.warmup)
+                n = len(wanted)
+                for a, b in itertools.pairwise([*range(0, n, protocol.micro_batch), n]):
+                    with autocast:
+                        scores = model(batch.part(a, b))
+                    error = loss(scores, wanted[a:b]) * ((b - a) / n)
+                    error.backward()
+                    running += error.detach()
+                nn.utils.clip_grad_norm_(model.parameters(), protocol.clip or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+                step, examples = step + 1, examples + n
+                bar.update()
+            mean_loss = running.item() / (step - first)
+            if not math.isfinite(mean_loss):
+                raise BadInput(f"the loss is {mean_loss} in epoch {epoch + 1}; try a smaller --lr than "
+                               f"{protocol.lr:g}")
+            bar.set_postfix_str(f"loss {mean_loss:.3f}")
+    seconds = time.perf_counter() - start
+    return {"train_loss": mean_loss, "seconds": seconds, "examples_per_second": examples / seconds}
+
+
+@torch.no_grad()
+def class_scores(model, run, prepared, autocast):
+    """The scores (N, outputs) of all examples, in order."""
+    model.eval()
+    found = []
+    for rows, batch in probe.every_batch(run, prepared):
+        with autocast:
+            found.append((rows, model(batch).cpu().numpy()))
+    scores = np.empty((len(prepared), found[0][1].shape[1]), np.float32)
+    for rows, part in found:
+        scores[rows] = part
+    return scores
+
+
+# ---------------------------------------------------------------------------- text, images
+
+def text_training(run, prepared, targets, protocol, seed):
+    """-> (batches(epoch), steps per epoch) of optimise, of texts and their targets (N,)."""
+    lengths = np.array(list(map(len, prepared)))
+
+    def batches(epoch):
+        for rows in probe.batch_rows(lengths, protocol.batch_size, seed, epoch):
+            yield probe.text_batch(run, [prepared[i] for i in rows]), targets[torch.from_numpy(rows)]
+
+    return batches, math.ceil(len(prepared) / protocol.batch_size)
+
+
+def image_training(run, images, classes, protocol, seed, mix_seed):
+    """The same of an ImageSet. Targets (B, classes) are mixed as images are; epochs follow without a gap."""
+    config, device, p = run.model.config, run.model.query.device, protocol
+    size = min(p.batch_size, len(images))
+    source, per_epoch = Patches(images, config, seed, p.crop, device), max(1, round(len(images) / size))
+
+    def draw(step):
+        patches, labels = source.labelled(step * size, size)
+        targets = F.one_hot(labels.to(device), classes) * (1 - p.smoothing) + p.smoothing / classes
+        generator = torch.Generator().manual_seed(mix_seed * 1_000_003 + step)
+        x, targets = mix(unpatchify(patches, config.patch), targets, generator, p.mixup, p.cutmix)
+        return probe.patch_batch(patchify(x, config.patch)), targets
+
+    return lambda epoch: prefetch(draw, range(epoch * per_epoch, (epoch + 1) * per_epoch)), per_epoch
+
+
+def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLAIN, title=""):
+    """Fine-tune a copy of run.model -> a function of prepared data to class numbers or scores (N,); figures.
+
+    prepared  what probe.prepare makes of a part
+    labels    class numbers (N,), or where `classes` is None scores (N,), learned in units of their deviation
+
+    R8: the new layer, the order, mixing, and dropout or drop path each have a seed of their own.
+    """
+    images, device = run.tokenizer is None, run.model.query.device
+    seeds = np.random.SeedSequence(seed).generate_state(3 + images).tolist()
+    head_seed, order_seed, *mix_seed, drop_seed = seeds
+    mean, spread = (labels.mean(), labels.std() or 1.0) if classes is None else (0.0, 1.0)
+    targets = ((labels - mean) / spread).astype(np.float32) if classes is None else labels
+    model = Classifier(run, 1 if classes is None else len(classes), protocol, head_seed).to(device)
+    if images:
+        batches, per_epoch = image_training(run, prepared, len(classes), protocol, order_seed, *mix_seed)
+    else:
+        targets = torch.from_numpy(targets).to(device)
+        batches, per_epoch = text_training(run, prepared, targets, protocol, order_seed)
+
+    def loss(scores, wanted):
+        return F.mse_loss(scores[:, 0], wanted) if classes is None else F.cross_entropy(scores, wanted)
+
+    def predict(prepared):
+        scores = class_scores(model, run, prepared, autocast)
+        return scores[:, 0] * spread + mean if classes is None else scores.argmax(1)
+
+    torch.manual_seed(drop_seed)
+    return predict, optimise(model, batches, loss, protocol.epochs * per_epoch, protocol, autocast, title)
+
+
+def fine_tune_seeds(run, data, protocol, seeds, autocast, tests=None):
+    """Fine-tune on a Dataset with seeds 0 .. seeds - 1 -> what the commands report: each metric on the dev
+    parts, labels and predictions; and of each seed its predictions on `tests` {name: prepared}."""
+    train = probe.prepare(run, data.train)
+    dev = {suffix: probe.prepare(run, part) for suffix, part in data.dev.items()}
+    every, predicted, submitted = [], {suffix: [] for suffix in dev}, []
+    for seed in range(seeds):
+        predict, figures = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
+                                     f"{data.name} seed {seed}")
+        every.append(figures)
+        submitted.append({name: predict(prepared) for name, prepared in (tests or {}).items()})
+        for suffix, prepared in dev.items():
+            predicted[suffix].append(predict(prepared))
+    results = {"train": len(train), "dev": sum(map(len, dev.values())), "figures": every}
+    for suffix, part in data.dev.items():
+        for metric in data.metrics:
+            scores = [glue.METRICS[metric](found, part.labels) for found in predicted[suffix]]
+            results[metric + suffix] = over_seeds(scores)
+        results |= {"labels" + suffix: part.labels, "predictions" + suffix: predicted[suffix]}
+        if data.classes is not None:
+            results["correct" + suffix] = [(found == part.labels).astype(int) for found in predicted[suffix]]
+    return results, submitted
+
+
+def over_seeds(values):
+    """Seeds summed up. The standard deviation is that of a sample; None for one seed."""
+    return {"seeds": values, "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None, "median": statistics.median(values)}
+
+
+# ---------------------------------------------------------------------------- commands
+
+def print_scores(name, results):
+    """One line for each metric of one data set."""
+    for metric, x in results.items():
+        if isinstance(x, dict):
+            std = f" ± {100 * x['std']:.1f}" if x["std"] is not None else ""
+            every = " ".join(f"{100 * score:.1f}" for score in x["seeds"])
+            print(f"{name:8s} {metric:14s} {100 * x['mean']:6.1f}{std}   seeds {every}")
+
+
+def finetune_command(args):
+    run, autocast = open_run(args)
+    protocol, data = protocol_of(args, run), probe.labelled_data(args, run, args.data)
+    results, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast)
+    if args.json != "-":
+        print(f"{run.name}: {describe(run.objective)}, fine-tuned on {results['train']:,} examples of "
+              f"{data.name}, {protocol.pool} pooling, {protocol.attention} attention; scores x 100 on "
+              f"{results['dev']:,} others")
+        print_scores("", results)
+    results = {"data": data.name, "classes": data.classes, **results}
+    return {"protocol": asdict(protocol), "results": results}, run
+
+
+def glue_command(args):
+    run, autocast = open_run(args)
+    if run.tokenizer is None:
+        raise BadInput(f"{run.name} was trained on images, and GLUE is text; probe and finetune take images")
+    protocol, tasks = protocol_of(args, run), glue.choose_tasks(args.tasks, args.submit)
+    glue.check_files(args.glue_dir, tasks, args.submit)
+    done, files = {}, []
+    partial = f"{args.json}.partial" if args.json not in (None, "-") else None  # outlives a kill
+    for name in (task for task in tasks if task != "ax"):
+        data = glue.glue_dataset(args.glue_dir, name)
+        data = replace(data, train=data.train.at_most(args.max_train))
+        by_this = ([name, "ax"] if name == "mnli" and "ax" in tasks else [name]) if args.submit else []
+        task_of = {file: (task, test) for task in by_this for file, test in glue.server_files(task).items()}
+        tests = {file: probe.prepare(run, glue.test_part(args.glue_dir, *of)) for file, of in task_of.items()}
+        done[name], predictions = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
+        for seed, found in enumerate(predictions):
+            for file, predicted in found.items():
+                glue.write_predictions(Path(args.submit, f"seed{seed}", file), task_of[file][0], predicted)
+        files += tests
+        if args.json != "-":
+            print_scores(glue.TASKS[name].folder, done[name])
+        row = glue.table2_row(done)
+        results = {"split": "dev", "tasks": done, "table2": row,
+                   "average": statistics.fmean(row.values()) if row else None}
+        write_json(partial, {"protocol": asdict(protocol), "results": results})
+    if args.submit:
+        results["submissions"] = [glue.pack(f"{args.submit}/seed{k}", files) for k in range(args.seeds)]
+        wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
+        results["not_in_submission"] = [file for file in wanted if file not in files]
+    if args.json != "-":
+        print_glue(run, results)
+    if partial:
+        Path(partial).unlink()
+    return {"protocol": asdict(protocol), "results": results}, run
+
+
+def print_glue(run, results):
+    row = results["table2"]
+    if row:
+        print(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's 9")
+        cells = {**row, "mean": results["average"]}
+        print(table([["", *cells], ["dev", *(f"{100 * score:.1f}" for score in cells.values())]]))
+    for path in results.get("submissions", []):
+        print(f"for the GLUE server: {path}, without {', '.join(results['not_in_submission']) or 'a gap'}")
+
+
+def layer_number(text):
+    """An argparse type: a number from 0, or all."""
+    return text if text == "all" else int(text)
+
+
+COMMANDS = {
+    "probe": (probe.probe_command, "linear classifier on frozen features of labelled text or images"),
+    "transfer": (probe.transfer_command, "the same on several image sets (Table 6)"),
+    "finetune": (finetune_command, "fine-tune on labelled text, classes or scores, or on labelled images"),
+    "glue": (glue_command, "fine-tune on the GLUE tasks and score their dev parts (Table 2)")}
+DATA = ("text: a .tsv, .csv or .jsonl file with columns text, label and maybe text_b; a GLUE task; pydoc; "
+        "images: as for train.py")
+IMAGE_OPTIONS = {
+    "layer-decay": "rate of a layer as a share of the next one's (default: 0.65)",
+    "drop-path": "share of samples that skip the last block (default: 0.1)",
+    "mixup": "Beta parameter of mixup, 0 for none (default: 0.8; vit-tiny 0)",
+    "cutmix": "that of CutMix (default: 1; vit-tiny 0)",
+    "smoothing": "of the labels (default: 0.1; vit-tiny 0)",
+    "weight-decay": "of AdamW, on matrices (default: 0.05)"}
+
+
+def add_commands(command):
+    """Register probe, transfer, finetune and glue: `command(name, function, text)` gives a parser."""
+    for name, (function, text) in COMMANDS.items():
+        add, count = command(name, function, text).add_argument, {"type": positive, "metavar": "N"}
+        add("--pool", choices=("mean", "last"), help="of the tokens' features (default: by attention)")
+        add("--attention", choices=("causal", "full"), help="default: the objective's own")
+        add("--max-train", **count, help="use a random N of the training examples only")
+        add("--glue-dir", metavar="DIR", required=name == "glue", help="the official GLUE files")
+        if name == "glue":
+            add("--tasks", default="all", help=f"all = {','.join(glue.TABLE2)}; or some of these, wnli, ax")
+            add("--submit", metavar="DIR", help="write test predictions for GLUE's server, one zip a seed")
+        else:
+            add("--data", required=name != "probe", nargs="+" * (name == "transfer") or None, help=DATA)
+            add("--dev", metavar="FILE", help="dev texts of a table (default: a fifth of it, held out)")
+            add("--text-column", metavar="NAME", default="text")
+            add("--text-column-b", metavar="NAME", help="second text of a pair (default: text_b, if there)")
+            add("--label-column", metavar="NAME", default="label")
+            add("--label-fraction", type=float, default=1.0, help="of training examples, each class alike")
+            add("--labels-per-class", **count, help="use N training examples of each class")
+            add("--max-test", **count, help="score a random N of the dev examples only")
+        if name in ("probe", "transfer"):
+            add("--layer", type=layer_number, help="0 (the embedding) upwards, or all (default: the last)")
+            add("--classifier", choices=("lbfgs", "sgd"), default="lbfgs", help="sgd: MAE's protocol")
+            add("--pixels", action="store_true", help="images: also the same classifier on raw pixels")
+            add("--seed", type=int, default=0, help="of the choice of labels and of the classifier")
+            continue
+        add("--seeds", **count, default=3 if name == "glue" else 1, help="runs, of seeds 0 .. N - 1")
+        add("--epochs", type=positive, help="default: 5; images 100, vit-tiny 10")
+        add("--batch-size", type=positive, help="default: 16; images 1024, vit-tiny 128")
+        add("--lr", type=float, help="peak (default: 4e-5, for models narrower than 512 5e-4; images "
+                                     "5e-4 x batch/256, vit-tiny 2e-3 x batch/256)")
+        if name == "finetune":
+            add("--regression", action="store_true", help="labels are scores (default: if fractions)")
+            for flag, what in IMAGE_OPTIONS.items():
+                add(f"--{flag}", type=float, help=f"images: {what}")

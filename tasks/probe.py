@@ -1,0 +1,338 @@
+"""Linear probes: classifiers on the features of a frozen encoder, of labelled text and of images.
+
+    python evaluate.py probe CKPT                                       pydoc by package; a run's own images
+    python evaluate.py probe CKPT --data my.csv --labels-per-class 10 --layer all
+    python evaluate.py probe CKPT --data DIR --classifier sgd --pixels  MAE's protocol; raw pixels beside it
+    python evaluate.py transfer CKPT --data A B C                       Table 6
+
+A text is encoded as `text [SEP]`, a pair as `a [SEP] b [SEP]`; an image as all patches of its centre. The
+encoder attends causally for left-to-right objectives, fully for the others. Features of the last layer are
+averaged over the tokens; of text under causal attention the last token's are taken, which has seen all.
+"""
+
+import contextlib
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import prefetch
+from images import Patches, load_images
+from objectives import describe
+from run import warmup_cosine
+from tasks.glue import TASKS, Dataset, Part, glue_dataset, label_subset, pydoc_dataset, table_dataset
+from tasks.hub import open_run
+from util import BadInput, table
+
+PLAIN = contextlib.nullcontext()  # in place of an autocast context
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # R8: texts are padded to one of these
+L2 = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # strengths of the penalty to choose from
+FEW = 1000  # examples; with fewer, the strength is chosen on each fifth in turn
+
+# ---------------------------------------------------------------------------- labelled data
+
+def labelled_data(args, run, source=None, seed=0):
+    """The labelled texts or images that the options describe, few of them if asked for -> Dataset."""
+    def at_most(part, count):  # of images about that many, of every class alike
+        if count is None or count >= len(part.labels):
+            return part
+        if isinstance(part, Part):
+            return part.at_most(count)
+        return part.only(label_subset(part.labels, count / len(part.labels)))
+
+    if run.tokenizer is None:
+        source = source or run.settings.data
+        try:
+            images = load_images(source, run.model.config.size)
+        except BadInput:
+            images = load_images(source)  # of a prepared set, say: each batch is resized when it is read
+        if len(np.unique(images.train.labels)) < 2:
+            raise BadInput(f"{source} has training images of one class only: nothing to tell apart")
+        data = Dataset(images.name, images.classes, ("accuracy",), images.train, {"": images.val})
+    elif source in (None, "pydoc"):
+        data = pydoc_dataset()
+    elif source in TASKS:
+        data = glue_dataset(args.glue_dir, source)
+    else:
+        data = table_dataset(source, args.dev, getattr(args, "regression", False), args.text_column,
+                             args.text_column_b, args.label_column)
+    chosen = label_subset(data.train.labels, args.label_fraction, args.labels_per_class, seed)
+    return replace(data, train=at_most(data.train.only(chosen), args.max_train),
+                   dev={suffix: at_most(part, args.max_test) for suffix, part in data.dev.items()})
+
+
+# ---------------------------------------------------------------------------- batches of texts and images
+
+class Inputs(NamedTuple):
+    """What an encoder reads."""
+
+    tokens: Tensor          # (B, L) ids, or (B, S, values) patches
+    lengths: Tensor         # (B,)
+    padding: Tensor = None  # (B, L) bool, True where there is no token; None: nowhere
+
+    def part(self, a, b):
+        return Inputs(*(x if x is None else x[a:b] for x in self))
+
+
+def prepare(run, part):
+    """What `every_batch` takes: texts as arrays of ids, of a pair the longer cut first; images as such."""
+    if run.tokenizer is None:
+        return part
+
+    def separated(*texts):
+        return [i for text in texts for i in (*text, run.tokenizer.separator)]
+
+    layout, rows = getattr(run.tokenizer, "pair", separated), []  # hf: models have layouts of their own
+    room = run.settings.length - len(layout(*[[] for _ in part.texts[0]]))
+    for texts in tqdm(part.texts, desc="tokenizing", unit=" texts", leave=False, delay=2, mininterval=1):
+        a, *b = map(run.tokenizer.encode, texts)
+        if b:
+            a, b = a[:max(room - len(b[0]), (room + 1) // 2)], [b[0][:max(room - len(a), room // 2)]]
+        rows.append(np.array(layout(a[:room], *b), np.int32))
+    return rows
+
+
+def batch_rows(lengths, size, seed=None, epoch=0):
+    """Which rows make up each batch of an epoch -> list of arrays. seed None: by length, for scoring.
+
+    R8: texts of like length share a batch. A seeded order is sorted within pools of 50 batches.
+    """
+    if seed is None:
+        return np.split(order := np.argsort(lengths, kind="stable"), range(size, len(order), size))
+    rng, batches = np.random.default_rng([seed, epoch]), []
+    for pool in np.split(rng.permutation(len(lengths)), range(50 * size, len(lengths), 50 * size)):
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += np.split(pool, range(size, len(pool), size))
+    return [batches[k] for k in rng.permutation(len(batches))]
+
+
+def text_batch(run, rows):
+    """Arrays of ids as Inputs on the model's device."""
+    lengths, limit = np.array(list(map(len, rows))), run.settings.length
+    L = min([length for length in LENGTHS if length >= lengths.max()] + [limit])
+    padding = np.arange(L) >= lengths[:, None]     # (B, L)
+    tokens = np.zeros(padding.shape, np.int64)
+    tokens[~padding] = np.concatenate(rows)
+    arrays = (tokens, lengths, padding if padding.any() else None)
+    return Inputs(*(x if x is None else torch.from_numpy(x).to(run.model.query.device) for x in arrays))
+
+
+def patch_batch(patches):
+    """Patches (B, S, values) as Inputs."""
+    return Inputs(patches, torch.full((len(patches),), patches.shape[1], device=patches.device))
+
+
+def every_batch(run, prepared):
+    """Every text or image once -> pairs (row numbers, Inputs)."""
+    if run.tokenizer is not None:
+        rows = batch_rows(np.array(list(map(len, prepared))), 64)
+        return ((batch, text_batch(run, [prepared[i] for i in batch])) for batch in rows)
+    source = Patches(prepared, run.model.config, device=run.model.query.device)
+
+    def draw(start):
+        rows = np.arange(start, min(start + 128, len(prepared)))
+        return rows, patch_batch(source.batch(start, len(rows)))
+
+    return prefetch(draw, range(0, len(prepared), 128))
+
+
+# ---------------------------------------------------------------------------- features
+
+def attention_and_pool(run, attention=None, pool=None):
+    """What was asked for, or the defaults; see the top of this file."""
+    attention = attention or run.objective.attention
+    return attention, pool or ("last" if attention == "causal" and run.tokenizer is not None else "mean")
+
+
+def pool_features(features, batch, pool):
+    """features (B, L, D) -> float32 (B, D): the mean over the tokens, or the last token's."""
+    features = features.float()
+    if pool == "last":
+        return features[torch.arange(len(features), device=features.device), batch.lengths - 1]
+    if batch.padding is not None:
+        features = features.masked_fill(batch.padding[..., None], 0)
+    return features.sum(1) / batch.lengths[:, None]
+
+
+@torch.no_grad()
+def frozen_features(run, prepared, pool, causal, layer=None, autocast=PLAIN):
+    """Pooled features of a frozen encoder -> {layer: float32 (N, D) on the CPU}, one pass for all layers.
+
+    layer None: the last, after the final norm; a number from 0, the embedding; or "all".
+    """
+    features = {}
+    run.model.eval()
+    batches = every_batch(run, prepared)
+    for rows, batch in tqdm(batches, desc="features", unit=" batches", leave=False, delay=2, mininterval=1):
+        with autocast:
+            states = run.model.encode(batch.tokens, batch.padding, causal, layer is not None)
+        states = {"last": states} if layer is None else dict(enumerate(states))
+        if layer not in (None, "all", *states):
+            raise BadInput(f"--layer {layer} is not in 0..{len(states) - 1}, 0 being the embedding")
+        if layer in states:
+            states = {layer: states[layer]}
+        for key, state in states.items():
+            pooled = pool_features(state, batch, pool).cpu()
+            found = features.setdefault(key, pooled.new_empty(len(prepared), pooled.shape[1]))
+            found[torch.from_numpy(rows)] = pooled
+    return features
+
+
+def raw_pixels(run, images):
+    """The baseline: the numbers that go into the model -> float32 (N, 3 * size * size)."""
+    return torch.cat([batch.tokens.flatten(1).cpu() for _, batch in every_batch(run, images)])
+
+
+# ---------------------------------------------------------------------------- classifiers
+
+def linear(x, w):
+    return torch.addmm(w[-1], x, w[:-1])
+
+
+def logistic_regression(x, y, l2, classes, start=None, iterations=500):
+    """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2/2 ||W||^2, the intercept left free.
+
+    x (N, D), y (N,) class numbers -> weights (D + 1, classes), the intercept last. scikit-learn's C is
+    1 / (N l2), but 2 / (N l2) for two classes: it has one vector v, where ours are v/2 and -v/2.
+    """
+    w = (x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()).requires_grad_()
+    optimizer = torch.optim.LBFGS([w], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-12,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(x, w), y) + 0.5 * l2 * w[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return w.detach()
+
+
+def fit_probe(train_x, train_y, test_x, test_y, seed=0):
+    """Logistic regression on features (N, D), standardised as the training part is, and class numbers (N,).
+
+    R9: in float64. The L2 strength is chosen by cross-entropy on a fifth of the training data (on each fifth
+    in turn where they are FEW), from strong to weak until it gets worse. Returns `figures`.
+    """
+    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    mean, std = train_x.double().mean(0), train_x.double().std(0)
+    train_x, test_x = ((x.double() - mean) / torch.where(std > 1e-8, std, 1.0) for x in (train_x, test_x))
+    order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
+    fifths = [order[k * len(order) // 5:(k + 1) * len(order) // 5] for k in range(5)]
+    held = [rows for rows in fifths[:5 if len(order) < FEW else 1] if 0 < len(rows) < len(order)]
+    fits = [order[~torch.isin(order, rows)] for rows in held]
+    best, strength, start, kept = math.inf, L2[0], [None] * len(held), None
+    for l2 in L2 if held else ():  # each fit starts from the weights of the stronger penalty
+        start = [logistic_regression(train_x[fit], train_y[fit], l2, classes, w)
+                 for fit, w in zip(fits, start)]
+        loss = sum(F.cross_entropy(linear(train_x[rows], w), train_y[rows], reduction="sum").item()
+                   for rows, w in zip(held, start))
+        if loss > best:
+            break
+        best, strength, kept = loss, l2, start[0]
+    w = logistic_regression(train_x, train_y, strength, classes, kept)
+    return figures(linear(test_x, w).argmax(1), train_y, test_y, l2=strength)
+
+
+def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90, batch_size=256, base=0.1):
+    """MAE's linear probe (He et al. 2021, A.1) on features (N, D) and class numbers (N,). Returns `figures`.
+
+    Batch norm without affine map, a linear layer; rate base * batch / 256, 10 of 90 epochs of warm-up, cosine
+    to 0, momentum 0.9, no decay. Each feature is computed once; small batches of SGD stand in for LARS.
+    """
+    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
+    (N, D), classes = train_x.shape, int(max(train_y.max(), test_y.max())) + 1
+    size, generator = min(batch_size, N), torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.BatchNorm1d(D, eps=1e-6, affine=False), nn.Linear(D, classes))
+    nn.init.normal_(model[1].weight, std=0.01, generator=generator)
+    nn.init.zeros_(model[1].bias)
+    lr, steps, step = base * size / 256, epochs * (N // size), 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for _ in range(epochs):
+        for rows in torch.randperm(N, generator=generator).split(size)[:N // size]:  # drops the rest
+            optimizer.param_groups[0]["lr"] = lr * warmup_cosine((step + 0.5) / steps, 10 / 90)
+            optimizer.zero_grad()
+            F.cross_entropy(model(train_x[rows]), train_y[rows]).backward()
+            optimizer.step()
+            step += 1
+    with torch.no_grad():
+        predicted = model.eval()(test_x).argmax(1)
+    return figures(predicted, train_y, test_y, epochs=epochs, batch_size=size, lr=lr)
+
+
+def figures(predicted, train_y, test_y, **settings):
+    """What a probe reports. `majority`: what the largest class of the training data would score."""
+    correct = (predicted == test_y).int().tolist()
+    accuracy = sum(correct) / len(correct)
+    return {"accuracy": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / len(correct)),
+            "majority": float((test_y == train_y.bincount().argmax()).double().mean()), **settings,
+            "train": len(train_y), "test": len(test_y), "correct": correct}
+
+
+# ---------------------------------------------------------------------------- commands
+
+def probe(args, run, autocast, source):
+    """A classifier on the features of each layer that was asked for, of one labelled set -> dict."""
+    data = labelled_data(args, run, source, args.seed)
+    fit = sgd_probe if args.classifier == "sgd" else fit_probe
+    if data.classes is None:
+        raise BadInput(f"{source} has scores for labels and a probe predicts classes; finetune does both")
+    attention, pool = attention_and_pool(run, args.attention, args.pool)
+    suffix, dev = next(iter(data.dev.items()))
+    y, test_y = data.train.labels, dev.labels
+    x, test_x = (frozen_features(run, prepare(run, part), pool, attention == "causal", args.layer, autocast)
+                 for part in (data.train, dev))
+    layers = {str(layer): fit(x[layer], y, test_x[layer], test_y, args.seed) for layer in x}
+    if args.pixels:
+        layers["pixels"] = fit(raw_pixels(run, data.train), y, raw_pixels(run, dev), test_y, args.seed)
+    return {"data": data.name + suffix, "classes": data.classes, "classifier": args.classifier, "pool": pool,
+            "attention": attention, "layers": layers}
+
+
+def percent(found):
+    return f"{100 * found['accuracy']:.1f} ± {100 * found['stderr']:.1f}"
+
+
+def probe_command(args):
+    run, autocast = open_run(args)
+    if args.pixels and run.tokenizer is not None:
+        raise BadInput(f"--pixels is for images, and {run.name} was trained on text")
+    results = probe(args, run, autocast, args.data)
+    if args.json != "-":
+        *_, last = results["layers"].values()
+        print(f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, {results['pool']} "
+              f"pooling, {results['attention']} attention; {len(results['classes'])} classes, "
+              f"{last['train']:,} training and {last['test']:,} dev examples\n")
+        rows = [[name, percent(found)] for name, found in results["layers"].items()]
+        print(table([["layer", "accuracy, %"], *rows, ["largest class", f"{100 * last['majority']:.1f}"]]))
+    return {"results": results}, run
+
+
+def transfer_command(args):
+    run, autocast = open_run(args)
+    if run.tokenizer is not None:
+        raise BadInput(f"{run.name} was trained on text, and transfer is for images; probe takes text too")
+    sets = []
+    for source in args.data:
+        found = probe(args, run, autocast, source)
+        *_, last = found["layers"].values()
+        sets.append({"data": found["data"], "classes": len(found["classes"]),
+                     "size": run.model.config.size, **last})
+    mean = sum(row["accuracy"] for row in sets) / len(sets)
+    if args.json != "-":
+        print(f"{run.name}: {describe(run.objective)}, linear probes, {found['pool']} pooling, "
+              f"{found['attention']} attention\n")
+        rows = [[row["data"], str(row["classes"]), f"{row['train']:,}", f"{100 * row['majority']:.1f}",
+                 percent(row)] for row in sets]
+        print(table([["", "classes", "training", "largest class", "accuracy, %"], *rows,
+                     ["mean", "", "", "", f"{100 * mean:.1f}"]]))
+    results = {"pool": found["pool"], "attention": found["attention"], "sets": sets, "mean": mean}
+    return {"results": results}, run
