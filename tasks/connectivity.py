@@ -1,0 +1,141 @@
+"""Figure 2: how similar the features of held-out contexts are, in different texts.
+
+    python evaluate.py connectivity CKPT [CKPT ...] --plot figure2.png
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import plots
+from objectives import describe, draw_batch
+from run import evaluation_sequences, held_out_text
+from tasks.hub import about, open_run
+from util import BadInput, positive, table
+
+# ---------------------------------------------------------------------------- similarity
+
+@torch.no_grad()
+def features_of(run, corpus, count, seed=0):
+    """`count` features f(X) of contexts X in held-out text, from which the run's network predicts X+.
+
+    The sequences are the same for every checkpoint of one tokenizer and length: `count` of them, or all that
+    there are. From each come equally many contexts, drawn by the run's own objective. Returns features
+    (n, D), float32, and the sequence that each came from (n,), both on the CPU; n < `count` only where the
+    text is too short.
+    """
+    sequences, device = evaluation_sequences(run, corpus, count)[0], run.model.query.device
+    each, generator, rows = math.ceil(count / len(sequences)), torch.Generator().manual_seed(seed), []
+    for first in tqdm(range(0, len(sequences), 64), unit=" batches", leave=False, delay=2, mininterval=1):
+        tokens = sequences[first:first + 64]
+        batch = draw_batch(run.objective, run.path, tokens, run.model.config.vocab, generator)
+        wanted = torch.rand(batch.weight.shape, generator=generator) * batch.weight
+        chosen = wanted.topk(min(each, wanted.shape[1]))
+        targets, cuts = (x.gather(1, chosen.indices) for x in (batch.targets, batch.cuts))   # (B, each)
+        x, f, p, c = (part.to(device) for part in (tokens, batch.groups, targets, cuts))
+        features = run.model(x, f, p, run.path, c, padded=False).float().cpu()               # (B, each, D)
+        texts = torch.arange(first, first + len(tokens))[:, None].expand_as(targets)
+        rows.append((features[chosen.values > 0], texts[chosen.values > 0]))
+    features, texts = map(torch.cat, zip(*rows))
+    if not features.isfinite().all():
+        raise BadInput(f"{run.name} gives features that are not finite: its training diverged")
+    pick = torch.randperm(len(texts), generator=generator)[:count].sort().values
+    return features[pick], texts[pick]
+
+
+def top_pairs(x, texts, count=100_000, block=2048):
+    """The `count` largest inner products x_i . x_j of pairs from different texts, descending.
+
+    x (N, D), texts (N,). Block by block: memory is that of a few blocks and of `count`, whatever N.
+    """
+    best = x.new_empty(0)
+    for i in range(0, len(x), block):
+        for j in range(i, len(x), block):
+            product = x[i:i + block] @ x[j:j + block].T
+            row, column = (product > (best[-1] if len(best) == count else -math.inf)).nonzero(as_tuple=True)
+            pair = (i + row < j + column) & (texts[i + row] != texts[j + column])
+            best = torch.cat([best, product[row[pair], column[pair]]])
+            best = best.topk(min(count, len(best))).values
+    return best
+
+
+def mean_product(x, texts):
+    """Mean of x_i . x_j over all pairs from different texts: of the square of the sum, less that within each
+    text."""
+    x, texts = x.cpu().double(), texts.cpu()                                   # MPS has no float64
+    _, text, size = texts.unique(return_inverse=True, return_counts=True)
+    within = x.new_zeros(len(size), x.shape[1]).index_add_(0, text, x)         # sum of x over each text
+    pairs = len(x) ** 2 - size.square().sum()
+    return ((x.sum(0).square().sum() - within.square().sum()) / pairs).item()
+
+
+def similarities(features, texts, count=100_000):
+    """Figure 2's surrogate for how connected the samples are: the similarity of features of different texts.
+
+    `inner_product`, the paper's, is in units of the network's own; `cosine` compares networks. For each: the
+    mean over all pairs, and of the `count` most similar pairs the mean, the least, and the curve over their
+    rank.
+    """
+    if len(texts.unique()) < 2:
+        raise BadInput("similarities are of features from different texts; give more --data or more "
+                       "--features")
+    results = {}
+    for name, x in (("inner_product", features), ("cosine", F.normalize(features))):
+        top = top_pairs(x, texts, count).cpu().double().numpy()
+        ranks = np.unique(np.geomspace(1, len(top), 200).round().astype(int))
+        results[name] = {"mean_of_all": mean_product(x, texts), "mean": top.mean().item(),
+                         "least": top[-1].item(),
+                         "curve": {"rank": ranks.tolist(), "similarity": top[ranks - 1].tolist()}}
+    return {"features": len(texts), "texts": len(texts.unique()), "pairs": len(top), **results}
+
+
+# ---------------------------------------------------------------------------- command
+
+def connectivity_command(args):
+    rows, corpus, cuts = [], None, set()
+    for checkpoint in args.checkpoints:
+        run, autocast = open_run(args, checkpoint)
+        if args.data or corpus is None:
+            corpus = held_out_text(run, args.data)   # without --data the first one's, for all
+        elif run.tokenizer is None or run.tokenizer.to_json() != corpus.tokenizer.to_json():
+            raise BadInput(f"{checkpoint} does not have the tokenizer of {args.checkpoints[0]}; give a text "
+                           "for all with --data")
+        with autocast:
+            features, texts = features_of(run, corpus, args.features, args.seed)
+        device = run.model.query.device
+        rows.append({"checkpoint": checkpoint, "label": describe(run.objective), **about(run),
+                     **similarities(features.to(device), texts.to(device), args.top)})
+        cuts.add((run.tokenizer.to_json(), run.settings.length))
+    labels = [row["label"] for row in rows]
+    for row in rows:
+        if labels.count(row["label"]) > 1 or row["checkpoint"].startswith("hf:"):
+            row["label"] = f"{Path(row['checkpoint']).name} {row['label']}"
+    if args.json != "-":
+        x = rows[0]
+        print(f"{x['features']:,} features f(X) of {x['texts']:,} sequences of {corpus.name}; "
+              f"the {x['pairs']:,} most similar pairs")
+        for name in ("inner_product", "cosine"):
+            cells = [[row["label"], *(f"{row[name][key]:.4g}" for key in ("mean_of_all", "mean", "least"))]
+                     for row in rows]
+            print("\n" + table([[name.replace("_", " "), "all pairs", "top pairs", "least"], *cells]))
+        if len(cuts) > 1:
+            print("\nTokenizers or lengths differ: the sequences are different cuts of the same text.")
+    results = {"data": corpus.name, "same_sequences": len(cuts) == 1, "checkpoints": rows}
+    if args.plot:
+        plots.ranks(args.plot, results)
+    return results, None
+
+
+def add_commands(command):
+    """Register `connectivity` with evaluate.py: `command(name, function, text, many)` gives a parser."""
+    text = "similarity of features of held-out contexts (Figure 2)"
+    sub = command("connectivity", connectivity_command, text, many=True)
+    sub.add_argument("--data", help="as for perplexity (default: the first checkpoint's validation text)")
+    sub.add_argument("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
+    sub.add_argument("--top", type=positive, default=100_000, help="most similar pairs to show")
+    sub.add_argument("--seed", type=int, default=0, help="of the choice of contexts")
+    sub.add_argument("--plot", metavar="FILE", help="picture of similarity over rank")

@@ -1,0 +1,288 @@
+"""Generation: text token by token in one of three orders, and images completed patch by patch (Table 8).
+
+    python evaluate.py generate CKPT --prompt TEXT [--suffix TEXT] [--order {left,confident,random}]
+    python evaluate.py reconstruct CKPT [CKPT ...] --data DIR --picture completed.png
+
+Each step asks for tokens under an f, keeps one of the answers, and takes it into the context of the next.
+"""
+
+import functools
+import math
+
+import torch
+from tqdm import tqdm
+
+from images import Patches, load_images, unpatchify, write_png
+from objectives import describe, scores_next
+from tasks.hub import about, open_run
+from util import BadInput, import_optional, positive, table
+
+ORDERS = ("left", "confident", "random")
+
+# ---------------------------------------------------------------------------- text
+
+@torch.no_grad()
+def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, suffix=()):
+    """Continue `prompt`, a list of at least one id, by `count` ids -> list of the new ids.
+
+    temperature  0 takes the most likely token                        top_k  0 for all tokens
+    suffix       ids that follow the new ones, which the model sees where its objective lets it
+    order        None: the objective's own default; or
+        left       from left to right, under the f that gives the next token its whole prefix as context
+        confident  the objective's own steps (`Objective.decoding`): of the tokens asked for, keep the surest
+        random     the same steps, keep any of them: a sample of the any-order mixture
+    A text that outgrows the model's sequence is continued from its last half. BadInput: an order that the
+    objective cannot follow, a gap longer than a sequence.
+    """
+    generator, order = torch.Generator().manual_seed(seed), order or run.objective.generation
+    next_step, S, ids = rule(run, order, suffix), run.settings.length, list(prompt)
+    if suffix and len(prompt) + count + len(suffix) > S:
+        raise BadInput(f"{count} tokens between {len(prompt)} and {len(suffix)} others are more than the "
+                       f"model's {S}; a gap is filled within one sequence")
+
+    def choose(logits):
+        """Scores (n, vocab) of the tokens asked for -> which of them is kept, and its id."""
+        if order == "random":
+            row = torch.rand(len(logits), generator=generator).argmax()
+        else:
+            row = logits.softmax(-1).amax(-1).argmax()
+        scores = logits[row]
+        if top_k:
+            scores = scores.masked_fill(scores < scores.topk(min(top_k, len(scores))).values[-1], -math.inf)
+        if temperature < 1e-6:
+            return row, scores.argmax()
+        return row, torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[0]
+
+    while len(ids) < len(prompt) + count:
+        known = ids if len(ids) < S else ids[-(S // 2):]
+        new = min(S - len(known), len(prompt) + count - len(ids))
+        ids += fill(run, known, new, list(suffix), next_step, choose)
+    return ids[len(prompt):]
+
+
+def fill(run, before, new, after, next_step, choose):
+    """The `new` ids between `before` and `after`, at most a sequence together."""
+    P, given = len(before), len(before) + len(after)
+    tokens = torch.zeros(run.settings.length, dtype=torch.long)    # what stands at a missing one is not read
+    tokens[:P], tokens[P + new:given + new] = torch.tensor(before), torch.tensor(after, dtype=torch.long)
+    known = torch.zeros(given + new, dtype=torch.long)             # 1, 2, .. as they became known; 0 missing
+    known[:P], known[P + new:] = torch.arange(1, P + 1), torch.arange(P + 1, given + 1)
+    for k in tqdm(range(new), unit=" tokens", leave=False, delay=2, mininterval=1):
+        f, targets = next_step(known, given)
+        length = int(f.nonzero()[-1]) + 1
+        inputs = (x[None].to(run.model.query.device) for x in (tokens[:length], f[:length], targets))
+        logits = run.model.logits(run.model(*inputs, run.path)[0]).float().cpu()                  # (n, vocab)
+        if not logits.isfinite().all():
+            raise BadInput(f"{run.name} gives scores that are not finite: its training diverged")
+        row, token = choose(logits)
+        tokens[targets[row]], known[targets[row]] = token, given + k + 1
+    return tokens[P:P + new].tolist()
+
+
+def rule(run, order, suffix):
+    """One step of an order: known (L,), given, as for `Objective.decoding` -> f, the positions asked for."""
+    objective, name = run.objective, describe(run.objective)
+    if order != "left":
+        if objective.decoding(torch.tensor([1, 0]), 1) is None:
+            raise BadInput(f"{name} generates from left to right only; leave out --order {order}")
+
+        def own_step(known, given):
+            f = objective.decoding(known, given)
+            return f, ((f == f.max()) & (known == 0)).nonzero()[:, 0]
+
+        return own_step
+    regimes = objective.left_to_right(run.settings.length, run.path)
+    if regimes is None:
+        raise BadInput(f"{name} was not trained from left to right; use --order confident")
+    if suffix:
+        raise BadInput("from left to right nobody sees a --suffix; use --order confident with it")
+    *_, passes = regimes.values()
+    scored = torch.stack([scores_next(f) for f in passes])                                   # (passes, S)
+
+    def left_step(known, given):
+        p = int((known == 0).nonzero()[0])
+        f = passes[scored[:, p].nonzero()[0, 0]]     # the first pass that gives p its whole prefix
+        # One masked stream may be trained with [MASK]s behind p; for the others nothing behind p matters.
+        return (f if run.path == "mask" else f[:p + 1]), torch.tensor([p])
+
+    return left_step
+
+
+# ---------------------------------------------------------------------------- images
+
+def hidden_patches(count, length, share, seed=0):
+    """Which patches of `count` images are hidden, in raster order -> LongTensor (count, n).
+
+    round(share (S - 1)) of the patches 1..S-1, every subset being equally likely. The first is never hidden:
+    left-to-right objectives do not predict it.
+    """
+    if not 0 < share < 1:
+        raise BadInput(f"--hide {share:g} is not between 0 and 1")
+    n, generator = max(1, round(share * (length - 1))), torch.Generator().manual_seed(seed)
+    return (1 + torch.rand(count, length - 1, generator=generator).argsort(dim=1)[:, :n]).sort(dim=1).values
+
+
+@torch.no_grad()
+def reconstruct(run, patches, hidden):
+    """Predict patches (N, S, values) at `hidden` (N, n), one after another -> a copy with the predictions.
+
+    Each is predicted from what the objective was trained to predict from: `ar` and `dar` from all patches
+    before it, under the f in which it is first of its group; the others from all patches that are known by
+    then. mae's decoder shows [MASK] at the rest, and two streams leave it out (f = 0). What stands at a
+    hidden patch is never read.
+    """
+    model, path, (N, S) = run.model, run.path, patches.shape[:2]
+    patches, hidden = patches.to(model.query.device), hidden.to(model.query.device)
+    row = torch.arange(N, device=patches.device)[:, None]
+    known = torch.ones(N, S, dtype=torch.bool, device=patches.device).scatter(1, hidden, False)
+    filled = patches.masked_fill(~known[..., None], 0)
+    regimes = run.objective.left_to_right(S, path) if run.objective.one_stream != "mask" else None
+    if regimes:
+        *_, passes = regimes.values()
+        first = torch.stack([scores_next(f) for f in passes]).long().argmax(0).to(patches.device)     # (S,)
+        passes = passes.to(patches.device)
+    for target in tqdm(hidden.T[..., None], unit=" patches", leave=False, delay=2, mininterval=1):    # (N, 1)
+        if regimes:
+            groups = passes[first[target[:, 0]]]                                                      # (N, S)
+        else:
+            groups = torch.where(known, 1, 2 if path == "mae" else 0).scatter(1, target, 2)
+        filled[row, target] = model.pixels(model(filled, groups, target, path)).to(filled)
+        known[row, target] = True
+    return filled.cpu()
+
+
+def with_mean(patches, hidden):
+    """The baseline: every hidden patch becomes the mean colour of the image's known patches."""
+    N, S, values = patches.shape
+    known = torch.ones(N, S, dtype=torch.bool).scatter(1, hidden, False)
+    colour = (patches * known[..., None]).sum(1) / known.sum(1, keepdim=True)                # (N, values)
+    colour = colour.view(N, 3, -1).mean(2, keepdim=True).expand(-1, -1, values // 3).reshape(N, 1, values)
+    return torch.where(known[..., None], patches, colour)
+
+
+def measures(config, patches, filled, hidden, perceptual=None):
+    """{name: (N,)} of reconstructions `filled` of `patches` (N, S, values).
+
+    l2     squared error, the mean over the numbers of the hidden patches: the training loss
+    psnr   of the completed image in 0..1, in decibels
+    lpips  of the completed image (Zhang et al. 2018), where `perceptual` is that network
+    """
+    row = torch.arange(len(patches))[:, None]
+    x, y = to_pictures(config, patches), to_pictures(config, filled)
+    results = {"l2": (filled - patches)[row, hidden].square().mean(dim=(1, 2)),
+               "psnr": -10 * (x - y).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()}
+    if perceptual:
+        with torch.no_grad():
+            results["lpips"] = torch.cat([perceptual(a * 2 - 1, b * 2 - 1).flatten()
+                                          for a, b in zip(x.split(100), y.split(100))])
+    return results
+
+
+def to_pictures(config, patches):
+    """Patches (N, S, values) -> images (N, 3, H, W) in 0..1."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))
+    return (unpatchify(patches, config.patch) * std + mean).clamp(0, 1)
+
+
+def complete(source, hidden, fill, rows, perceptual, autocast):
+    """Complete the first images of `source` (Patches), 250 at a time, by fill(patches, hidden).
+    -> means and standard errors of `measures` with the values of each image, the first `rows` pictures."""
+    found, pictures = [], []
+    for start in range(0, len(hidden), 250):
+        part = hidden[start:start + 250]
+        patches = source.batch(start, len(part))
+        with autocast:
+            filled = fill(patches, part)
+        found.append(measures(source.config, patches, filled, part, perceptual))
+        pictures.append(to_pictures(source.config, filled[:max(0, rows - start)]))
+    results = {}
+    for name in found[0]:
+        x = torch.cat([part[name] for part in found])
+        results |= {name: x.mean().item(), f"{name}_stderr": x.std().item() / math.sqrt(len(x)),
+                    f"{name}_of_images": x.tolist()}
+    return results, torch.cat(pictures)
+
+
+# ---------------------------------------------------------------------------- commands
+
+def generate_command(args):
+    run, autocast = open_run(args)
+    if run.tokenizer is None:
+        raise BadInput(f"{run.name} was trained on images; this command writes text")
+    if not 0 <= args.temperature < math.inf or args.top_k < 0:
+        raise BadInput(f"--temperature {args.temperature:g} and --top-k {args.top_k} are not both at least 0")
+    prompt = run.tokenizer.encode(args.prompt).tolist() or [run.tokenizer.separator]
+    suffix, texts = run.tokenizer.encode(args.suffix).tolist(), []
+    for k in range(args.samples):
+        with autocast:
+            ids = generate(run, prompt, args.tokens, args.temperature, args.top_k, args.seed + k, args.order,
+                           suffix)
+        texts.append(run.tokenizer.decode(prompt + ids + suffix))
+        if args.json != "-":
+            print(texts[-1] + "\n")
+    return {"texts": texts}, run
+
+
+def reconstruct_command(args):
+    perceptual = import_optional("lpips").LPIPS(net=args.lpips, verbose=False).eval() if args.lpips else None
+    runs = [open_run(args, checkpoint) for checkpoint in args.checkpoints]
+    first, autocast = runs[0]
+    config, data = first.model.config, args.data or first.settings.data
+    for run, _ in runs:
+        own = run.model.config
+        if run.tokenizer:
+            raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")
+        if (own.size, own.patch) != (config.size, config.patch):
+            raise BadInput(f"{run.name} cuts images of {own.size} pixels into patches of {own.patch}, "
+                           f"{first.name} of {config.size} into {config.patch}: compare those that see alike")
+    images = load_images(data, config.size).val
+    hidden = hidden_patches(min(args.max_images, len(images)), config.length, args.hide, args.seed)
+    source = Patches(images, config, args.seed)
+    results, pictures = complete(source, hidden, with_mean, args.rows, perceptual, autocast)
+    rows = [{"checkpoint": None, "label": "mean colour", **results}]
+    columns = [to_pictures(config, source.batch(0, len(pictures))), pictures]
+    for checkpoint, (run, autocast) in zip(args.checkpoints, runs):
+        label = "untrained " * checkpoint.startswith("untrained:") + f"{describe(run.objective)} ({run.path})"
+        source, fill = Patches(images, run.model.config, args.seed), functools.partial(reconstruct, run)
+        results, pictures = complete(source, hidden, fill, args.rows, perceptual, autocast)
+        rows.append({"checkpoint": checkpoint, "label": label, **about(run), **results})
+        columns.append(pictures)
+    if args.picture:
+        pixels = torch.stack(columns, dim=1).permute(0, 1, 3, 4, 2)               # (rows, columns, H, W, 3)
+        write_png(args.picture, (pixels * 255).round().byte().numpy())
+    if args.json != "-":
+        print(f"{len(hidden):,} validation images of {data}, {hidden.shape[1]} of {config.length} patches "
+              "hidden and predicted one by one, never the first; mean ± standard error over images\n")
+        names = [name for name in ("l2", "psnr", "lpips") if name in results]
+        print(table([["", *names], *([row["label"], *(f"{row[name]:.4f} ± {row[f'{name}_stderr']:.4f}"
+                                                      for name in names)] for row in rows)]))
+        if args.picture:
+            print(f"\n{args.picture}: original, {', '.join(row['label'] for row in rows)}")
+    return {"data": data, "images": len(hidden), "hidden": hidden.shape[1], "patches": config.length,
+            "rows": rows}, None
+
+
+def add_commands(command):
+    """Register `generate` and `reconstruct` with evaluate.py: `command(name, function, text, many)` gives a
+    parser."""
+    sub = command("generate", generate_command, "sample from the model")
+    sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    sub.add_argument("--suffix", default="", help="text behind what is added, for objectives that fill gaps")
+    sub.add_argument("--tokens", type=positive, default=100, help="tokens to add; a text that outgrows "
+                     "the model's sequence goes on from its last half")
+    sub.add_argument("--samples", type=positive, default=1, help="texts, of seeds --seed, --seed + 1, ...")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    sub.add_argument("--top-k", type=int, default=50, help="0 for all")
+    sub.add_argument("--seed", type=int, default=0, help="of every random choice")
+    sub.add_argument("--order", choices=ORDERS, help="left to right, the surest hidden token first, or any "
+                     "of them (default: confident for diffusion, blocks and spans, else left)")
+
+    text = "predict hidden patches one at a time (Table 8)"
+    sub = command("reconstruct", reconstruct_command, text, many=True)
+    sub.add_argument("--data", help="images (default: the validation images of the first checkpoint's data)")
+    sub.add_argument("--hide", type=float, default=0.25, help="share of the patches to hide")
+    sub.add_argument("--max-images", type=positive, default=1000, help="the same for every checkpoint")
+    sub.add_argument("--seed", type=int, default=0, help="of the images and the hidden patches")
+    sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network")
+    sub.add_argument("--rows", type=positive, default=8, help="images in the picture")
+    sub.add_argument("--picture", metavar="FILE", help="original, mean colour, each reconstruction")

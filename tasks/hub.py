@@ -1,0 +1,215 @@
+"""Causal and masked language models of the transformers package behind the interface of model.Transformer.
+
+    python evaluate.py perplexity hf:PATH --data TEXT       PATH: a local folder or a name on the hub
+
+GPT-2 and its like are run as `ar` (causal, one stream), BERT and its like as `mlm 0.15` (masks, one stream),
+so that every command and the whole of left-to-right likelihood (Eq. 2) is the code that our own checkpoints
+go through. As ours, x_1 is given and x_2 .. x_S are scored. Around x the model sees what its tokenizer puts
+around a single text:
+
+    causal   prefix x_1 .. x_S                            prefix: nothing for GPT-2, <s> for Llama
+    masked   [CLS] x_1 .. x_k [MASK] .. [MASK] [SEP]      `truncated` has one [MASK]
+
+Weights are read from safetensors only, and no code that comes with a model is ever run.
+"""
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import cut_at_lines, token_type
+from model import gather_rows
+from objectives import describe
+from run import Run, Settings, choose_autocast, choose_device, load_run
+from util import BadInput, import_optional
+
+# ---------------------------------------------------------------------------- what CKPT names
+
+def open_run(args, checkpoint=None):
+    """The checkpoint (one of several, where a command takes several), device and precision that the arguments
+    name -> Run, autocast context."""
+    name, length = str(checkpoint or args.checkpoint), getattr(args, "length", None)
+    device = choose_device(args.device)
+    if name.startswith("hf:"):
+        run = load_hub_model(name, device, length)
+    elif length is not None:
+        raise BadInput(f"--length {length} is for hf: models; {name} is evaluated at the length of its "
+                       "training")
+    else:
+        run = load_run(name, device)
+    autocast, _ = choose_autocast(device, args.dtype)
+    return run, autocast()
+
+
+def about(run):
+    """What --json says of a checkpoint."""
+    return {"step": run.step, "objective": describe(run.objective), "path": run.path}
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+class HubTokenizer:
+    """A tokenizer of the transformers package as data.py's are used. `vocab` is the number of scores of its
+    model."""
+
+    def __init__(self, tokenizer, name, vocab, causal):
+        self.tokenizer, self.name, self.vocab, self.causal = tokenizer, name, vocab, causal
+        self.mask = tokenizer.mask_token_id
+        self.separator = tokenizer.eos_token_id if causal else tokenizer.sep_token_id
+        # Where there is no tokenizer's file the library makes up one of special tokens alone.
+        if not len(self.encode("a")) or self.separator is None or not causal and self.mask is None:
+            needed = "an end-of-text token" if causal else "[SEP] and [MASK]"
+            raise BadInput(f"{name} has no tokenizer, or one without {needed}; save the tokenizer into the "
+                           "same folder")
+        self.special = self.around("a"), self.around("a", "a")
+        if causal:  # most of them have no layout for a pair
+            self.special = [[self.special[0][0], *[[self.separator]] * n] for n in (1, 2)]
+
+    def around(self, *texts):
+        """The special tokens before, between and behind texts, each of which is "a" -> lists of ids."""
+        text, ids, found = self.encode("a").tolist(), self.tokenizer(*texts)["input_ids"], [[]]
+        while ids:
+            if ids[:len(text)] == text:
+                found.append([])
+                ids = ids[len(text):]
+            else:
+                found[-1].append(ids[0])
+                ids = ids[1:]
+        return found
+
+    def pair(self, a, b=None):
+        """Ids of one text or of two -> ids with the model's special tokens: [CLS] a [SEP] b [SEP] for BERT.
+        For causal models prefix a separator b separator, so that the last token has seen everything."""
+        first, *behind = self.special[b is not None]
+        ids = list(first)
+        for text, special in zip([a] if b is None else [a, b], behind):
+            ids += [*map(int, text), *special]
+        return ids
+
+    def encode(self, text):
+        """str -> array of ids, without special tokens; "[SEP]" written in a text is text."""
+        pieces = list(cut_at_lines(text, 1 << 14))
+        ids = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True,
+                             verbose=False)["input_ids"] if pieces else []
+        return np.fromiter(itertools.chain.from_iterable(ids), dtype=token_type(self.vocab))
+
+    def decode(self, ids):
+        """Ids -> str; each separator becomes an empty line."""
+        parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
+        return "".join("\n\n" if cut else self.tokenizer.decode(list(part)) for cut, part in parts)
+
+    def to_json(self):
+        """Only a name: no token folder of data.py belongs to this tokenizer."""
+        return json.dumps({"kind": "hf", "name": self.name})
+
+
+# ---------------------------------------------------------------------------- model
+
+@dataclass(frozen=True)
+class HubConfig:
+    vocab: int
+    length: int  # most positions, special tokens included
+    width: int   # of what `encode` returns
+
+
+class HubModel(nn.Module):
+    """A model with a language-model head as model.Transformer is used. Features are what enters its output
+    layer."""
+
+    def __init__(self, network, config, tokenizer, headless):
+        super().__init__()
+        self.network, self.config, self.name, self.headless = network, config, tokenizer.name, headless
+        self.causal, self.mask = tokenizer.causal, tokenizer.mask
+        self.prefix, self.suffix = tokenizer.special[0]
+        self.suffix = [] if self.causal else self.suffix
+        self.embedding = network.get_output_embeddings()
+        self.embedding.forward = lambda x: x  # the network's `logits` are now what enters its output layer
+        self.query = self.embedding.weight    # stands for model.Transformer's, which tells callers the device
+
+    def forward(self, tokens, groups, targets, path, cuts=None, blank=None, padded=True, given=None):
+        """As model.Transformer.forward, for the one path that the model was trained for. tokens (B, S)
+        without special tokens -> (B, n, D)."""
+        if self.headless:
+            raise BadInput(f"{self.name} has no trained language-model head, so it predicts nothing; probe "
+                           "or fine-tune it, or give a checkpoint with the head")
+        if path == "mask":
+            tokens = torch.where(groups > 1 if blank is None else blank, self.mask, tokens)
+        before, after = (tokens.new_tensor(x).expand(len(tokens), -1) for x in (self.prefix, self.suffix))
+        attention = F.pad((groups > 0).long(), (len(self.prefix), len(self.suffix)), value=1)
+        x = self.network(input_ids=torch.cat([before, tokens, after], dim=1), attention_mask=attention).logits
+        return gather_rows(x, (targets + len(self.prefix) - int(path == "causal")).clamp(min=0))
+
+    def logits(self, features):
+        """Features (..., D) -> scores (..., vocab)."""
+        return F.linear(features, self.embedding.weight, self.embedding.bias)
+
+    def encode(self, tokens, padding=None, causal=False, every_layer=False):
+        """As model.Transformer.encode, of ids that hold their special tokens already (HubTokenizer.pair)."""
+        if causal != self.causal:
+            raise BadInput(f"{self.name} attends {'causally' if self.causal else 'in both directions'} only; "
+                           f"choose --attention {'causal' if self.causal else 'full'}")
+        attention = torch.ones_like(tokens) if padding is None else (~padding).long()
+        x = self.network.base_model(input_ids=tokens, attention_mask=attention,
+                                    output_hidden_states=every_layer)
+        return [*x.hidden_states[:-1], x.last_hidden_state] if every_layer else x.last_hidden_state
+
+
+# ---------------------------------------------------------------------------- loading
+
+@torch.no_grad()
+def load_hub_model(name, device="cpu", length=None):
+    """hf:FOLDER or hf:NAME as a Run whose sequences are `length` tokens long, or what special tokens leave of
+    the positions that it has (None: 128, as ours)."""
+    network, tokenizer, causal, headless = read_hub_model(name)
+    vocab, config = network.get_output_embeddings().weight.shape[0], network.config.get_text_config()
+    tokenizer = HubTokenizer(tokenizer, name, vocab, causal)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    room = int(min(positions, tokenizer.tokenizer.model_max_length))
+    if length is not None and length > room:
+        raise BadInput(f"--length {length} is more than the {room} tokens that {name} takes at a time")
+    ids = torch.full((2, 8), tokenizer.separator)
+    ids[1, -1] = (tokenizer.separator + 1) % vocab              # one later token changes
+    scores = network(input_ids=ids).logits
+    largest = scores.abs().max().item()
+    if causal and not torch.allclose(scores[0, :-1], scores[1, :-1], atol=1e-5 * largest):
+        raise BadInput(f"{name} is not causal: its scores of a token depend on later ones, so they are no "
+                       "likelihood")
+    model = HubModel(network, HubConfig(vocab, room, config.hidden_size), tokenizer, headless)
+    if not torch.allclose(scores, model.logits(network(input_ids=ids).logits), atol=1e-3 * largest):
+        raise BadInput(f"{name} changes its scores after the output layer; such models are not supported")
+    length = min(length or 128, room - len(model.prefix) - len(model.suffix))
+    settings = Settings(objective="ar" if causal else "mlm", preset="tiny", length=length, data=None)
+    return Run(model.to(device), *settings.task(), tokenizer, settings, 0, name)
+
+
+def read_hub_model(name):
+    """-> (network in evaluation mode, the library's tokenizer, whether it is causal, whether it lacks a
+    trained head)."""
+    transformers, source = import_optional("transformers"), name.removeprefix("hf:")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+        causal = not masked or getattr(config, "is_decoder", False)              # some types can be either
+        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        network, report = kind.from_pretrained(source, trust_remote_code=False, use_safetensors=True,
+                                               output_loading_info=True)
+    except Exception as error:  # noqa: BLE001  whatever stands in that folder, or the network's state
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"{name} cannot be loaded: {reason} (It takes a folder, or a name on the hub, of a "
+                       "causal or masked language model, with config.json, tokenizer and safetensors "
+                       "weights, and without code of its own)") from None
+    missing = [key for key in report["missing_keys"] if key.startswith(network.base_model_prefix + ".")]
+    if missing:
+        raise BadInput(f"{name} lacks weights of its network, such as {missing[0]}")
+    network = network.float().eval()
+    network.config.use_cache = False
+    return network, tokenizer, causal, bool(report["missing_keys"])

@@ -1,0 +1,197 @@
+"""Text in three orders against plain loops and enumeration; what completed images read."""
+
+import itertools
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import WAYS, call, call_json, name_of
+
+import evaluate
+from objectives import from_options, target_nll
+from run import Run, Settings
+from tasks import generate
+from util import BadInput
+
+LEFT_TO_RIGHT = [way for way in WAYS if way[0].left_to_right(8, way[1])]
+
+# ---------------------------------------------------------------------------- text
+
+@pytest.mark.parametrize("prompt, count", [(3, 4), (7, 10), (20, 5)])
+def test_generation_of_any_length(way, make_run, prompt, count):
+    run, ids = make_run(*way), list(range(8)) * 3
+    texts = [generate.generate(run, ids[:prompt], count, temperature=5.0, seed=seed) for seed in (0, 0, 1)]
+    assert all(len(text) == count and all(0 <= i < 11 for i in text) for text in texts)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("way", LEFT_TO_RIGHT, ids=name_of)
+def test_greedy_generation_takes_the_most_likely_token(way, make_run):
+    run, prompt = make_run(*way), [1, 2, 3, 4]
+    for new in range(3):
+        token = generate.generate(run, prompt, 1, temperature=0, order="left")[0]
+        texts = torch.tensor([[*prompt, k] + [0] * (3 - new) for k in range(11)])
+        *_, nll = evaluate.left_to_right(run, texts).values()
+        assert token == nll[:, len(prompt) - 1].argmin()
+        prompt.append(token)
+
+
+def fill_by_hand(run, tokens, blank):
+    """The surest of the blanks again and again, each by a pass of its own."""
+    tokens, blank = torch.tensor([tokens]), list(blank)
+    while blank:
+        f = torch.tensor([[2 if i in blank else 1 for i in range(tokens.shape[1])]])
+        features = run.model(tokens, f, torch.arange(tokens.shape[1])[None], run.path)
+        p = run.model.logits(features)[0].softmax(-1)
+        best = max(blank, key=lambda i: p[i].max())
+        tokens[0, best] = p[best].argmax()
+        blank.remove(best)
+    return tokens[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["mlm", "diffusion"])
+def test_most_confident_first(name, make_run):
+    """Alone, before a suffix, and beyond a sequence: then from the last half of it."""
+    run = make_run(from_options(name), "mask")
+    ours = generate.generate(run, [1, 2, 3], 3, temperature=0, order="confident", suffix=[7, 8])
+    assert ours == fill_by_hand(run, [1, 2, 3, 0, 0, 0, 7, 8], [3, 4, 5])[3:6]
+    first = fill_by_hand(run, [1, 2, 3, 0, 0, 0, 0, 0], range(3, 8))
+    then = fill_by_hand(run, [*first[4:], 0, 0], (4, 5))
+    assert generate.generate(run, [1, 2, 3], 7, temperature=0, order="confident") == first[3:] + then[4:]
+
+
+def test_spans_fill_a_gap_in_order(make_run):
+    run, text = make_run(from_options("spans"), "two-stream"), [1, 2, 0, 0, 0, 7, 8]
+    ours = generate.generate(run, [1, 2], 3, temperature=0, suffix=[7, 8])
+    for k, p in enumerate((2, 3, 4)):
+        f = torch.tensor([[1, 1, *(2 + i if i <= k else 0 for i in range(3)), 1, 1]])
+        features = run.model(torch.tensor([text]), f, torch.tensor([[p]]), "two-stream")
+        text[p] = int(run.model.logits(features).argmax())
+    assert ours == text[2:5]
+
+
+def test_random_order_samples_the_mixture(make_run):
+    """Texts of two tokens against P = E_o P_o by enumeration: chi-squared."""
+    run, V = make_run(from_options("diffusion"), "mask", vocab=3, length=3, layers=2, scale=2.0), 3
+    sequences = torch.tensor([(1, a, b) for a, b in itertools.product(range(V), repeat=2)])
+
+    def probability(f, p):
+        f, p = torch.tensor([f]).expand(9, -1), torch.tensor([[p]]).expand(9, -1)
+        return (-target_nll(run.model, sequences, f, p, "mask")[:, 0].double()).exp()
+
+    left = probability([1, 2, 2], 1) * probability([1, 1, 2], 2)
+    right = probability([1, 2, 2], 2) * probability([1, 2, 1], 1)
+    p, draws, seen = (left + right) / 2, 500, torch.zeros(9)
+    assert draws * ((left - p).square() / p).sum() > 40  # the test would notice the one order alone
+    for seed in range(draws):
+        a, b = generate.generate(run, [1], 2, temperature=1.0, top_k=0, order="random", seed=seed)
+        seen[a * V + b] += 1
+    assert ((seen - draws * p).square() / (draws * p)).sum() < 8 + 5 * math.sqrt(16)
+
+
+def test_orders_that_an_objective_cannot_follow_are_refused(make_run):
+    ar, spans = make_run(from_options("ar"), "causal"), make_run(from_options("spans"), "two-stream")
+    for run, how in ((ar, {"order": "confident"}), (ar, {"suffix": [1]}), (spans, {"order": "left"}),
+                     (spans, {"suffix": [1] * 8})):
+        with pytest.raises(BadInput):
+            generate.generate(run, [1, 2], 3, **how)
+
+
+def test_generate_command(trained):
+    filled = call(f"evaluate.py generate {trained('spans --mask 0.3')} --prompt the --suffix mat. --tokens 5")
+    assert filled.startswith("the") and filled.rstrip("\n").endswith("mat.")
+    line = f"evaluate.py generate {trained('ar')} --samples 2 --tokens 40 --dtype fp32"
+    texts = call_json(line)["texts"]
+    assert len(texts) == 2 and texts[0] != texts[1] and texts == call_json(line)["texts"]
+    line = f"evaluate.py generate {trained('diffusion')} --prompt The --tokens 5 --order random"
+    assert call(line).startswith("The")
+
+
+# ---------------------------------------------------------------------------- images
+
+@pytest.fixture
+def run(image_way, make_image_model):
+    objective, path = image_way
+    return Run(make_image_model(path), objective, path, None, Settings(preset="vit-tiny"), 0, "test")
+
+
+def some_patches(count=3):
+    return torch.randn(count, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_hidden_pixels_are_never_read(run):
+    patches, hidden = some_patches(), generate.hidden_patches(3, 9, 0.5)
+    filled = generate.reconstruct(run, patches, hidden)
+    kept = torch.ones(3, 9, dtype=torch.bool).scatter(1, hidden, False)
+    secret = patches.masked_fill(~kept[..., None], math.nan)
+    assert torch.equal(generate.reconstruct(run, secret, hidden), filled)
+    assert torch.equal(filled[kept], patches[kept]) and not torch.isclose(filled, patches)[~kept].any()
+
+
+def test_each_prediction_has_its_own_context(run):
+    """Which patches the j-th prediction depends on, by changing them one at a time: the known ones, before it
+    where the objective goes from left to right. Earlier predictions pass on what they have seen."""
+    patches, hidden = some_patches(1), generate.hidden_patches(1, 9, 0.4, seed=4)
+    base, gaps, reached = generate.reconstruct(run, patches, hidden), hidden[0].tolist(), {}
+    forward = run.objective.one_stream != "mask" and run.objective.left_to_right(9, run.path) is not None
+    for target in gaps:
+        context = {i for i in range(9) if (i not in gaps or i in reached) and (i < target or not forward)}
+        reached[target] = set().union(*(reached.get(i, {i}) for i in context))
+        for i in set(range(9)) - set(gaps):
+            other = patches.clone()
+            other[0, i] += 1
+            changed = not torch.equal(generate.reconstruct(run, other, hidden)[0, target], base[0, target])
+            assert changed == (i in reached[target]), (target, i)
+
+
+def test_hidden_patches_are_uniform_subsets_without_the_first():
+    hidden = generate.hidden_patches(4000, 5, 0.5)
+    assert hidden.shape == (4000, 2) and hidden.min() == 1 and (hidden[:, 0] < hidden[:, 1]).all()
+    _, counts = hidden.unique(dim=0, return_counts=True)
+    assert len(counts) == 6 and ((counts - 4000 / 6).abs() < 4 * math.sqrt(4000 / 6)).all()
+
+
+def test_measures_and_mean_colour_against_plain_formulas(make_image_model):
+    config = make_image_model("causal").config
+    patches, hidden = some_patches() * 0.3, torch.tensor([[1, 4], [2, 3], [7, 8]])
+    filled = patches.clone()
+    filled[torch.arange(3)[:, None], hidden] += 0.1 * torch.arange(1.0, 4.0)[:, None, None]
+    result = generate.measures(config, patches, filled, hidden)
+    assert torch.allclose(result["l2"], torch.tensor([0.01, 0.04, 0.09], dtype=torch.float64))
+    images = [np.zeros((3, 3, 12, 12)) for _ in range(2)]                      # pixel by pixel, in 0..1
+    for image, source in zip(images, (patches, filled)):
+        for n, s, v in itertools.product(range(3), range(9), range(48)):
+            c, y, x = v // 16, v % 16 // 4, v % 4
+            image[n, c, s // 3 * 4 + y, s % 3 * 4 + x] = min(1, max(0, source[n, s, v].item() * 0.25 + 0.5))
+    error = ((images[0] - images[1]) ** 2).mean((1, 2, 3))
+    assert np.allclose(result["psnr"].numpy(), 10 * np.log10(1 / error))
+    mean = generate.with_mean(patches[:1], torch.tensor([[2, 5]]))
+    for c in range(3):
+        expected = patches[0, [0, 1, 3, 4, 6, 7, 8], 16 * c:16 * (c + 1)].mean()
+        assert torch.allclose(mean[0, [2, 5], 16 * c:16 * (c + 1)], expected)
+
+
+def test_reconstruct_command_with_picture_and_lpips(trained, tmp_path, monkeypatch):
+    """The same hidden patches for every checkpoint; LPIPS by a stand-in for that package."""
+    class Distance(torch.nn.Module):
+        def forward(self, x, y):
+            return (x - y).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda net, verbose: Distance()))
+    run, picture, out = trained("mlm --mask 0.75", data="shapes"), tmp_path / "grid.png", tmp_path / "x.json"
+    text = call(f"evaluate.py reconstruct {run} untrained:{run} --max-images 12 --hide 0.2 --rows 3 "
+                f"--lpips alex --picture {picture} --json {out}")
+    assert "untrained mlm 0.75 (mae)" in text and picture.read_bytes()[:4] == b"\x89PNG"
+    assert 3 * 60 < int.from_bytes(picture.read_bytes()[20:24], "big") < 3 * 75
+    x = json.loads(out.read_text())
+    assert (x["images"], x["hidden"], x["patches"]) == (12, 3, 16)
+    mean, ours, untrained = x["rows"]
+    assert ours["step"] == 20 and untrained["step"] == 0 and ours["l2"] != untrained["l2"]
+    for name in ("l2", "psnr", "lpips"):
+        values = np.array(ours[f"{name}_of_images"])
+        assert ours[name] == pytest.approx(values.mean(), rel=1e-4) and name in mean
+        assert ours[f"{name}_stderr"] == pytest.approx(values.std(ddof=1) / 12 ** 0.5, rel=1e-4)
