@@ -13,6 +13,7 @@ tokenizer.json and manifest.json. Images are named the same way: see images.py.
 import ast
 import functools
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -21,7 +22,6 @@ import os
 import sys
 import sysconfig
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,9 @@ class ByteTokenizer:
         """str -> uint16 array of ids."""
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
 
+    def encode_all(self, texts):
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids):
         """Ids -> str; each separator becomes an empty line."""
         parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
@@ -65,7 +68,13 @@ class TrainedTokenizer:
 
     @classmethod
     def train(cls, kind, vocab, texts):
-        """Train on an iterator of str."""
+        """Train on at most 200 MB of an iterator of str."""
+        pieces, left = [], 200 << 20
+        for piece in itertools.chain.from_iterable(map(cut_at_lines, texts)):
+            pieces.append(piece)
+            left -= len(piece)
+            if left <= 0:
+                break
         lib = import_optional("tokenizers")
         if kind == "wordpiece":
             tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))
@@ -81,14 +90,16 @@ class TrainedTokenizer:
             alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
             trainer = lib.trainers.BpeTrainer(vocab_size=vocab, special_tokens=[SEPARATOR],
                                               show_progress=False, initial_alphabet=alphabet)
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(pieces, trainer)
         return cls(tokenizer)
 
     def encode(self, text):
-        pieces = list(cut_at_lines(text, 1 << 14))  # encoded on all cores
-        encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        ids = itertools.chain.from_iterable(piece.ids for piece in encoded)
-        return np.fromiter(ids, dtype=token_type(self.vocab))
+        return np.concatenate(self.encode_all([*cut_at_lines(text), ""]))
+
+    def encode_all(self, texts):
+        """[str] -> [array of ids], on all cores."""
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(text.ids, token_type(self.vocab)) for text in encoded]
 
     def decode(self, ids):
         parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
@@ -109,7 +120,7 @@ def token_type(vocab):
     return np.uint16 if vocab <= 1 << 16 else np.uint32
 
 
-def cut_at_lines(text, size):
+def cut_at_lines(text, size=1 << 14):
     """Cut a text into pieces of about `size` characters that end at line ends."""
     start = 0
     while start < len(text):
@@ -246,61 +257,62 @@ def load_evaluation(source, tokenizer):
 
 
 def in_memory(source, tokenizer, fraction, max_bytes=None):
-    """A Corpus of which that share (1: all) is for validation: of the documents, or, of few documents, of the
-    tokens, from the end."""
-    share = fraction if fraction == 1 else share_of_documents([source], fraction, max_bytes)
-    ids, size = {False: [], True: []}, Counter()
-    for name, block, count in encoded(source, tokenizer, max_bytes):
-        held = held_out(name, source, share)
-        ids[held].append(block)
-        size[held] += count
-    if not size.total():
-        raise BadInput(f"no text in {source}")
-    empty = np.zeros(0, token_type(tokenizer.vocab))
-    train, val = (np.concatenate([empty, *blocks]) for blocks in ids.values())
-    if not len(val):
-        tail = max(1, round(fraction * len(train)))
-        size[True] = round(size[False] * tail / len(train))
-        train, val = train[:-tail], train[-tail:]
-    return Corpus(source, tokenizer, train, val, max(1, size[True]))
+    """A Corpus of which that share (1: all) is for validation."""
+    train, val = io.BytesIO(), io.BytesIO()
+    counts = write_tokens(train, val, tokenizer, [source], (), fraction, max_bytes)
+    train, val = (np.frombuffer(file.getbuffer(), token_type(tokenizer.vocab)) for file in (train, val))
+    return Corpus(source, tokenizer, train, val, max(1, counts["val"]["bytes"]))
 
 
-def held_out(name, source, share):
-    """Whether a document is for validation: decided by a checksum of its name, of pydoc's modules by that of
-    their package, the same on every machine."""
-    if source == "pydoc" and not name.startswith("topics."):
-        name = name.partition(".")[0]
-    return zlib.crc32(name.encode("utf-8", "surrogateescape")) < share * 2 ** 32
+def split(sources, val, fraction, max_bytes=None):
+    """("train" or "val", text) of each document of the sources, and of those in `val`, all for validation.
 
-
-def share_of_documents(sources, fraction, max_bytes):
-    """The share of the documents that is held out: none if there are fewer than 20."""
+    Without `val` a share of the documents is held out, none if there are fewer than 20: by a checksum of its
+    name, of pydoc's modules by that of their package, so that every machine holds out the same.
+    """
     found = itertools.chain.from_iterable(documents(source, max_bytes) for source in sources)
-    return fraction if len(list(itertools.islice(found, 20))) == 20 else 0
+    few = fraction < 1 and len(list(itertools.islice(found, 20))) < 20
+    limit = 0 if val or few else fraction * 2 ** 32
+    for source in sources:
+        for name, text in documents(source, max_bytes):
+            if source == "pydoc" and not name.startswith("topics."):
+                name = name.partition(".")[0]
+            held = zlib.crc32(name.encode("utf-8", "surrogateescape")) < limit
+            yield "val" if held and text else "train", text
+    for source in val:
+        for _, text in documents(source, max_bytes):
+            yield "val", text
 
 
-def encoded(source, tokenizer, max_bytes=None):
-    """(document's name, its next token ids, bytes of text behind these); a separator closes each document."""
+def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_bytes=None):
+    """Write the token ids of all documents, each closed by a separator, to two binary files.
+
+    If no document is for validation, that share of the tokens is, from the end.
+    Returns {side: {"tokens": .., "bytes": of the text}}.
+    """
     separator = np.array([tokenizer.separator], token_type(tokenizer.vocab))
-    if source.startswith("hf:") and max_bytes is None:
-        rows = hub_rows(source, streaming=False)
-        cores = os.cpu_count() if len(rows) > 10_000 else None
-        rows = rows.map(encode_rows, batched=True, num_proc=cores, remove_columns=rows.column_names,
-                        fn_kwargs={"tokenizer": tokenizer.to_json()}).with_format("numpy")
-        for k, row in enumerate(rows):
-            yield str(k), np.append(row["ids"], separator).astype(separator.dtype), int(row["bytes"])
-        return
-    for name, text in documents(source, max_bytes):
-        for block in cut_at_lines(text, 1 << 20):
-            yield name, tokenizer.encode(block), byte_count(block)
-        yield name, separator, 0
-
-
-def encode_rows(rows, tokenizer):
-    """What `datasets` maps over batches of rows, and caches."""
-    tokenizer = tokenizer_from_json(tokenizer)
-    return {"ids": [tokenizer.encode(text) for text in rows["text"]],
-            "bytes": [byte_count(text) for text in rows["text"]]}
+    files, size = {"train": train, "val": val}, {"train": 0, "val": 0}
+    pieces = ((side, piece) for side, text in split(sources, val_sources, fraction, max_bytes)
+              for piece in (*cut_at_lines(text), None))
+    with tqdm(desc="tokenizing", unit=" bytes", unit_scale=True, delay=5, mininterval=10) as bar:
+        while batch := list(itertools.islice(pieces, 256)):
+            encoded = tokenizer.encode_all([piece or "" for _, piece in batch])
+            for (side, piece), ids in zip(batch, encoded):
+                files[side].write((separator if piece is None else ids).tobytes())
+                size[side] += byte_count(piece or "")
+            bar.update(size["train"] + size["val"] - bar.n)
+    if not size["train"] and fraction < 1 or not size["train"] + size["val"]:
+        raise BadInput(f"no text in {', '.join(sources)}")
+    if not size["val"]:
+        tokens = train.tell() // separator.itemsize
+        tail = max(1, round(fraction * tokens))
+        start = train.seek((tokens - tail) * separator.itemsize)
+        val.write(train.read())
+        train.truncate(start)
+        size["val"] = round(size["train"] * tail / tokens)
+        size["train"] -= size["val"]
+    return {side: {"tokens": file.seek(0, os.SEEK_END) // separator.itemsize, "bytes": size[side]}
+            for side, file in files.items()}
 
 
 # ---------------------------------------------------------------------------- sequences
@@ -345,55 +357,25 @@ def prefetch(draw, steps):
 # ---------------------------------------------------------------------------- token folders
 
 def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None):
-    """Write a token folder, document by document -> its manifest.
+    """Write a token folder -> its manifest.
 
-    tokenizer     byte, or wordpiece or bpe, trained on at most 200 MB of the text for training
-    val           sources for validation; without them a share of the others is, as of in_memory
+    tokenizer     byte, or wordpiece or bpe, which are trained on the text for training
+    val           sources for validation; without them a share of the others is
     max_bytes     of text that is read of each source
     """
     with new_folder(out, (*sources, *val)) as folder:
         kind, tokenizer = tokenizer, ByteTokenizer()
-        share = 0 if val else share_of_documents(sources, val_fraction, max_bytes)
         if kind != tokenizer.kind:
-            texts = (text for source in sources for name, text in documents(source, max_bytes)
-                     if not held_out(name, source, share))
-            tokenizer = TrainedTokenizer.train(kind, vocab, up_to(texts, 200 << 20))
-        tokens, size, dtype = Counter(), Counter(), token_type(tokenizer.vocab)
-        with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val_file, \
-                tqdm(desc="tokenizing", unit=" bytes", unit_scale=True, mininterval=10) as bar:
-            for source, part in [(source, share) for source in sources] + [(source, 1) for source in val]:
-                for name, ids, count in encoded(source, tokenizer, max_bytes):
-                    held = held_out(name, source, part)
-                    ids.tofile(val_file if held else train)
-                    tokens[held] += len(ids)
-                    size[held] += count
-                    bar.update(count)
-        if not size[False]:
-            raise BadInput(f"no text for training in {', '.join(sources)}")
-        if not tokens[True]:  # of few documents the last tokens move to val.bin
-            ids = np.memmap(folder / "train.bin", dtype, "r")
-            tail = max(1, round(val_fraction * len(ids)))
-            ids[-tail:].tofile(folder / "val.bin")
-            os.truncate(folder / "train.bin", (len(ids) - tail) * ids.itemsize)
-            tokens[False], tokens[True] = len(ids) - tail, tail
-            size[True] = round(size[False] * tail / len(ids))
-            size[False] -= size[True]
-        manifest = {"format": 1, "tokenizer": kind, "vocab": tokenizer.vocab, "dtype": dtype.__name__,
-                    "sources": sources, "val_sources": val,
-                    "train": {"tokens": tokens[False], "bytes": size[False]},
-                    "val": {"tokens": tokens[True], "bytes": size[True]}}
+            found = split(sources, val, val_fraction, max_bytes)
+            tokenizer = TrainedTokenizer.train(kind, vocab, (text for side, text in found if side == "train"))
+        with open(folder / "train.bin", "w+b") as train, open(folder / "val.bin", "w+b") as val_file:
+            counts = write_tokens(train, val_file, tokenizer, sources, val, val_fraction, max_bytes)
+        manifest = {"format": 1, "tokenizer": kind, "vocab": tokenizer.vocab,
+                    "dtype": token_type(tokenizer.vocab).__name__, "sources": sources, "val_sources": val,
+                    **counts}
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return manifest
-
-
-def up_to(texts, size):
-    """Pieces of the texts, until that many characters."""
-    for piece in itertools.chain.from_iterable(cut_at_lines(text, 1 << 14) for text in texts):
-        if size <= 0:
-            return
-        size -= len(piece)
-        yield piece
 
 
 def open_tokens(folder):

@@ -75,7 +75,7 @@ def is_images(source):
 def load_images(source, size=None):
     """What --data names as Images of size x size pixels; None: files 224, others the size they have.
 
-    BadInput: no images, a damaged file, prepared or CIFAR images of another size, too many for memory.
+    BadInput: no images, a damaged file, prepared images of another size, too many for memory.
     """
     root = Path(source)
     if source == "shapes":
@@ -85,13 +85,11 @@ def load_images(source, size=None):
         return open_images(root, size)
     else:
         classes, own, sides = find_images(root)
-        size, prepare = size or own, f"python data.py images {root} --size {size or own} --out DIR"
-        if cifar_files(root) and size != own:
-            raise BadInput(f"{root} holds images of {own} x {own} pixels; for another size: {prepare}")
+        size = size or own
         total = sum(len(labels) for _, labels in sides.values()) * size * size * 3
         if total > IN_MEMORY:
             raise BadInput(f"{root} holds {total / 1e9:.1f} GB of pixels, too many for memory; prepare them "
-                           f"once and give that folder: {prepare}")
+                           f"once and give that folder: python data.py images {root} --size {size} --out DIR")
         train, val = (ImageSet(np.concatenate([*decoded(found, size)]), labels)
                       for found, labels in sides.values())
     counts = sum(map(channel_histogram, np.array_split(train.images, 1 + len(train) // 1000)))

@@ -83,9 +83,10 @@ def test_cifar_directly_and_prepared(tmp_path, hundred):
         assert np.allclose(found.std, expected[0][0].std(axis=(0, 1, 2)) / 255)
         for part, (pixels, labels) in zip((found.train, found.val), expected):
             assert np.array_equal(part.images, pixels) and np.array_equal(part.labels, labels)
-        with pytest.raises(BadInput, match="32 x 32 pixels.* --size 64 "):
-            load_images(str(source), 64)
     assert isinstance(found.train.images, np.memmap)
+    assert load_images(str(raw), 48).val.images.shape == (4, 48, 48, 3)
+    with pytest.raises(BadInput, match="32 x 32 pixels.* --size 64 "):
+        load_images(str(out), 64)
     (raw / ("test.bin" if hundred else "test_batch.bin")).write_bytes(bytes(5000))
     with pytest.raises(BadInput, match="not whole"):
         load_images(str(raw))
