@@ -12,9 +12,7 @@ import copy
 import itertools
 import math
 import statistics
-import time
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +26,7 @@ from objectives import describe
 from run import warmup_cosine
 from tasks import glue, probe
 from tasks.hub import open_run
-from util import BadInput, positive, table, write_json
+from util import BadInput, positive, table
 
 # ---------------------------------------------------------------------------- protocols
 
@@ -78,9 +76,6 @@ def protocol_of(args, run):
     protocol = Protocol(**{**usual, **given, "attention": attention, "pool": pool})
     if not 0 < protocol.lr < math.inf:
         raise BadInput(f"--lr {protocol.lr:g} is not a positive number")
-    for name in ("layer_decay", "drop_path", "smoothing"):
-        if not 0 <= getattr(protocol, name) <= 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(protocol, name):g} is not in 0..1")
     return protocol
 
 
@@ -142,12 +137,12 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------- the loop
 
 def optimise(model, batches, loss, steps, protocol, autocast, title):
-    """Train on batches(epoch), pairs (Inputs, targets), `steps` of them in all -> figures of the run."""
+    """Train on batches(epoch), pairs (Inputs, targets), `steps` in all -> the last epoch's mean loss."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.groups(), betas=(0.9, protocol.beta2), eps=protocol.eps,
                                   fused=device.type in ("cuda", "cpu"))
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, examples, start = 0, 0, time.perf_counter()
+    step = 0
     model.train()
     with tqdm(total=steps, desc=title, unit=" steps", leave=False, mininterval=1) as bar:
         for epoch in range(protocol.epochs):
@@ -165,15 +160,14 @@ def optimise(model, batches, loss, steps, protocol, autocast, title):
                 nn.utils.clip_grad_norm_(model.parameters(), protocol.clip or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
-                step, examples = step + 1, examples + n
+                step += 1
                 bar.update()
             mean_loss = running.item() / (step - first)
             if not math.isfinite(mean_loss):
                 raise BadInput(f"the loss is {mean_loss} in epoch {epoch + 1}; try a smaller --lr than "
                                f"{protocol.lr:g}")
             bar.set_postfix_str(f"loss {mean_loss:.3f}")
-    seconds = time.perf_counter() - start
-    return {"train_loss": mean_loss, "seconds": seconds, "examples_per_second": examples / seconds}
+    return mean_loss
 
 
 @torch.no_grad()
@@ -220,7 +214,7 @@ def image_training(run, images, classes, protocol, seed, mix_seed):
 
 
 def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLAIN, title=""):
-    """Fine-tune a copy of run.model -> a function of prepared data to class numbers or scores (N,); figures.
+    """Fine-tune a copy of run.model -> a function of prepared data to class numbers or scores (N,); the loss.
 
     prepared  what probe.prepare makes of a part
     labels    class numbers (N,), or where `classes` is None scores (N,), learned in units of their deviation
@@ -255,29 +249,25 @@ def fine_tune_seeds(run, data, protocol, seeds, autocast, tests=None):
     parts, labels and predictions; and of each seed its predictions on `tests` {name: prepared}."""
     train = probe.prepare(run, data.train)
     dev = {suffix: probe.prepare(run, part) for suffix, part in data.dev.items()}
-    every, predicted, submitted = [], {suffix: [] for suffix in dev}, []
+    losses, predicted, submitted = [], {suffix: [] for suffix in dev}, []
     for seed in range(seeds):
-        predict, figures = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
-                                     f"{data.name} seed {seed}")
-        every.append(figures)
+        predict, loss = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
+                                  f"{data.name} seed {seed}")
+        losses.append({"train_loss": loss})
         submitted.append({name: predict(prepared) for name, prepared in (tests or {}).items()})
         for suffix, prepared in dev.items():
             predicted[suffix].append(predict(prepared))
-    results = {"train": len(train), "dev": sum(map(len, dev.values())), "figures": every}
+    results = {"train": len(train), "dev": sum(map(len, dev.values())), "figures": losses}
     for suffix, part in data.dev.items():
         for metric in data.metrics:
-            scores = [glue.METRICS[metric](found, part.labels) for found in predicted[suffix]]
-            results[metric + suffix] = over_seeds(scores)
+            values = [glue.METRICS[metric](found, part.labels) for found in predicted[suffix]]
+            results[metric + suffix] = {
+                "seeds": values, "mean": statistics.fmean(values), "median": statistics.median(values),
+                "std": statistics.stdev(values) if len(values) > 1 else None}
         results |= {"labels" + suffix: part.labels, "predictions" + suffix: predicted[suffix]}
         if data.classes is not None:
             results["correct" + suffix] = [(found == part.labels).astype(int) for found in predicted[suffix]]
     return results, submitted
-
-
-def over_seeds(values):
-    """Seeds summed up. The standard deviation is that of a sample; None for one seed."""
-    return {"seeds": values, "mean": statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else None, "median": statistics.median(values)}
 
 
 # ---------------------------------------------------------------------------- commands
@@ -310,44 +300,35 @@ def glue_command(args):
         raise BadInput(f"{run.name} was trained on images, and GLUE is text; probe and finetune take images")
     protocol, tasks = protocol_of(args, run), glue.choose_tasks(args.tasks, args.submit)
     glue.check_files(args.glue_dir, tasks, args.submit)
-    done, files = {}, []
-    partial = f"{args.json}.partial" if args.json not in (None, "-") else None  # outlives a kill
+    done, submissions = {}, [{} for _ in range(args.seeds)]
     for name in (task for task in tasks if task != "ax"):
         data = glue.glue_dataset(args.glue_dir, name)
-        data = replace(data, train=data.train.at_most(args.max_train))
+        data = replace(data, train=probe.at_most(data.train, args.max_train))
         by_this = ([name, "ax"] if name == "mnli" and "ax" in tasks else [name]) if args.submit else []
         task_of = {file: (task, test) for task in by_this for file, test in glue.server_files(task).items()}
         tests = {file: probe.prepare(run, glue.test_part(args.glue_dir, *of)) for file, of in task_of.items()}
         done[name], predictions = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
-        for seed, found in enumerate(predictions):
-            for file, predicted in found.items():
-                glue.write_predictions(Path(args.submit, f"seed{seed}", file), task_of[file][0], predicted)
-        files += tests
+        for files, found in zip(submissions, predictions):
+            files |= {file: glue.prediction_file(task_of[file][0], x) for file, x in found.items()}
         if args.json != "-":
             print_scores(glue.TASKS[name].folder, done[name])
-        row = glue.table2_row(done)
-        results = {"split": "dev", "tasks": done, "table2": row,
-                   "average": statistics.fmean(row.values()) if row else None}
-        write_json(partial, {"protocol": asdict(protocol), "results": results})
-    if args.submit:
-        results["submissions"] = [glue.pack(f"{args.submit}/seed{k}", files) for k in range(args.seeds)]
-        wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
-        results["not_in_submission"] = [file for file in wanted if file not in files]
-    if args.json != "-":
-        print_glue(run, results)
-    if partial:
-        Path(partial).unlink()
-    return {"protocol": asdict(protocol), "results": results}, run
-
-
-def print_glue(run, results):
-    row = results["table2"]
-    if row:
+    row = glue.table2_row(done)
+    results = {"split": "dev", "tasks": done, "table2": row,
+               "average": statistics.fmean(row.values()) if row else None}
+    if args.json != "-" and row:
         print(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's 9")
         cells = {**row, "mean": results["average"]}
         print(table([["", *cells], ["dev", *(f"{100 * score:.1f}" for score in cells.values())]]))
-    for path in results.get("submissions", []):
-        print(f"for the GLUE server: {path}, without {', '.join(results['not_in_submission']) or 'a gap'}")
+    if args.submit:
+        paths = [f"{args.submit}/seed{seed}.zip" for seed in range(args.seeds)]
+        for path, files in zip(paths, submissions):
+            glue.pack(path, files)
+        wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
+        missing = [file for file in wanted if file not in submissions[0]]
+        results |= {"submissions": paths, "not_in_submission": missing}
+        if args.json != "-":
+            print(f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
+    return {"protocol": asdict(protocol), "results": results}, run
 
 
 def layer_number(text):
@@ -362,13 +343,6 @@ COMMANDS = {
     "glue": (glue_command, "fine-tune on the GLUE tasks and score their dev parts (Table 2)")}
 DATA = ("text: a .tsv, .csv or .jsonl file with columns text, label and maybe text_b; a GLUE task; pydoc; "
         "images: as for train.py")
-IMAGE_OPTIONS = {
-    "layer-decay": "rate of a layer as a share of the next one's (default: 0.65)",
-    "drop-path": "share of samples that skip the last block (default: 0.1)",
-    "mixup": "Beta parameter of mixup, 0 for none (default: 0.8; vit-tiny 0)",
-    "cutmix": "that of CutMix (default: 1; vit-tiny 0)",
-    "smoothing": "of the labels (default: 0.1; vit-tiny 0)",
-    "weight-decay": "of AdamW, on matrices (default: 0.05)"}
 
 
 def add_commands(command):
@@ -404,5 +378,3 @@ def add_commands(command):
                                      "5e-4 x batch/256, vit-tiny 2e-3 x batch/256)")
         if name == "finetune":
             add("--regression", action="store_true", help="labels are scores (default: if fractions)")
-            for flag, what in IMAGE_OPTIONS.items():
-                add(f"--{flag}", type=float, help=f"images: {what}")

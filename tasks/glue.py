@@ -71,12 +71,6 @@ class Part(NamedTuple):
     def only(self, rows):
         return Part([self.texts[i] for i in rows], self.labels[rows])
 
-    def at_most(self, count):
-        """A random choice, the same for everyone, where there are more; None: all."""
-        if count is None or count >= len(self.texts):
-            return self
-        return self.only(np.sort(np.random.default_rng(0).permutation(len(self.texts))[:count]))
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -340,21 +334,19 @@ def test_part(glue_dir, name, file):
     return Part(*read_texts(find_file(glue_dir, name, file), TASKS[name].text))
 
 
-def write_predictions(path, name, predicted):
-    """Write class numbers (N,) or scores (N,) for a test part of a task as the GLUE server expects them."""
+def prediction_file(name, predicted):
+    """Class numbers (N,) or scores (N,) of a test part -> the file that the GLUE server expects."""
     labels = TASKS[name].labels
     cells = [f"{min(max(x, 0), 5):.3f}" if labels is None else labels[x] for x in predicted]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells))]
-    path.write_text("\n".join(lines) + "\n", newline="\n")
+    return "\n".join(["index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells)), ""])
 
 
-def pack(folder, files):
-    """Zip these files of a folder without its name, DIR/seed0 -> DIR/seed0.zip; returns that path."""
-    with zipfile.ZipFile(f"{folder}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in files:
-            archive.write(Path(folder, name), name)
-    return f"{folder}.zip"
+def pack(path, files):
+    """Write a submission, {name: text}, as a zip file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
 
 
 # ---------------------------------------------------------------------------- who wrote this?

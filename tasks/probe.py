@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import prefetch
-from images import Patches, load_images
+from images import ImageSet, Patches, load_images
 from objectives import describe
 from run import warmup_cosine
-from tasks.glue import TASKS, Dataset, Part, glue_dataset, label_subset, pydoc_dataset, table_dataset
+from tasks.glue import TASKS, Dataset, glue_dataset, label_subset, pydoc_dataset, table_dataset
 from tasks.hub import open_run
 from util import BadInput, table
 
@@ -38,13 +38,6 @@ FEW = 1000  # examples; with fewer, the strength is chosen on each fifth in turn
 
 def labelled_data(args, run, source=None, seed=0):
     """The labelled texts or images that the options describe, few of them if asked for -> Dataset."""
-    def at_most(part, count):  # of images about that many, of every class alike
-        if count is None or count >= len(part.labels):
-            return part
-        if isinstance(part, Part):
-            return part.at_most(count)
-        return part.only(label_subset(part.labels, count / len(part.labels)))
-
     if run.tokenizer is None:
         source = source or run.settings.data
         try:
@@ -64,6 +57,16 @@ def labelled_data(args, run, source=None, seed=0):
     chosen = label_subset(data.train.labels, args.label_fraction, args.labels_per_class, seed)
     return replace(data, train=at_most(data.train.only(chosen), args.max_train),
                    dev={suffix: at_most(part, args.max_test) for suffix, part in data.dev.items()})
+
+
+def at_most(part, count):
+    """`count` random texts, the same for everyone; about so many images, of each class alike. None: all."""
+    total = len(part.labels)
+    if count is None or count >= total:
+        return part
+    if isinstance(part, ImageSet):
+        return part.only(label_subset(part.labels, count / total))
+    return part.only(np.sort(np.random.default_rng(0).permutation(total)[:count]))
 
 
 # ---------------------------------------------------------------------------- batches of texts and images
@@ -328,8 +331,6 @@ def transfer_command(args):
                      "size": run.model.config.size, **last})
     mean = sum(row["accuracy"] for row in sets) / len(sets)
     if args.json != "-":
-        print(f"{run.name}: {describe(run.objective)}, linear probes, {found['pool']} pooling, "
-              f"{found['attention']} attention\n")
         rows = [[row["data"], str(row["classes"]), f"{row['train']:,}", f"{100 * row['majority']:.1f}",
                  percent(row)] for row in sets]
         print(table([["", "classes", "training", "largest class", "accuracy, %"], *rows,

@@ -35,7 +35,7 @@ def texts(run, count, longest=7):
 
 def loss_of(run, prepared, labels, seed=0, **changes):
     protocol = dataclasses.replace(QUICK, epochs=2, **changes)
-    return finetune.fine_tune(run, prepared, labels, range(3), protocol, seed)[1]["train_loss"]
+    return finetune.fine_tune(run, prepared, labels, range(3), protocol, seed)[1]
 
 
 # ---------------------------------------------------------------------------- text
@@ -46,9 +46,9 @@ def test_fine_tuning_learns_classes_on_a_copy(run, attention, pool):
     labels = np.array([2 if "a" in text else int("e" in text) for text in words])
     before = [parameter.clone() for parameter in run.model.parameters()]
     protocol = dataclasses.replace(QUICK, attention=attention, pool=pool, epochs=8)
-    predict, figures = finetune.fine_tune(run, prepared, labels, range(3), protocol, 0)
+    predict, loss = finetune.fine_tune(run, prepared, labels, range(3), protocol, 0)
     assert np.bincount(labels).max() < 100 and np.mean(predict(prepared) == labels) > 0.85
-    assert figures["train_loss"] < 0.7 and all(map(torch.equal, before, run.model.parameters()))
+    assert loss < 0.7 and all(map(torch.equal, before, run.model.parameters()))
     assert all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
@@ -103,8 +103,8 @@ def test_fine_tuning_of_images_learns_with_mixing():
 
     def tune(seed=0, **changes):
         changed = dataclasses.replace(protocol, **changes)
-        predict, figures = finetune.fine_tune(run, train, train.labels, "abc", changed, seed)
-        return np.mean(predict(val) == val.labels), figures["train_loss"]
+        predict, loss = finetune.fine_tune(run, train, train.labels, "abc", changed, seed)
+        return np.mean(predict(val) == val.labels), loss
 
     accuracy, loss = tune()
     assert accuracy > 0.9 and tune(lr=1e-9, epochs=1)[0] < 0.7
@@ -172,7 +172,7 @@ def test_finetune_of_text_and_few_labels(trained, reviews, tmp_path):
 
 def test_finetune_of_images(trained):
     run = trained("ar --streams 2", data="shapes")
-    found = call_json(f"evaluate.py finetune {run} --data shapes --epochs 1 "
-                      "--max-train 96 --max-test 48 --batch-size 16 --mixup 0.8")
+    found = call_json(f"evaluate.py finetune {run} --data shapes --epochs 1 --max-train 96 --max-test 48 "
+                      "--batch-size 16")
     assert found["protocol"]["lr"] == 2e-3 * 16 / 256 and found["protocol"]["attention"] == "causal"
     assert found["results"]["train"] == 96 and len(found["results"]["correct"][0]) == found["results"]["dev"]
