@@ -1,40 +1,247 @@
-"""Columns of the tables: which stages a number comes from, and how it is read from what they wrote."""
+"""Stages and columns: the command lines that numbers come from, and how these are read from what they write.
 
-import importlib.util
+A stage is one command line of this project. Its run folder, data folder or JSON file is named by a checksum
+of that line, so that tables share stages and nothing is computed twice. A column of a table says which
+command measures a model, and which of the numbers that it writes count.
+"""
+
+import hashlib
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from downstream import glue
-from experiments.authors import novels_of
-from experiments.stages import Model, evaluation, parsed, pretrain, source
-from experiments.verdicts import Cell, cell_of
+from experiments.verdicts import Cell, mean_cell
 from objectives import OBJECTIVES
+from run import PRESETS
+from tasks import glue
 
-# the paper's, Table 6
-NINE = ("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food101", "pets")
+# ---------------------------------------------------------------------------- budgets
 
-PASSAGES = 80  # in the dev part, of one novel of every author; 64 for training: see authors.py
-FEW_LABELS = f"--train 64 --dev {PASSAGES}"
+FEWER = 6.7  # 1/0.15: with so many times fewer tokens a loss at every token has as many targets
+PAPER_TEXT = "hf:monology/pile-uncopyrighted"  # the Pile itself is no longer distributed
+
+# All models of one kind, text or images, get the same flags, the same data and the same budget.
+#   seeds             pretraining runs of each model
+#   tokens, epochs    what a text model reads, and passes over the images; None: the preset's
+#   curve             shares of the epochs after which `dose` probes, each a training of its own
+#   prepare, train    {kind of data: flags of data.py, of train.py}
+#   evaluate          {command, or command and kind: flags of evaluate.py}
+SCALES = {
+    "smoke": {
+        "about": "two cores, minutes, nothing downloaded; the numbers mean nothing",
+        "seeds": 2, "tokens": 10_240, "epochs": 0.08, "curve": (1,), "prepare": {},
+        "train": {"text": "--preset tiny --length 32 --batch-size 8",
+                  "images": "--preset vit-tiny --batch-size 16"},
+        "evaluate": {"perplexity": "--max-sequences 16", "connectivity": "--features 500 --top 2000",
+                     "probe": "--max-train 300 --max-test 300", "reconstruct": "--max-images 20",
+                     "finetune": "--epochs 1 --max-train 300 --max-test 300",
+                     "transfer": "--max-train 300 --max-test 300"}},
+    "cpu": {
+        "about": "4 layers x 128; texts of 128 tokens (WordPiece, 1,024 words), perplexity on 64 of them, "
+                 "probes on at most 5,000; images of 32 x 32 in 16 patches, probes and fine-tuning on "
+                 "10,000, L2 on 200",
+        "seeds": 3, "tokens": 1_500_000, "epochs": 4, "curve": (0.25, 1),
+        "prepare": {"text": "--tokenizer wordpiece --vocab 1024", "images": "--size 32"},
+        "train": {"text": "--preset tiny --batch-size 16 --optimizer muon",
+                  "images": "--preset vit-tiny --patch 8 --batch-size 64 --optimizer muon --lr 4e-3"},
+        "evaluate": {"perplexity": "--max-sequences 64", "probe text": "--pool mean --max-train 5000",
+                     "probe images": "--max-train 10000", "finetune": "--epochs 8 --max-train 10000",
+                     "reconstruct": "--max-images 200", "transfer": "--max-train 10000",
+                     "glue": "--seeds 1 --epochs 3 --max-train 5000 --pool mean"}},
+    "gpu": {
+        "about": "8 layers x 512 for text and 12 x 384 for images of 32 x 32; one H100 or H200",
+        "seeds": 3, "tokens": 4e8, "epochs": 100, "curve": (0.1, 0.2, 0.5, 1),
+        "prepare": {"text": "--tokenizer wordpiece --vocab 8192", "images": "--size 32"},
+        "train": {"text": "--preset small",
+                  "images": "--preset vit-small --size 32 --patch 4 --batch-size 1024 --lr 2e-3"},
+        "evaluate": {"perplexity": "--max-sequences 1024", "probe text": "--pool mean",
+                     "finetune": "--epochs 50", "reconstruct": "--max-images 10000",
+                     "glue": "--seeds 1 --max-train 60000"}},
+    "paper": {
+        "about": "the paper's settings",
+        "seeds": 1, "tokens": None, "epochs": None, "curve": (1,),
+        "prepare": {"text": "--tokenizer wordpiece --vocab 32768 --val-fraction 0.001 "
+                            "--max-bytes 330000000000",
+                    "images": "--size 224", "images100": "--size 224"},
+        "train": {"text": "--preset paper", "images": "--preset vit-base", "images100": "--preset vit-small"},
+        "evaluate": {"perplexity": "--max-sequences 4096", "probe images": "--classifier sgd",
+                     "finetune": "--batch-size 4096", "reconstruct": "--max-images 50000 --lpips alex",
+                     "glue": "--seeds 3"}}}
+
+
+# ---------------------------------------------------------------------------- stages
+
+@dataclass(frozen=True)
+class Stage:
+    """One command line, where its result goes, and what has to be there first."""
+
+    argv: tuple        # the program or module and its arguments, without those that name the result
+    out: Path          # run folder, data folder or JSON file
+    needs: tuple = ()  # stages
+
+    def line(self):
+        """The whole line."""
+        flags = {"train.py": ("--no-report", "--out"), "data.py": ("--out",), "tasks.glue": ("--out",)}
+        return (*self.argv, *flags.get(self.argv[0], ("--json",)), str(self.out))
+
+    def beside(self, suffix):
+        """The file .done, which says that this stage is done and what it took, or .log, what it printed."""
+        return self.out.with_name(self.out.name + suffix)
+
+    def done(self):
+        return self.out.exists() and self.beside(".done").exists()
+
+    def result(self):
+        return json.loads(self.out.read_text())
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A column.
+class Place:
+    """Where the stages of a scale read and write."""
 
-    stages(place, model, seed) -> the stages of one cell, () where there is none;  read(model, *what they
-    wrote) -> Cell
-    """
+    name: str
+    data: Path
+    work: Path
+    scale: dict
 
-    stages: Callable = None
-    read: Callable = None
-    lower: bool = False       # better
+    def stage(self, title, argv, *needs, suffix=".json", plot=None):
+        """A Stage whose result is named by its command line. `plot` is the flag for a picture beside it."""
+        line = shlex.join(argv).replace(str(self.work), "WORK")
+        path = self.work / f"{title}-{hashlib.sha1(line.encode()).hexdigest()[:8]}"
+        argv = (*argv, plot, f"{path}.png") if plot else tuple(argv)
+        return Stage(argv, path.with_name(path.name + suffix), needs)
+
+
+def with_needs(stages):
+    """These stages and all that they need, each once, in an order in which they can run."""
+    found = {}
+    for stage in stages:
+        for one in (*with_needs(stage.needs), stage):
+            found.setdefault(one.out, one)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of a table: a trained model, or what is measured in its place."""
+
+    flags: str           # of the objective, such as "mlm --mask 0.15"; or hf:NAME, a public model
+    kind: str = "text"   # of its data: text, images or images100
+    budget: float = 1    # what its budget is multiplied with
+    instead: str = None  # untrained; or no network at all: pixels, counts (of tokens and of classes)
+
+    def __str__(self):
+        budget = f" x{self.budget:g}" if self.budget != 1 else ""
+        return self.flags if self.hub else f"{self.instead or ''} {self.kind}{budget}: {self.flags}".strip()
+
+    @property
+    def hub(self):
+        return self.flags.startswith("hf:")
+
+    @property
+    def attention(self):
+        """causal or full: what its network is probed with unless --attention says otherwise."""
+        return OBJECTIVES[self.flags.split()[0]].attention
+
+
+def source(place, kind):
+    """(what --data is for this kind of data, the stages that make it)."""
+    if place.name == "smoke":
+        return ("pydoc" if kind == "text" else "shapes"), ()
+    raw = PAPER_TEXT if (place.name, kind) == ("paper", "text") else str(place.data / kind)
+    if Path(raw, "manifest.json").exists():  # prepared by data.py
+        return raw, ()
+    argv = "data.py", kind.removesuffix("100"), raw, *place.scale["prepare"][kind].split()
+    stage = place.stage(f"data-{kind}", argv, suffix="")
+    return str(stage.out), (stage,)
+
+
+def budget_of(place, model, flags):
+    """The flags of train.py that say how long a model trains; () for the budget of its preset."""
+    given = dict(zip(flags[::2], flags[1::2]))
+    preset = PRESETS[given["--preset"]]
+    tokens, epochs = place.scale["tokens"], place.scale["epochs"]
+    if model.budget == 1 and (tokens if model.kind == "text" else epochs) is None:
+        return ()
+    if model.kind == "text":
+        each = int(given.get("--batch-size", preset["batch_size"]))
+        each *= int(given.get("--length", preset["length"]))  # tokens of a step
+        return "--steps", str(max(1, round(model.budget * (tokens or preset["steps"] * each) / each)))
+    # the paper's 10 epochs of warm-up remain 10
+    warmup = ("--warmup", f"{preset['warmup'] / model.budget:g}") if epochs is None else ()
+    return "--epochs", f"{model.budget * (epochs or preset['epochs']):g}", *warmup
+
+
+def pretrain(place, model, seed):
+    """The stage that trains a model."""
+    model, (data, needs) = replace(model, instead=None), source(place, model.kind)
+    flags = place.scale["train"][model.kind].split()
+    argv = ("train.py", "--objective", *model.flags.split(), *flags, *budget_of(place, model, flags),
+            "--data", data, "--seed", str(seed))
+    title = f"{model} seed{seed}".replace(": ", " ").replace("--", "").replace(" ", "-")
+    return place.stage(title, argv, *needs, suffix="")
+
+
+def evaluation(place, models, seed, command, flags="", needs=(), plot=None):
+    """The stage of an evaluate.py command on models of one kind, with the flags of the scale."""
+    first, budgets = models[0], place.scale["evaluate"]
+    runs = () if first.hub else [pretrain(place, model, seed) for model in models]
+    untrained = "untrained:" * bool(first.instead)
+    names = [first.flags] if first.hub else [f"{untrained}{run.out}" for run in runs]
+    budget = budgets.get(f"{command} {first.kind.removesuffix('100')}", budgets.get(command, ""))
+    argv = ["evaluate.py", command, *names, *budget.split(), *shlex.split(flags)]
+    if first.instead == "pixels":
+        argv += ["--pixels"]
+    if first.hub and command == "perplexity":
+        argv += ["--length", "512"]  # what these were trained with
+    title = f"{command}-" + "untrained-" * bool(first.instead) + (
+        runs[0].out.name if len(models) == len(runs) == 1 else f"seed{seed}")
+    return place.stage(title, argv, *runs, *needs, plot=plot)
+
+
+# ---------------------------------------------------------------------------- columns
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: a command of evaluate.py on the model of a row, and what is read from its JSON."""
+
+    command: str = None
+    read: Callable = None  # (model, what the command wrote[, what it wrote of `reference`]) -> Cell
+    flags: str = ""        # of the command; {data} stands for the data that the model is pretrained on
+    also: tuple = ()       # which rows have this number beside trained models: untrained, pixels, counts
+    lower: bool = False    # is better
     digits: int = 1
-    unit: str = "points"      # of differences; "factor": cells hold logarithms
-    mean_of: tuple = ()       # instead of stages and read: the mean over other columns
-    classifies: bool = False  # worth nothing where untrained networks score as high
+    unit: str = "points"   # of differences; "factor": cells hold logarithms
+    attention: str = None  # of a probe: causal, full, or own, that which the model was trained with
+    share: float = 1       # of the model's budget
+    reference: Model = None
+    needs: tuple = ()      # stages that the command needs beside the model
+    mean_of: tuple = ()    # instead of a command: the mean over these columns
+
+    @property
+    def classifies(self):
+        """Whether it is worth nothing where untrained networks score as high."""
+        return "untrained" in self.also
+
+    def stages(self, place, model, seed):
+        """The stages of one cell, () where there is no such number."""
+        if self.mean_of or model.instead and model.instead not in self.also:
+            return ()
+        flags = self.flags.replace("{data}", shlex.quote(source(place, model.kind)[0]))
+        if model.instead == "pixels":  # which have neither seeds nor attention
+            return (evaluation(place, [model], 0, self.command, flags),)
+        if self.attention:
+            flags += f" --attention {model.attention if self.attention == 'own' else self.attention}"
+        if model.instead == "counts":  # are read from what is written of the model
+            model = replace(model, instead=None)
+        if not model.instead:
+            model = replace(model, budget=self.share * model.budget)
+        models = [model, self.reference] if self.reference else [model]
+        return tuple(evaluation(place, [one], seed, self.command, flags, self.needs) for one in models)
 
     def shown(self, value):
         """A cell's value as people read it."""
@@ -45,127 +252,46 @@ class Measure:
         return float(np.log(number)) if self.unit == "factor" else number
 
 
-def trained_only(stages):
-    """A measure of what untrained networks cannot do."""
-    return lambda place, model, seed: stages(place, model, seed) if Model(model).learned else ()
-
-
-def matplotlib():
-    """Whether pictures can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 # ---------------------------------------------------------------------------- generation
 
-def regime_of(results, regime):
-    """The results of a regime; objectives that know one only have that. 'best': the better of them."""
-    regimes = results["results"]["regimes"]
-    if regime == "best":
-        return min(regimes.values(), key=lambda r: r["nll"])
-    return regimes.get(regime) or next(iter(regimes.values()))
+def regime_of(x, name):
+    """The results of a regime; objectives that know one only have that."""
+    regimes = x["results"]["regimes"]
+    return regimes.get(name) or next(iter(regimes.values()))
 
 
-def perplexity_column(regime, data="", bits=False):
+def perplexity(regime, data="", bits=False):
     """Left-to-right perplexity in a regime, judged as a factor; or bits per byte, which models of two
-    vocabularies share.
-
-    Bits per byte are of the text that the tokenizer keeps: WordPiece drops case and spacing. The row 'counts'
-    is that of unigrams.
-    """
+    vocabularies share. They are of the text that the tokenizer keeps. The row 'counts' is that of
+    unigrams."""
     def read(model, x):
-        r = regime_of(x, regime)
-        scale = r["bits_per_byte"] / r["nll"] if bits else 1.0
-        return cell_of(scale * np.array(r["sequence_nll"]), "mean", f"text {data}")
+        found = x["results"]["unigram"] if model.instead == "counts" else regime_of(x, regime)
+        scale = found["bits_per_byte"] / found["nll"] if bits else 1
+        return mean_cell(found["sequence_nll"], f"text {data}", scale)
 
-    def stages(place, model, seed):
-        if model.startswith("counts"):
-            return () if data or bits else (unigram_stage(place, model, seed),)
-        if not Model(model).learned:
-            return ()
-        return (evaluation(place, model, seed, "perplexity", f"--by-length {data}".strip()),)
-
-    return Measure(stages, read, lower=True, digits=3 if bits else 1, unit="bits" if bits
-                   else "factor")
+    return Column("perplexity", read, f"--by-length {data}", () if data else ("counts",), lower=True,
+                  digits=3 if bits else 1, unit="bits" if bits else "factor")
 
 
 def gain_share(regime, prefixes, reference):
-    """Of what the autoregressive model `reference` gains over unigrams after prefixes of lengths k, in bins,
-    that prefixes(k, S) picks, the share that another model gains: (H_unigram - L_mlm)/(H_unigram - L_ar)."""
-    def mean_nll(results, name):
-        bins = [b for b in regime_of(results, name)["by_length"]["bins"]
-                if prefixes(b["first"], results["results"]["length"])]
-        return np.average([b["sequence_nll"] for b in bins], axis=0,
-                          weights=[b["last"] - b["first"] + 1 for b in bins])
+    """Of what the autoregressive model `reference` gains over unigrams after prefixes of lengths k, in bins
+    that prefixes(k, S) picks, the share that another gains: (H_unigram - L_masked)/(H_unigram - L_ar)."""
+    def mean_nll(found, S):
+        bins = [one for one in found["by_length"]["bins"] if prefixes(one["first"], S)]
+        lengths = [one["last"] - one["first"] + 1 for one in bins]
+        return np.average([one["sequence_nll"] for one in bins], axis=0, weights=lengths)
 
-    def read(model, unigram, x, ar):
-        samples = mean_nll(unigram, "unigram"), mean_nll(x, regime), mean_nll(ar, "next")
-        return cell_of(samples, "share", "text")
+    def read(model, x, best):
+        three = x["results"]["unigram"], regime_of(x, regime), regime_of(best, "next")
+        nll = np.stack([mean_nll(found, x["results"]["length"]) for found in three])  # (3, sequences)
 
-    def stages(place, model, seed):
-        return (unigram_stage(place, reference, seed), *(evaluation(place, name, seed, "perplexity",
-                                                                    "--by-length") for name in (model,
-                                                                                                reference)))
+        def share(rows):
+            unigram, masked, ar = nll[:, rows].mean(1)
+            return (unigram - masked) / (unigram - ar)
 
-    return Measure(trained_only(stages), read, digits=3, unit="")
+        return Cell(share, nll.shape[1], "text")
 
-
-def losses(place, model, seed, what, *flags):
-    """The stage of one of experiments.losses' measurements on the sequences that perplexity takes."""
-    run = pretrain(place, Model(model), seed)
-    count = place.scale.evaluate["perplexity"].split()
-    return place.stage(f"{what}-{run.out.name}", ("experiments.losses", what, str(run.out), *count, *flags),
-                       run, flops=2e3 * run.each, memory=run.memory, disk=1e6)
-
-
-def unigram_stage(place, model, seed):
-    return losses(place, model, seed, "unigram")
-
-
-def loss_at(ratio, ratios):
-    """Loss per hidden token where a share `ratio` is hidden, one of those `ratios` that are tested together;
-    of 'counts', to which it makes no difference, per token."""
-    def stages(place, model, seed):
-        if model.startswith("counts"):
-            return (unigram_stage(place, model, seed),)
-        return (losses(place, model, seed, "ratios", "--ratios", ",".join(map(str, ratios))),)
-
-    def read(model, x):
-        r = x["results"]
-        samples = r["ratios"][str(ratio)] if "ratios" in r else r["regimes"]["unigram"]["sequence_nll"]
-        return cell_of(samples, "mean", f"text {ratio}")
-
-    return Measure(stages, read, lower=True, digits=2, unit="nats")
-
-
-def exact_or_none(place):
-    """Perplexity of objectives that have an exact left-to-right likelihood, the better regime where there are
-    two."""
-    measure = perplexity_column("best")
-
-    def stages(place, model, seed):
-        objective, path, length = task_of(model)
-        exact = model.startswith("counts") or objective.left_to_right(length, path)
-        return measure.stages(place, model, seed) if exact else ()
-
-    return Measure(stages, measure.read, lower=True, digits=1, unit="factor")
-
-
-def any_order_bound():
-    """exp of the any-order bound on -log P per token."""
-    def stages(place, model, seed):
-        objective, _, length = task_of(model)
-        return (evaluation(place, model, seed, "bound"),) if objective.bound(1, length) is not None else ()
-
-    def read(model, x):
-        return cell_of(x["results"]["any_order"]["bound"]["sequence_nll"], "mean", "text")
-
-    return Measure(trained_only(stages), read, lower=True, digits=1, unit="factor")
-
-
-def task_of(model):
-    """(objective, path, positions) of a text model; length does not matter to what is asked of it here."""
-    settings = parsed(("--objective", *Model(model).as_trained().flags.split()))
-    return *settings.task(), settings.positions
+    return Column("perplexity", read, "--by-length", digits=3, unit="", reference=reference)
 
 
 def reconstruction(name, digits):
@@ -173,178 +299,126 @@ def reconstruction(name, digits):
     factor = name in ("l2", "lpips")
 
     def read(model, x):
-        samples = x["rows"][-1].get(f"{name}_of_images")
-        value = x["rows"][-1][name]
-        if samples:
-            return cell_of(samples, "log" if factor else "mean", "images")
-        return Cell(float(np.log(value)) if factor else value)
+        mean = mean_cell(x["rows"][-1][f"{name}_of_images"], "images")
+        return replace(mean, value_of=lambda rows: np.log(mean.value_of(rows))) if factor else mean
 
-    return Measure(trained_only(lambda place, model, seed: (evaluation(place, model, seed, "reconstruct"),)),
-                   read, lower=factor, digits=digits, unit="factor" if factor else "dB")
+    return Column("reconstruct", read, lower=factor, digits=digits, unit="factor" if factor else "dB")
+
+
+def connectivity(name, which):
+    """Similarity of features of held-out contexts: `which` of evaluate.py connectivity's summaries."""
+    return Column("connectivity", lambda model, x: Cell(lambda rows: x["checkpoints"][0][name][which]),
+                  digits=3, unit="")
 
 
 # ---------------------------------------------------------------------------- classification
 
-def probe(data="", extra=""):
+def probe(flags="", **more):
     """Accuracy of a linear probe on frozen features, in percent. The row 'pixels' is the same classifier on
     raw pixels, 'counts' the largest class."""
     def read(model, x):
         layers = x["results"]["layers"]
         last = [name for name in layers if name != "pixels"][-1]
-        name = "pixels" if model.startswith("pixels") else last
-        if model.startswith("counts"):
-            return Cell(100 * layers[name]["majority"])
-        return cell_of(layers[name]["correct"], "percent", f"{x['results']['data']} {layers[name]['test']}")
+        found = layers["pixels" if model.instead == "pixels" else last]
+        if model.instead == "counts":
+            return Cell(lambda rows: 100 * found["majority"])
+        return mean_cell(found["correct"], f"{x['results']['data']} {found['test']}", 100)
 
-    def stages(place, model, seed):
-        if model.startswith("pixels"):  # which have neither seeds nor attention
-            return (evaluation(place, model, 0, "probe", data),)
-        model = Model(model).as_trained().text if model.startswith("counts") else model
-        return (evaluation(place, model, seed, "probe", f"{data} {extra}"),)
-
-    return Measure(stages, read, classifies=True)
+    return Column("probe", read, flags, ("untrained", "pixels", "counts"), **more)
 
 
-def probe_after(share):
-    """The probe after this share of the budget, under the attention that the objective was trained with."""
-    def stages(place, model, seed):  # neither pixels nor an untrained network have a budget
-        at = Model(model).times(share).text if Model(model).learned else model
-        return probe(extra=f"--attention {attention_of(model)}").stages(place, at, seed)
-
-    return replace(probe(), stages=stages)
-
-
-def finetune(extra=""):
+def finetune(flags=""):
     """Accuracy on images after fine-tuning, in percent."""
-    def stages(place, model, seed):
-        data = source(place, Model(model).kind)[0]
-        return (evaluation(place, model, seed, "finetune", f"--data {shlex.quote(data)} {extra}"),)
-
     def read(model, x):
-        return cell_of(np.array(x["results"]["correct"])[:, None], "percent", f"{x['results']['data']} "
-                       f"{x['results']['dev']}")
+        x = x["results"]
+        return mean_cell(np.mean(x["correct"], 0), f"{x['data']} {x['dev']}", 100)
 
-    return Measure(stages, read, classifies=True)
+    return Column("finetune", read, "--data {data} " + flags, ("untrained",))
 
 
-def glue_cell(task, suffix, metric, name):
-    """A Cell from what glue wrote of a task: the predictions on the dev part of every fine-tuning seed."""
-    predicted = np.array(task["predictions" + suffix], float)
-    true = np.broadcast_to(np.array(task["labels" + suffix], float), predicted.shape)
-    if metric == "accuracy":
-        return cell_of((predicted == true)[:, None], "percent", name + suffix)
-    features = [predicted, true, predicted * true]
-    if metric == "pearson":
-        features += [predicted ** 2, true ** 2]
-    return cell_of(np.stack(features, axis=1), metric, name + suffix)
+def with_mean(columns, name, count):
+    """Columns and their mean, called `name` where these are all `count` columns of the paper."""
+    name = name if len(columns) == count else f"{name} of {len(columns)}"
+    return columns | {name: Column(mean_of=tuple(columns), also=("untrained",))}
+
+
+def tasks_in(place, names):
+    """(a flag that names the folder, those of the GLUE tasks whose files are in it)."""
+    folder = place.data / "glue"
+    found = [name for name in names if (folder / glue.TASKS[name].folder / "train.tsv").exists()]
+    return f"--glue-dir {shlex.quote(str(folder))}", found
 
 
 def glue_columns(place):
-    """{column of Table 2: Measure} of the tasks that are there, and their mean as the last; at smoke scale a
-    probe instead."""
+    """{column of Table 2: Column} of the tasks that are there, and their mean; at smoke scale a probe."""
     if place.name == "smoke":
         return {"pydoc probe": probe()}
-    folder = place.data / "glue"
-    tasks = tasks_in(folder, glue.TABLE2) or glue.TABLE2
 
-    def measure(name, suffix):
-        flags = f"--glue-dir {shlex.quote(str(folder))} --tasks {name}"
-        return Measure(lambda place, model, seed: (evaluation(place, model, seed, "glue", flags),),
-                       lambda model, x: glue_cell(x["results"]["tasks"][name], suffix,
-                                                  glue.TASKS[name].metrics[0], name), classifies=True)
+    def task_column(name, suffix):
+        metric = glue.METRICS[glue.TASKS[name].metrics[0]]
 
-    columns = {glue.TASKS[name].folder + suffix: measure(name, suffix)
-               for name in tasks for suffix, *_ in glue.TASKS[name].parts}
-    mean = "Avg" if len(tasks) == len(glue.TABLE2) else f"Avg of {len(columns)}"
-    return {**columns, mean: Measure(mean_of=tuple(columns), classifies=True)}
+        def read(model, x):
+            x = x["results"]["tasks"][name]
+            predicted, true = np.array(x["predictions" + suffix]), np.array(x["labels" + suffix])
 
+            def score(rows):  # the mean over fine-tuning seeds
+                return 100 * np.mean([metric(one[rows], true[rows]) for one in predicted])
 
-def tasks_in(folder, names):
-    """Those of the GLUE tasks whose files are in the folder."""
-    return [name for name in names if (folder / glue.TASKS[name].folder / "train.tsv").exists()]
+            return Cell(score, len(true), name + suffix)
+
+        return Column("glue", read, f"{folder} --tasks {name}", ("untrained",))
+
+    folder, found = tasks_in(place, glue.TABLE2)
+    columns = {glue.TASKS[name].folder + suffix: task_column(name, suffix)
+               for name in found or glue.TABLE2 for suffix, *_ in glue.TASKS[name].parts}
+    return with_mean(columns, "Avg", 9)
 
 
 def text_probe(place):
-    """{column: Measure}: a probe on a GLUE task that is there, or on pydoc."""
-    folder = place.data / "glue"
-    found = tasks_in(folder, ("sst2", "cola", "rte"))
+    """{column: Column}: a probe on a GLUE task that is there, or on pydoc."""
+    folder, found = tasks_in(place, ("sst2", "cola", "rte"))
     if place.name == "smoke" or not found:
         return {"pydoc probe": probe()}
-    data = f"--data {found[0]} --glue-dir {shlex.quote(str(folder))}"
-    return {f"{glue.TASKS[found[0]].folder} probe": probe(data)}
+    return {f"{glue.TASKS[found[0]].folder} probe": probe(f"--data {found[0]} {folder}")}
 
 
-def few_labels(place):
-    """{column: Measure}: a probe with few labels on who wrote a passage of a novel that it has not seen;
-    where the text is no folder of novels of two authors or more (authors.py), the probe of text_probe."""
+def few_labels(place, passages=80):
+    """{column: Column}: a probe with few labels on who wrote a passage of a novel that it has not seen; where
+    the text is no folder of novels of two authors or more, the probe of text_probe."""
     raw = place.data / "text"
-    if place.name == "smoke" or len(novels_of(raw)) < 2:
+    if place.name == "smoke" or len(glue.novels_of(raw)) < 2:
         return text_probe(place)
-    labelled = place.stage("authors", ("experiments.authors", str(raw), *FEW_LABELS.split()), suffix="",
-                           disk=1e7)
-    measure = probe(f"--data {shlex.quote(f'{labelled.out}/train.tsv')} --dev "
-                    f"{shlex.quote(f'{labelled.out}/dev.tsv')}")
-
-    def stages(place, model, seed):
-        [stage] = measure.stages(place, model, seed)
-        return (replace(stage, needs=(*stage.needs, labelled)),)
+    argv = "tasks.glue", str(raw), "--train", "64", "--dev", str(passages)
+    stage = place.stage("authors", argv, suffix="")
+    train, dev = (shlex.quote(f"{stage.out}/{side}.tsv") for side in ("train", "dev"))
+    column = probe(f"--data {train} --dev {dev}", needs=(stage,))
 
     def read(model, x):  # passages of one novel are alike, so that novels are the examples
-        cell = measure.read(model, x)
-        return cell if cell.samples is None else replace(cell, samples=cell.samples.reshape(
-            1, 1, -1, PASSAGES).mean(-1))
+        cell = column.read(model, x)
+        return mean_cell([cell.value_of(rows) for rows in np.arange(cell.n).reshape(-1, passages)],
+                         cell.test) if cell.n else cell
 
-    return {"author, few labels": replace(measure, stages=stages, read=read)}
+    return {"author, few labels": replace(column, read=read)}
 
 
-def told_of_authors(place):
-    """What the column of few_labels asks, as a sentence, where it asks for authors."""
-    asks = "author, few labels" in few_labels(place)
-    return (" Author: who wrote a passage of a novel that the probe has not seen, from 64 passages of each "
-            "author.") * asks
+# Table 6's
+NINE = ("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food101", "pets")
 
 
 def transfer(place):
-    """{column: Measure}: mean accuracy of logistic regression over the nine sets, elsewhere those in
-    transfer/, in percent."""
+    """{column: Column}: logistic regression on the paper's nine sets, elsewhere on those in transfer/, and
+    the mean."""
     folder = place.data / "transfer"
     found = [folder / name for name in NINE] if place.name == "paper" else sorted(
         path for path in folder.glob("*") if path.is_dir())
     if place.name == "smoke" or not found:
-        found = ["shapes"]
-    flags = "--data " + shlex.join(map(str, found))
+        found = [Path("shapes")]
 
-    def measure(k):
+    def column(k):
         def read(model, x):
             one = x["results"]["sets"][k]
-            return cell_of(one["correct"], "percent", one["data"])
-        return Measure(lambda place, model, seed: (evaluation(place, model, seed, "transfer", flags),), read,
-                       classifies=True)
+            return mean_cell(one["correct"], one["data"], 100)
 
-    columns = {getattr(path, "name", path): measure(k) for k, path in enumerate(found)}
-    return columns | {"Mean" if len(found) == len(NINE) else f"Mean of {len(found)}": Measure(
-        mean_of=tuple(columns), classifies=True)}
+        return Column("transfer", read, f"--data {shlex.join(map(str, found))}", ("untrained",))
 
-
-# ---------------------------------------------------------------------------- features
-
-def connectivity(name, which):
-    """Similarity of features of held-out contexts: `which` of evaluate.py connectivity's summaries."""
-    return Measure(trained_only(lambda place, model, seed: (evaluation(place, model, seed, "connectivity"),)),
-                   lambda model, x: Cell(x["checkpoints"][0][name][which]), digits=3, unit="")
-
-
-def by_kind(place):
-    """A linear probe: of images on their own set, of text as in few_labels."""
-    (text,), images = few_labels(place).values(), probe()
-
-    def measure(model):
-        return images if Model(model).kind == "images" else text
-
-    return Measure(lambda place, model, seed: measure(model).stages(place, model, seed),
-                   lambda model, x: measure(model).read(model, x), classifies=True)
-
-
-def attention_of(model):
-    """'causal' or 'full': what a model's network is probed with unless --attention says otherwise."""
-    return OBJECTIVES[Model(model).as_trained().flags.split()[0]].attention
+    return with_mean({path.name: column(k) for k, path in enumerate(found)}, "Mean", len(NINE))
