@@ -8,31 +8,15 @@ of class c with probability (1 - eps) [c = y] + eps / r. Write pi_y = P(y | x_S)
 context of m = |S| tokens; it depends on how many of them are of each class alone.
 
 The split of the spectrum. Let R(m) = (r E sum_y pi_y^2 - 1) / (r - 1) and Q = q(S,p) / sqrt(q_C(S) q_G(p)),
-whose singular values are those of the position matrix (position_matrix). The non-zero singular
-values of Abar are those of Q, once, and those of Q with row S times (1 - eps) sqrt(R(|S|)), r - 1 times.
+whose singular values are those of the position matrix (position_matrix). The non-zero singular values of Abar
+are those of Q, once, and those of Q with row S times (1 - eps) sqrt(R(|S|)), r - 1 times.
 
-Proof. The target at p is token j of class c with probability ((1 - eps) pi_c + eps / r) / T, so
-
-    Abar[(S, x_S), (p, c, j)] = Q[S, p] sqrt(P(x_S)) sqrt(r / T) (1 / r + (1 - eps) (pi_c - 1 / r)).
-
-For every p take on the right the vectors constant in j, a_c / sqrt(T) at class c. a = 1 / sqrt(r) is mapped
-to Q[S, p] sqrt(P(x_S)), and the vectors sqrt(P(x_S)) of different S are orthonormal: Q, once. A unit a that
-sums to 0 is mapped to (1 - eps) Q[S, p] sqrt(r P(x_S)) (a . pi). Classes are exchangeable, so the
-covariance of pi is a multiple of the identity on such a: E (a . pi)(b . pi) = (a . b) (E sum_y pi_y^2 -
-1/r) / (r - 1) = (a . b) R / r. So the vectors sqrt(r P(x_S) / R) (a . pi) are orthonormal, over S and over
-a basis of the a, and orthogonal to the first kind since E a . pi = 0: the weighted Q, r - 1 times. What
-varies with j is mapped to 0. The empty context has R = 0; eps = 0 has R = 1 elsewhere, which is the
-spectrum of spectral.py.
-
-The sector rule. The least-squares probe of the class on the top t singular vectors has scores 1/r + g_S (pi
-- 1/r) when all r - 1 copies of a class value are kept or none: where g_S > 0 it decides as Bayes does,
-where g_S = 0 it guesses. The left vector of the largest class value is positive (Perron) when contexts and
-targets are connected through q, and then its copies make all g_S positive. So the class survives a
-bottleneck t once t >= #{position sigma_j > sigma_1 of the class part} + r - 1. Where contexts and targets
-fall into components, as for ar, each has its own largest class value, and the least of these must be kept.
-Cutting through the copies of a later class value can undo a little: here an excess of at most 0.015, dar
-and mtp with t = 2. The tail of Theorem 4.1 counts the directions that carry positions alone as well.
+The sector rule. The class survives a bottleneck of t features once t >= #{position sigma_j > sigma_1 of the
+class part} + r - 1, where contexts and targets are connected through q. Where they fall into components, as
+for ar, each has its own largest class value, and the least of these must be kept. The tail of Theorem 4.1
+counts the directions that carry positions alone as well. THEORY.md has the proofs.
 """
+
 import contextlib
 import itertools
 import math
@@ -45,15 +29,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from objectives import OBJECTIVES, describe, from_options
-from support.cli import BadInput, group_size, plain, positive, ratios
-from support.operator import merge, normalised, position_matrix, singular_values, tell_position
-from text.toy import CLASSES, POSITIONS, VALUES, draw_tokens
+from data import CLASSES, POSITIONS, VALUES, draw_tokens
+from experiments.spectrum import best_features, pairs, probe_errors, spectrum
+from objectives import OBJECTIVES, PAPER, describe, from_options
+from util import BadInput, numbers, plain, positive, table
 
 LOSSES = ("spectral", "cross-entropy")
-RIDGES = (0.001, 0.1)
-RESOLUTION = 0.001   # errors closer than this share a rank
-LIMIT = 40_000       # rows of the merged P_M: some seconds
+RIDGES = (0.001, 0.1)  # of few-label probes; the last one is reported
+RESOLUTION = 0.001     # errors closer than this share a rank
+LIMIT = 40_000         # rows of the merged P_M: some seconds
 
 
 # ---------------------------------------------------------------------------- the noisy toy model, exactly
@@ -98,25 +82,6 @@ class NoisyToy:
         return max((self.r * (probability @ pi ** 2).sum() - 1) / (self.r - 1), 0.0)
 
 
-def distribution(objective, s):
-    """An objective as pairs -> contexts S bool (n, s) and q (n, s) over (S, p), sum 1. Raises BadInput.
-
-    The query (p, c) of a draw f is the pair of S = {j : 0 < f(j) < c} and p, with its weight. Nothing else of
-    an objective is used in this file.
-    """
-    objective.check(s)
-    outcomes = objective.outcomes(s)
-    if outcomes is None:
-        raise BadInput(f"{describe(objective)} has too many outcomes at --s {s} to list; use a smaller --s")
-    f, probability = outcomes
-    targets, cuts, weight = objective.queries(f)                               # (K, n) each
-    contexts = (f[:, None] > 0) & (f[:, None] < cuts[..., None])               # (K, n, s)
-    q = F.one_hot(targets, s) * (probability[:, None] * weight)[..., None]
-    asked = weight.flatten() > 0
-    contexts, q, *_ = merge(*(x.flatten(0, 1)[asked].numpy() for x in (contexts, q)))
-    return contexts, q / q.sum()
-
-
 def split(model, contexts, q):
     """-> singular values of the position part, of each of the r - 1 class parts, of all, and the t that the
     sector rule asks for: how many of all are at least the least of the components' largest class values."""
@@ -125,7 +90,7 @@ def split(model, contexts, q):
     weighted = Q * (1 - model.eps) * np.sqrt([[model.R(int(m))] for m in contexts.sum(1)])
     position, classes = (np.linalg.svd(x, compute_uv=False) for x in (Q, weighted))
     every = np.sort(np.append(position, np.tile(classes, model.r - 1)))[::-1]
-    linked = np.linalg.matrix_power((weighted.T @ weighted > 0).astype(float), q.shape[1]) > 0   # two targets
+    linked = np.linalg.matrix_power((weighted.T @ weighted > 0).astype(float), q.shape[1]) > 0  # two targets
     parts = (weighted[:, part] for part in np.unique(linked, axis=0) if part.any())
     last = min(np.linalg.svd(part, compute_uv=False)[0] for part in parts)
     return position, classes, every, int((every > last - 1e-9).sum())
@@ -165,23 +130,11 @@ def entropy(P):
 
 
 def exact_probe(P, pi, ts, rotations=10, seed=0):
-    """Excess over Bayes of the least-squares probe of the class on the best rank-t features under P, t in ts.
-
-    It is spectral.py's probe_errors for a class that contexts leave open. P (n, m), pi (n, r). Ties in score
-    are a guess; equal sigma_j leave the features free: a mean over random rotations.
-    """
-    rng, C = np.random.default_rng(seed), P.sum(1)
-    U, sigma, _ = np.linalg.svd(normalised(P[:, P.sum(0) > 0]), full_matrices=False)
-    U, sigma = U[:, sigma > 1e-8], sigma[sigma > 1e-8]
-    equal = np.split(np.arange(len(sigma)), np.nonzero(-np.diff(sigma) > 1e-9)[0] + 1)
-    root, error = np.sqrt(C)[:, None], np.zeros(len(ts))
-    for _ in range(rotations):
-        R = np.hstack([U[:, j] @ np.linalg.qr(rng.normal(size=(len(j), len(j))))[0] for j in equal])
-        for k, t in enumerate(ts):
-            scores = R[:, :t] @ (R[:, :t].T @ (root * pi)) / root
-            best = scores > scores.max(1, keepdims=True) - 1e-9
-            error[k] += C @ (pi.max(1) - (best * pi).sum(1) / best.sum(1)) / rotations
-    return error
+    """Excess over Bayes of the least-squares probe of the class on the best rank-t features, for t in ts. P
+    (n, m), pi (n, r). Equal sigma_j leave the features free: a mean over random rotations."""
+    turned, _ = best_features(P[:, P.sum(0) > 0], rotations, seed)
+    errors = np.mean([probe_errors(U, P.sum(1), pi) for U in turned], axis=0)
+    return errors[np.minimum(ts, len(errors)) - 1]
 
 
 # ---------------------------------------------------------------------------- networks, many at a time
@@ -226,7 +179,7 @@ def network_losses(weights, bag, P, root, kind):
     The spectral loss (Theorem 3.1) of scores z / root is -2 E sum_v P_v z_v / root_v + E sum_v z_v^2: well
     conditioned in z.
     """
-    z, P = (features(weights, bag) @ weights[3]).unflatten(0, (len(bag), -1)), P[:, None]   # (seeds, n, N, V)
+    z, P = (features(weights, bag) @ weights[3]).unflatten(0, (len(bag), -1)), P[:, None]  # (seeds, n, N, V)
     each = z.square() - 2 * (P / root) * z if kind == "spectral" else -P * torch.log_softmax(z, -1)
     return each.sum(-1).mean(-1)
 
@@ -235,16 +188,15 @@ def train_networks(model, contexts, q, ts, kind, seeds, steps, generator, batch=
     """Train all bottlenecks ts from `seeds` initialisations at once by Adam, each seed on own contexts."""
     weights = initial(model.s * model.r * model.T, ts, seeds, width, generator)
     root = (q.sum(0).repeat_interleave(model.r * model.T) / (model.r * model.T)).sqrt().clamp(min=1e-6)
-    optimiser = torch.optim.Adam(weights[:4], lr=lr, fused=True)
+    optimizer = torch.optim.Adam(weights[:4], lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda k: min(1, k / 20) * 0.5 * (1 + math.cos(math.pi * k / max(steps, 1))))
+        optimizer, lambda k: min(1, k / 20) * 0.5 * (1 + math.cos(math.pi * k / max(steps, 1))))
     for _ in range(steps):
         drawn = draw_texts(model, contexts, q, seeds * batch, generator)
         bag, P = (x.unflatten(0, (seeds, batch)) for x in drawn[:2])
-        optimiser.zero_grad()
-        # no weight is shared: each is trained
-        network_losses(weights, bag, P, root, kind).sum().backward()
-        optimiser.step()
+        optimizer.zero_grad()
+        network_losses(weights, bag, P, root, kind).sum().backward()           # no weight is shared
+        optimizer.step()
         schedule.step()
     return [x.detach() for x in weights], root
 
@@ -290,10 +242,10 @@ def measure_networks(model, own, common, sigma, kind, args, generator, draws=20)
     `gap` (seeds, n): the share of the optimum, sum_{j<=t} sigma_j^2, that the spectral loss misses.
     """
     seeds, ts, result = args.seeds, args.bottlenecks, {}
-    weights, root = train_networks(model, *own, ts, kind, seeds, args.steps if kind in LOSSES else 0,
-                                   generator)
-    for place, pairs in (("own", own), ("common", common)):
-        bag, P, pi, y = draw_texts(model, *pairs, 2048, generator)
+    steps = args.steps if kind in LOSSES else 0
+    weights, root = train_networks(model, *own, ts, kind, seeds, steps, generator)
+    for place, drawn_from in (("own", own), ("common", common)):
+        bag, P, pi, y = draw_texts(model, *drawn_from, 2048, generator)
         f = features(weights, bag.expand(seeds, -1, -1))
         result[place] = few_label_errors(f[len(ts) - 1::len(ts)], pi, y, args.labels, draws, generator)
         if place == "own":
@@ -333,8 +285,8 @@ def findings(rows, ts, r):
     for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
         group = [row for row in rows if row["eps"] == eps]
         tail, needs, bayes = (np.array([row[name] for row in group]) for name in ("tail", "needs", "bayes"))
-        exact = np.array([[row["exact"][t - 1] for t in ts] for row in group])     # (objectives, n)
-        errors = np.stack([row[kind]["all"] for row in group], 1)                  # (seeds, objectives, n)
+        exact = np.array([[row["exact"][t - 1] for t in ts] for row in group])  # (objectives, n)
+        errors = np.stack([row[kind]["all"] for row in group], 1)              # (seeds, objectives, n)
         mean, lost = errors.mean(0), (1 - 1 / r - bayes)[:, None]
         kept, gone = needs[:, None] <= np.array(ts), exact > 0.95 * lost
         few = {place: {ridge: correlation(tail, np.stack([row[kind][place][i] for row in group], 1))
@@ -350,17 +302,7 @@ def findings(rows, ts, r):
     return result
 
 
-# ---------------------------------------------------------------------------- command
-
-def compared(s, quick=False):
-    """{name: its distribution} of those of `candidates` whose outcomes can be listed, at least 12. Quick:
-    six."""
-    chosen = {}
-    for objective in candidates(s, quick):
-        with contextlib.suppress(BadInput):                                    # too many
-            chosen[describe(objective)] = distribution(objective, s)
-    return chosen
-
+# ---------------------------------------------------------------------------- python spectral.py toy
 
 def candidates(s, quick=False):
     """Objectives for s tokens: the paper's with several options, and every other that is registered."""
@@ -368,22 +310,22 @@ def candidates(s, quick=False):
             *(("mlm", {"mask": n / s}) for n in (s // 4, s // 2)), ("vl", {"mask": (1 / s, 1 - 1 / s)})]
     more = [*(("dar", {"t": t}) for t in (3, s - 1)), *(("mlm", {"mask": n / s}) for n in (1, 3 * s // 4)),
             ("vl", {"mask": (1 / s, 0.5)})]
-    sized = {"blocks": {"block": s // 2}, "spans": {"mask": 0.5, "span": 2}}    # for short sequences
-    more += [(name, sized.get(name, {})) for name in OBJECTIVES if name not in ("ar", "dar", "mlm", "vl")]
+    sized = {"blocks": {"block": s // 2}, "spans": {"mask": 0.5, "span": 2}}   # for short sequences
+    more += [(name, sized.get(name, {})) for name in OBJECTIVES if name not in PAPER]
     made = (from_options(name, **options) for name, options in (some if quick else some + more))
     return [objective for objective in made if not objective.images_only]
 
 
 def add_toy_arguments(parser):
-    """The options of `spectral.py toy`; --seed and --json are those of every command of spectral.py."""
+    """The options of `spectral.py toy`, but for --seed, --plot and --json."""
     for name, default, text in (
             ("r", CLASSES, "classes"), ("s", POSITIONS, "positions"),
             ("T", VALUES, "values per class and position"),
             ("labels", 5, "examples of each class, where few"), ("seeds", None, "(default: 5, quick 2)"),
             ("steps", None, "of training (default: 1000, quick 300)")):
         parser.add_argument(f"--{name}", type=positive, default=default, help=text)
-    parser.add_argument("--eps", type=ratios, help="noise: how often a class is redrawn (default: 0,0.3,0.5)")
-    parser.add_argument("--bottlenecks", type=group_size, help="sizes t (default: 2,3,4,6,8,10,12,16)")
+    parser.add_argument("--eps", type=numbers, help="how often a class is redrawn (default: 0,0.3,0.5)")
+    parser.add_argument("--bottlenecks", type=numbers, help="sizes t (default: 2,3,4,6,8,10,12,16)")
     parser.add_argument("--quick", action="store_true", help="six objectives, few steps: half a minute")
 
 
@@ -391,29 +333,68 @@ def run_toy(args):
     """Exact spectra, probes and trained networks of all objectives and noises -> results of plain numbers."""
     quick, start, r, s = args.quick, time.time(), args.r, args.s
     args.seeds, args.steps = args.seeds or (2 if quick else 5), args.steps or (300 if quick else 1000)
-    args.eps = args.eps or ((0.0, 0.5) if quick else (0.0, 0.3, 0.5))
+    args.eps = np.atleast_1d(args.eps or ((0.0, 0.5) if quick else (0.0, 0.3, 0.5))).tolist()
     ts = np.unique(args.bottlenecks or ((2, 4, 8) if quick else (2, 3, 4, 6, 8, 10, 12, 16)))
-    args.bottlenecks = [*ts[ts < r * s].tolist(), r * s]            # the last: no less than the rank
-    models, rows = [NoisyToy(r, s, args.T, eps) for eps in args.eps], []
-    chosen = compared(s, quick)
-    subsets = np.indices((2,) * s).reshape(s, -1).T[1:-1] > 0              # common contexts: all sizes alike
+    args.bottlenecks = [*ts[ts < r * s].tolist(), r * s]  # the last: no less than the rank
+    models, chosen, rows = [NoisyToy(r, s, args.T, eps) for eps in args.eps], {}, []
+    for objective in candidates(s, quick):
+        with contextlib.suppress(BadInput):                                    # too many f to list
+            chosen[objective] = pairs(objective, s)
+    subsets = np.indices((2,) * s).reshape(s, -1).T[1:-1] > 0  # common contexts: all sizes alike
     common = torch.tensor(subsets), torch.tensor([[1 / math.comb(s, int(m))] * s for m in subsets.sum(1)])
-    for model, eps in zip(models, args.eps):
-        for name, (contexts, q) in chosen.items():
-            position, classes, sigma, needs = split(model, contexts, q)
-            told = merge(*tell_position(contexts, q))[1]
-            P, pi = merged(model, contexts, q)
-            row = {"objective": name, "eps": eps, "needs": needs, "position": position, "classes": classes,
-                   "tail": (position[1:] ** 4).sum(), "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
-                   "told": singular_values(position_matrix(told), told.sum(0) > 0).min(),
-                   "exact": exact_probe(P, pi, range(1, r * s + 1), seed=args.seed),
-                   "tails": [(sigma[t:] ** 4).sum() for t in range(1, r * s + 1)]}
-            own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
-            for kind in (*LOSSES, "untrained"):
-                key = f"{args.seed} {name} {eps} {kind}"                       # whatever else is run
-                generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-                row[kind] = measure_networks(model, own, common, sigma, kind, args, generator)
-            rows.append(row)
+    for model, (objective, (contexts, q)) in itertools.product(models, chosen.items()):
+        name, eps = describe(objective), model.eps
+        position, classes, sigma, needs = split(model, contexts, q)
+        P, pi = merged(model, contexts, q)
+        row = {"objective": name, "eps": eps, "needs": needs, "position": position, "classes": classes,
+               "tail": (position[1:] ** 4).sum(), "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
+               "told": spectrum(objective, s, told=True)["singular_values"].min(),
+               "exact": exact_probe(P, pi, range(1, r * s + 1), seed=args.seed),
+               "tails": [(sigma[t:] ** 4).sum() for t in range(1, r * s + 1)]}
+        own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
+        for kind in (*LOSSES, "untrained"):
+            key = f"{args.seed} {name} {eps} {kind}"                           # the same whatever else is run
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            row[kind] = measure_networks(model, own, common, sigma, kind, args, generator)
+        rows.append(row)
     return plain({"bottlenecks": args.bottlenecks, "classes": r, "labels": args.labels, "ridges": RIDGES,
                   "losses": LOSSES, "seeds": args.seeds, "rows": rows,
                   "findings": findings(rows, args.bottlenecks, r), "seconds": time.time() - start})
+
+
+def spearman_text(x):
+    """'0.62 [0.60, 0.65]' for a correlation with its interval, '-' for none."""
+    return "-" if x is None else "{:.2f} [{:.2f}, {:.2f}]".format(*x)
+
+
+def show_toy(x):
+    """The results of run_toy as text."""
+    ts, r, text = x["bottlenecks"], x["classes"], []
+
+    def excess(row, place, kind):
+        if place in ("own", "common"):
+            return np.mean(row[kind][place][-1])
+        t = int(place.removeprefix("t="))
+        return row["exact"][t - 1] if kind == "exact" else np.mean(row[kind]["all"], 0)[ts.index(t)]
+
+    shown = [f"t={t}" for t in ts if t in (r, 2 * r, 3 * r)] or [f"t={ts[0]}"]
+    for title, places, kinds in (
+            ("all labels, bottleneck t", shown, ("exact", *x["losses"])),
+            (f"{x['labels']} labels a class, no bottleneck, own and common contexts", ("own", "common"),
+             (*x["losses"], "untrained"))):
+        columns = list(itertools.product(places, kinds))
+        rows = [("objective", "eps", "tail", "needs t", "Bayes", *map(" ".join, columns))]
+        for row in x["rows"]:
+            cells = (row["bayes"], *(excess(row, *column) for column in columns))
+            rows.append((row["objective"], f"{row['eps']:g}", f"{row['tail']:.3f}", str(row["needs"]),
+                         *(f"{cell:.3f}" for cell in cells)))
+        text += [f"excess error over Bayes: {title}", table(rows)]
+    rows = [("loss", "eps", "t", "tail", "needs t", "exact error", "few labels, own: tail", "common: tail")]
+    for y in x["findings"]:
+        few = [spearman_text(list(y["few"][place].values())[-1]) for place in ("own", "common")]
+        for at in y["at"]:
+            found = (spearman_text(at[name]) for name in ("tail", "needs", "exact"))
+            last = few if at["t"] == ts[-1] else ("-", "-")
+            rows.append((y["loss"], f"{y['eps']:g}", str(at["t"]), *found, *last))
+    title = f"Spearman of excess error with .., over objectives [95% over {x['seeds']} seeds]"
+    return "\n\n".join([*text, title, table(rows, "<")])
