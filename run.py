@@ -1,0 +1,343 @@
+"""A run: its settings and presets, its machine, its checkpoint, the Run that evaluation opens, and its data.
+
+A run folder holds config.json (the settings), metrics.jsonl (one line every few steps) and ckpt.pt (weights,
+optimizer and all else that going on takes).
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+from argparse import SUPPRESS
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+from data import POSITIONS, Corpus, Sequences, load_corpus, load_evaluation, tokenizer_from_json, toy_noise
+from images import Patches, is_images, load_images
+from model import SIZES, Config, Transformer
+from objectives import OBJECTIVES, choose_path, describe, from_options
+from util import BadInput, positive
+
+# ---------------------------------------------------------------------------- settings and presets
+
+TEXT = {"schedule": "triangle", "warmup": 0.0, "optimizer": "muon", "weight_decay": 0.01, "beta2": 0.98,
+        "clip": 0.5, "batch_ramp": 0.0, "length": 128, "mask_rule": "always"}
+IMAGES = {"schedule": "cosine", "warmup": 0.05, "optimizer": "adamw", "weight_decay": 0.05, "beta2": 0.95,
+          "clip": 0.0, "batch_ramp": 0.0, "crop": 0.2}
+PRESETS = {  # a size of model.py and a budget that suits it; rates were tuned for tiny and vit-tiny only
+    "tiny": {**TEXT, "batch_size": 16, "steps": 1800, "lr": 6e-3},
+    "mini": {**TEXT, "batch_size": 64, "steps": 3000, "lr": 4e-3},
+    "small": {**TEXT, "batch_size": 256, "steps": 20_000, "lr": 3e-3},
+    "base": {**TEXT, "batch_size": 1024, "steps": 50_000, "lr": 2e-3},
+    "paper": {**TEXT, "batch_size": 8192, "steps": 100_000, "lr": 1e-3, "batch_ramp": 0.6,
+              "optimizer": "adamw", "mask_rule": "bert"},
+    "vit-tiny": {**IMAGES, "size": 32, "patch": 4, "batch_size": 64, "steps": 1000, "lr": 4e-3,
+                 "optimizer": "muon"},
+    "vit-small": {**IMAGES, "size": 224, "patch": 16, "batch_size": 4096, "epochs": 200, "lr": 8e-3},
+    "vit-base": {**IMAGES, "size": 224, "patch": 16, "batch_size": 4096, "epochs": 200, "lr": 8e-3},
+}
+IMAGE_MASKS = {"mlm": 0.75, "vl": (0.5, 0.75)}  # the default of --mask where it differs from text's
+
+
+def setting(default, help, **arguments):
+    """A field of Settings that is also a flag of train.py."""
+    return field(default=default, metadata={"help": help, **arguments})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run computes. Where a field is None, `resolve` takes the preset's value.
+
+    Nothing is checked here, so that a checkpoint's settings read back as they were written, wherever its data
+    is by now.
+    """
+
+    objective: str = setting("ar", "pretraining objective", choices=OBJECTIVES)
+    options: dict = field(default_factory=dict)  # of the objective; each has its own flag
+    streams: int = setting(None, "1 or 2; 2 runs any objective through two streams (default: 1 if possible)",
+                           type=int, choices=(1, 2))
+    mask_rule: str = setting(None, "one stream: always = [MASK] at every target, the paper's formula; "
+                             "bert = 80%% [MASK], 10%% random, 10%% kept", choices=("always", "bert"))
+    blind: bool = setting(False, "two streams: queries are not told the position that they predict, as in "
+                          "the paper's theory", action="store_true")
+    data: str = setting("pydoc", "text: pydoc, a file or folder, a token folder of data.py, hf:NAME, toy; "
+                        "images: shapes, a folder of JPEG or PNG files, an image folder of data.py")
+    preset: str = setting(None, "model size and budget (default: tiny, for images vit-tiny)", choices=PRESETS)
+    length: int = setting(None, "text: sequence length S", type=positive)
+    size: int = setting(None, "images: side in pixels; others are resized", type=positive)
+    patch: int = setting(None, "images: side of a patch in pixels, a divisor of --size", type=positive)
+    crop: float = setting(None, "images: least share of the area that a random crop keeps", type=float)
+    steps: int = setting(None, "optimizer steps", type=positive)
+    epochs: float = setting(None, "passes over the data, instead of --steps", type=float)
+    batch_size: int = setting(None, "sequences per step", type=positive)
+    batch_ramp: float = setting(None, "share of the budget over which the batch grows to its size",
+                                type=float)
+    micro_batch: int = setting(256, "sequences per forward pass at most; more are accumulated", type=positive)
+    lr: float = setting(None, "peak learning rate", type=float)
+    schedule: str = setting(None, "triangle: 25%% of the peak, the peak at 75%% of the budget, 0; or cosine",
+                            choices=("triangle", "cosine"))
+    warmup: float = setting(None, "share of the budget over which the learning rate rises from 0", type=float)
+    optimizer: str = setting(None, "adamw, or muon for the matrices of the blocks", choices=("adamw", "muon"))
+    weight_decay: float = setting(None, "decoupled, on matrices only", type=float)
+    beta2: float = setting(None, "of AdamW; its beta1 is 0.9", type=float)
+    clip: float = setting(None, "largest norm of the gradient; 0 for no clipping", type=float)
+    seed: int = setting(0, "of the initial weights, the order of the data and the masks", type=int)
+
+    @property
+    def images(self):
+        """Whether the tokens are patches of images."""
+        return self.preset.startswith("vit")
+
+    @property
+    def positions(self):
+        """Tokens in a sequence: S, or the patches of an image."""
+        return (self.size // self.patch) ** 2 if self.images else self.length
+
+    def task(self):
+        """(objective, which of model.PATHS runs it)."""
+        objective = from_options(self.objective, **self.options)
+        return objective, choose_path(objective, self.streams, self.images)
+
+
+def add_settings(parser):
+    """One flag for each field of Settings. Those that are not given are missing from the parsed arguments."""
+    by_preset = {name for preset in PRESETS.values() for name in preset}
+    for f in fields(Settings):
+        if "help" in f.metadata:
+            shown = " (preset)" if f.name in by_preset else ""
+            if f.default is not None and f.default is not False:
+                shown = f" (default: {f.default})"
+            parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS,
+                                **{**f.metadata, "help": f.metadata["help"] + shown})
+
+
+def resolve(**given):
+    """Settings from what is given by name, the objective's own options included; the preset does the rest.
+
+    resolve(objective="vl", mask=(0.15, 0.3), steps=100) has options {"mask": (0.15, 0.3)}. BadInput: flags
+    that would be ignored, and numbers that do not fit.
+    """
+    known = {f.name for f in fields(Settings)}
+    options = {**given.pop("options", {}), **{name: x for name, x in given.items() if name not in known}}
+    given = {name: x for name, x in given.items() if name in known and x is not None}
+    toy = toy_noise(given.get("data")) is not None
+    if toy:
+        given.setdefault("length", POSITIONS)
+    given.setdefault("preset", "vit-tiny" if is_images(given.get("data", "pydoc")) else "tiny")
+    settings, preset = Settings(**given), PRESETS[given["preset"]]
+    options = {name: x for name, x in options.items() if x is not None}
+    if settings.images and settings.objective in IMAGE_MASKS:
+        options.setdefault("mask", IMAGE_MASKS[settings.objective])
+    objective, path = replace(settings, options=options).task()
+
+    text, this = not settings.images, f"{describe(objective)} runs as {path}"
+    for name, ignored, why in (
+            ("length", toy and settings.length != POSITIONS, f"the toy model has {POSITIONS} tokens"),
+            ("length", not text, "images have --size and --patch"),
+            ("size", text, "it is for images, and this is text"),
+            ("patch", text, "it is for images, and this is text"),
+            ("crop", text, "it is for images, and this is text"),
+            ("mask_rule", path != "mask", f"it is for [MASK]s in one stream, and {this}"),
+            ("blind", settings.blind and path != "two-stream", f"it is for --streams 2, and {this}"),
+            ("epochs", "steps" in given, "--steps sets the budget, too")):
+        if name in given and ignored:
+            raise BadInput(f"--{name.replace('_', '-')} {given[name]} would be ignored: {why}")
+
+    unused = set() if path == "mask" else {"mask_rule"}
+    if "steps" in given or "epochs" in given:
+        unused |= {"steps", "epochs"}
+    from_preset = {name: x for name, x in preset.items() if name not in unused}
+    settings = Settings(**{**from_preset, **given, "options": asdict(objective)})
+    check_ranges(settings)
+    objective.check(settings.positions)
+    return settings
+
+
+def check_ranges(settings):
+    """Raise BadInput where a number is out of its range."""
+    for names, fits, allowed in (
+            ("lr epochs", lambda x: 0 < x < math.inf, "a positive number"),
+            ("clip weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0"),
+            ("beta2 batch_ramp warmup", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
+            ("crop", lambda x: 0 < x <= 1, "in 0..1, 0 excluded"),
+            ("seed", lambda x: 0 <= x < 2 ** 32, "a whole number in 0..2^32 - 1")):
+        for name in names.split():
+            value = getattr(settings, name)
+            if value is not None and not fits(value):
+                raise BadInput(f"--{name.replace('_', '-')} {value:g} is not {allowed}")
+    if settings.images and (settings.size % settings.patch or settings.size < 2 * settings.patch):
+        raise BadInput(f"--patch {settings.patch} does not divide images of --size {settings.size} into two "
+                       "or more")
+
+
+def warmup_cosine(progress, warmup):
+    """Share of the peak rate at `progress` in 0..1: linearly up to `warmup`, then a cosine to 0."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+# ---------------------------------------------------------------------------- device and precision
+
+def choose_device(name=None):
+    """The device of that name, or CUDA, or Apple's MPS, or the CPU; under torchrun this process's own GPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory: without fresh pages for large arrays a CPU step is 5 to 15% faster."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: never a mapping of its own for a large array
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def choose_autocast(device, name=None):
+    """(a function that gives the context of the forward pass, "bf16" or "fp32").
+
+    The default is bf16 where its matrix products are faster: on CUDA, on a CPU with AMX, and on AMD's with
+    AVX-512 BF16.
+    """
+    if name is None:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+            cpu = Path("/proc/cpuinfo").read_text()
+            fast = "amx_bf16" in cpu or "avx512_bf16" in cpu and "AuthenticAMD" in cpu
+        name = "bf16" if fast else "fp32"
+    return (lambda: torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")), name
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, content):
+    """Write a checkpoint so that a whole one is there at every moment: temporary file, fsync, rename."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path):
+    """What a run folder's ckpt.pt holds, or such a file. Nothing in it is executed."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; give a run folder of train.py, or its ckpt.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["settings"] = known_fields(Settings, content["settings"])
+        content["model_config"] = known_fields(Config, content["model_config"])
+    except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
+        raise BadInput(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}: {error})"
+                       ) from None
+    return content
+
+
+def known_fields(cls, content):
+    """The dataclass `cls` from a dict, in which an earlier version may have had fields that are gone."""
+    return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+
+
+@dataclass
+class Run:
+    """A trained model with what is needed to evaluate it."""
+
+    model: Transformer
+    objective: object
+    path: str
+    tokenizer: object  # None for images
+    settings: Settings
+    step: int
+    name: str
+
+    def untrained(self):
+        """This Run before its first step: what a task owes to pretraining is the difference to it."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            model = Transformer(self.model.config).to(self.model.query.device).eval()
+        return replace(self, model=model, step=0, name=f"untrained:{self.name}")
+
+
+def load_run(path, device="cpu"):
+    """The model, objective and tokenizer of a checkpoint, ready for evaluation; untrained:RUN as it began."""
+    if str(path).startswith("untrained:"):
+        return load_run(str(path).removeprefix("untrained:"), device).untrained()
+    content = load_checkpoint(path)
+    settings, model = content["settings"], Transformer(content["model_config"]).to(device)
+    model.load_state_dict(content["model"])
+    tokenizer = None if settings.images else tokenizer_from_json(content["tokenizer"])
+    return Run(model.eval(), *settings.task(), tokenizer, settings, content["step"], str(path))
+
+
+# ---------------------------------------------------------------------------- the data of a run
+
+def load_examples(settings, path, device="cpu"):
+    """(Config, training sequences, validation sequences, tokenizer or None).
+
+    The sequences of text and of images both have `len`, `batch(start, size, part)`, and their `total` of
+    tokens or images.
+    """
+    if settings.images != is_images(settings.data):
+        raise BadInput(f"--preset {settings.preset} is for {'images' if settings.images else 'text'}, and "
+                       f"--data {settings.data} is {'not' if settings.images else 'images'}")
+    if settings.images:
+        images, size = load_images(settings.data, settings.size), dict(SIZES[settings.preset])
+        size["decoder"] = size["decoder"] if path == "mae" else ()
+        config = Config(0, settings.positions, **size, patch=settings.patch, mean=images.mean, std=images.std,
+                        blind=settings.blind)
+        train = Patches(images.train, config, settings.seed, settings.crop, device)
+        return config, train, Patches(images.val, config), None
+    corpus, S = training_corpus(settings), settings.length
+    config = Config(corpus.tokenizer.vocab, S, **SIZES[settings.preset], blind=settings.blind)
+    train = Sequences(corpus.train, S, corpus.tokenizer.separator, settings.seed)
+    return config, train, Sequences(corpus.val, S, corpus.tokenizer.separator), corpus.tokenizer
+
+
+def training_corpus(settings):
+    """The Corpus that a run trains on; of a Hugging Face dataset what its steps read, and a fifth more."""
+    needed = None if settings.epochs else int(1.2 * settings.steps * settings.batch_size * settings.length)
+    return load_corpus(settings.data, hf_bytes=needed)
+
+
+def held_out_text(run, data=None):
+    """What --data names, as a Corpus whose `val` is evaluated on. None: what the run's own data held out."""
+    if run.tokenizer is None:
+        raise BadInput(f"{run.name} was trained on images; this command reads text")
+    if data is not None:
+        return load_evaluation(data, run.tokenizer)
+    if run.settings.data is None:
+        raise BadInput(f"{run.name} does not come with a text to evaluate on; give one with --data")
+    corpus = training_corpus(run.settings)
+    if corpus.tokenizer.to_json() != run.tokenizer.to_json():
+        raise BadInput(f"{run.settings.data} has another tokenizer than {run.name}; give a text with --data")
+    return corpus
+
+
+def evaluation_sequences(run, data=None, count=200):
+    """(`count` sequences of held-out text (N, S), its tokens per byte, the name of the data).
+
+    `data` is as for `held_out_text`, or what that returned. The sequences are the same for every checkpoint
+    of one tokenizer and length.
+    """
+    corpus = data if isinstance(data, Corpus) else held_out_text(run, data)
+    S = run.settings.length
+    whole = corpus.val[:len(corpus.val) // S * S]
+    if len(whole) < 2 * S or count < 2:
+        raise BadInput(f"a standard error takes at least two sequences of {S} tokens; {corpus.name} has "
+                       f"{len(corpus.val):,} tokens to evaluate on, and {count} sequences are asked for")
+    sequences = Sequences(whole, S, run.tokenizer.separator, seed=0)
+    return sequences.batch(0, min(count, len(sequences))), len(corpus.val) / corpus.val_bytes, corpus.name
