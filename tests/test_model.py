@@ -90,16 +90,6 @@ def test_one_architecture_three_ways(make_model):
     assert torch.equal(*(run(model, batch, "two-stream") for batch in batches[1:]))
 
 
-def test_hidden_tokens_are_not_read_but_their_mask_is(make_model):
-    """In one stream the given tokens look at the [MASK], so that the paths differ with one target even."""
-    model, tokens = make_model(), torch.randint(11, (1, 8), generator=seeded())
-    groups, targets = torch.tensor([[1, 1, 1, 2, 1, 1, 1, 1]]), torch.tensor([[3]])
-    one, two = (model(tokens, groups, targets, path) for path in ("mask", "two-stream"))
-    assert not torch.allclose(one, two)
-    other = tokens.index_fill(1, torch.tensor([3]), int(tokens[0, 3] + 1) % 11)
-    assert torch.equal(one, model(other, groups, targets, "mask"))
-
-
 def test_rows_that_see_nothing_are_finite(make_model):
     """The first group of dar, filler: forward and backward, though nobody scores them."""
     model = make_model()

@@ -140,10 +140,6 @@ def queries_by_token(objective, f):
     return {(p + 1, c): w for p, c, w in rows if w > 0}
 
 
-def test_every_objective_has_a_case():
-    assert {name for name, *_ in CASES} == set(OBJECTIVES)
-
-
 def test_listed_outcomes_queries_and_weights_are_those_of_the_definition(case):
     objective, S, table = case
     objective.check(S)
@@ -273,7 +269,7 @@ def test_the_bound_is_the_mean_over_orders(name, options, places):
 
 def test_only_objectives_that_have_them_claim_a_likelihood_or_a_bound():
     claims = {name: (objective.left_to_right(8, "two-stream") is not None, objective.bound(2, 8) is not None)
-              for name, objective in ((name, from_options(name)) for name in OBJECTIVES if name != "blocks")}
+              for name, objective in ((name, from_options(name)) for name in DEFINITIONS if name != "blocks")}
     assert {name for name, (exact, _) in claims.items() if not exact} == {"spans", "segments"}
     assert {name for name, (_, bound) in claims.items() if bound} == {"mlm", "vl", "permutation", "diffusion"}
     plain = Objective()
@@ -283,7 +279,9 @@ def test_only_objectives_that_have_them_claim_a_likelihood_or_a_bound():
 def test_every_token_is_scored_once_with_its_prefix(way):
     """In each regime every token has its whole prefix, and nothing else, as its context in one pass."""
     objective, path = way
-    for regime, passes in (objective.left_to_right(7, path) or {}).items():
+    regimes = objective.left_to_right(7, path) or {}
+    assert regimes.keys() <= ({"padded", "truncated"} if path == "mask" else {"next"})
+    for regime, passes in regimes.items():
         count = [0] * 7
         for f in passes:
             contexts = [[j for j in range(7) if 0 < f[j] < f[p]] for p in range(7)]
@@ -297,7 +295,7 @@ def test_every_token_is_scored_once_with_its_prefix(way):
             assert (passes > 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "segments"])
+@pytest.mark.parametrize("name", [name for name in DEFINITIONS if name != "segments"])
 def test_a_step_of_generation_asks_for_missing_tokens_from_known_ones(name):
     """All that are missing, or those of the first block, or the next one: from all that are known so far."""
     objective = from_options(name, **({"block": 3} if name == "blocks" else {}))
@@ -391,6 +389,8 @@ def test_the_loss_of_images_is_the_squared_error(image_way, make_image_model):
     model, generator = make_image_model(path), torch.Generator().manual_seed(0)
     patches = torch.randn(3, 9, 48, generator=generator, dtype=torch.float64)
     batch = draw_batch(objective, path, patches, 0, generator)
+    if path == "mae":  # the encoder has room for as many patches as are ever given, and for no more
+        assert batch.given.shape == (3, 9 - objective.min_targets(9))
     features = model(patches, batch.groups, batch.targets, path, batch.cuts, given=batch.given)
     total = 0.0
     for b, k in batch.weight.nonzero().tolist():
@@ -406,7 +406,8 @@ def test_batches_have_one_shape_whatever_is_drawn(way):
     assert len({tuple((x.dtype, x.shape) for x in batch) for batch in batches}) == 1
 
 
-@pytest.mark.parametrize("name, path", [("ar", "causal"), ("vl", "mask"), ("vl", "mae"), ("mtp", "two-stream")])
+@pytest.mark.parametrize("name, path", [("ar", "causal"), ("vl", "mask"), ("vl", "mae"),
+                                        ("mtp", "two-stream")])
 def test_the_loss_is_one_graph(name, path, make_model, make_image_model):
     """torch.compile finds nothing to break at, and compiles once."""
     torch._dynamo.reset()
@@ -492,25 +493,16 @@ def rows(n, target, cut, weight=1.0):
     (fork([1, -1, 2, 3]), "two-stream", "cannot compute this f"),
     (fork([1, 2, 1, 3]), "mask", "cannot compute this f"),
     (fork([1, 2, 0, 3]), "causal", "cannot compute this f"),
-    (fork([1, 2, 3, 4], queries=rows(3, 3, 3)), "causal", "cannot compute cuts"),
+    (fork([1, 2, 3, 4], queries=rows(3, 3, 3)), "causal", "no cuts but f"),
     (fork([1, 1, 2, 1], min_targets=lambda *_: 2), "mae", "min_targets")])
 def test_what_cannot_be_computed_is_refused_where_it_is_drawn(objective, path, says):
     with pytest.raises(BadInput, match=says):
         draw_batch(objective, path, torch.zeros(2, 4, dtype=torch.long), 3)
 
 
-def test_a_hole_in_f_is_seen_by_nobody(make_model):
-    """f = 0 between tokens, in two streams: what stands there changes nothing."""
-    tokens = torch.tensor([[1, 2, 3, 4], [1, 9, 3, 4]])
-    batch = draw_batch(fork([1, 0, 2, 3]), "two-stream", tokens, 11)
-    model = make_model(dtype=torch.float32)
-    one, other = (loss_sum(model, batch.part(b, b + 1), "two-stream").item() for b in range(2))
-    assert one == other
-
-
 def test_the_path_of_each_objective():
-    paths = {name: choose_path(from_options(name), images=name == "segments") for name in OBJECTIVES}
-    assert paths == {**dict.fromkeys(OBJECTIVES, "two-stream"), "ar": "causal",
+    paths = {name: choose_path(from_options(name), images=name == "segments") for name in DEFINITIONS}
+    assert paths == {**dict.fromkeys(DEFINITIONS, "two-stream"), "ar": "causal",
                      **dict.fromkeys(["mlm", "vl", "diffusion"], "mask")}
     for name, images in (("ar", False), ("mlm", True)):
         assert choose_path(from_options(name), 2, images) == "two-stream"
