@@ -92,8 +92,8 @@ class PrefixLM(Objective):
 
 @dataclass(frozen=True)
 class MultiToken(Objective):
-    """From each prefix predict the next t tokens in parallel: Eq. 3 as it is printed (Gloeckle et al. 2024,
-    who have t output heads; here t query rows have the positions of their targets).
+    """From each prefix predict the next t tokens in parallel: Eq. 3 as it is printed. Gloeckle et al. (2024)
+    have t output heads, which weigh alike; here t query rows have the positions of their targets.
 
     f          1, 2, .., S
     queries    (k + h, k + 1) for each prefix k = 1..S-1 and h = 1..t with k + h <= S
@@ -245,7 +245,8 @@ class Blocks(Objective):
 
 @dataclass(frozen=True)
 class Spans(Objective):
-    """Fill in contiguous spans, token by token (GLM; Du et al. 2022; there the spans are shuffled).
+    """Fill in contiguous spans, token by token. GLM (Du et al. 2022) draws their lengths from a Poisson
+    distribution, shuffles the spans, and does not tell how long a gap is; here positions tell it.
 
     f          visible 1; hidden 2, 3, .. from left to right. All sets of n = round(rho S) hidden tokens that
                form exactly m = round(n/L) spans, or as many as there is room for, are equally likely

@@ -17,8 +17,10 @@ what it may say, and beyond.py for seven of them. Its fields become flags of eve
 objective. Draw it: python objectives.py NAME
 """
 
+import inspect
 import itertools
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -184,8 +186,18 @@ OBJECTIVES = {**PAPER, **BEYOND}
 
 
 def options_of(flag):
-    """The names of its options."""
-    return {f.name for f in fields(OBJECTIVES[flag])}
+    """The names of an objective's options. BadInput where its class is not written as it must be."""
+    if flag not in OBJECTIVES:
+        raise BadInput(f"there is no objective {flag!r}; choose one of {', '.join(OBJECTIVES)}")
+    cls = OBJECTIVES[flag]
+    if "__dataclass_fields__" not in vars(cls):
+        raise BadInput(f"put @dataclass(frozen=True) above class {cls.__name__}, the objective {flag}")
+    if cls.one_stream not in (None, "causal", "mask"):
+        raise BadInput(f"{cls.__name__}.one_stream is {cls.one_stream!r}; it may be None, causal or mask")
+    if "generator" not in inspect.signature(cls.groups).parameters:
+        raise BadInput(f"{cls.__name__}.groups takes batch, length and generator, from which it draws: else "
+                       "a resumed run draws other masks")
+    return {f.name for f in fields(cls)}
 
 
 def add_options(parser):
@@ -200,11 +212,8 @@ def add_options(parser):
 def from_options(flag, given=(), /, **options):
     """The objective of that flag. `given`, such as vars(args), may hold None and more than options of
     objectives. BadInput where an option belongs to other objectives only."""
-    if flag not in OBJECTIVES:
-        raise BadInput(f"there is no objective {flag!r}; choose one of {', '.join(OBJECTIVES)}")
-    every = set().union(*map(options_of, OBJECTIVES))
+    own, every = options_of(flag), set().union(*map(options_of, OBJECTIVES))
     options = {name: x for name, x in {**dict(given), **options}.items() if name in every and x is not None}
-    own = options_of(flag)
     for name in options.keys() - own:
         takes = " and ".join(f"--{x}" for x in sorted(own)) or "no options"
         raise BadInput(f"--{name} is no option of {flag}, which takes {takes}")
@@ -268,7 +277,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always", size=None,
-               part=slice(None)):
+               part=slice(None), lengths=None):
     """Draw f for tokens (B, S), or patches (B, S, values), and prepare what the model needs -> Batch.
 
     On the mask path, mask_rule "always" shows [MASK] at every target: they are predicted from the visible
@@ -276,12 +285,15 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
     Cramming protocol: [MASK] at 80% of the targets, a random token at 10%, the token itself at 10%.
 
     Every process draws f for the whole batch of `size` from one generator and keeps its rows `part`, which
-    `tokens` are: so the losses of W processes are those of one.
+    `tokens` are: so the losses of W processes are those of one. `lengths` (size,) says how many tokens of
+    each sequence are text; what follows is filler.
     """
     S, size = tokens.shape[1], size or len(tokens)
     groups = objective.groups(size, S, generator)
     queries = objective.queries(groups)
-    check_queries(objective, path, groups, queries, size)
+    check_queries(objective, path, groups, queries, size, S)
+    if lengths is not None:  # what fills up a text's last sequence is never asked for
+        queries = queries._replace(weight=queries.weight * (queries.targets < lengths[:, None]))
     total, groups = queries.weight.sum(), groups[part]
     targets, cuts, weight = (x[part] for x in queries)
 
@@ -297,16 +309,14 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
     return Batch(inputs, groups, blank, given, targets, cuts, labels, weight, total.repeat(len(groups)))
 
 
-def check_queries(objective, path, groups, queries, size):
-    """Refuse what a new objective gets wrong first: shapes, leaks, queries that see nothing, a path that
-    cannot."""
-    S, long = groups.shape[1], torch.long
-    n = objective.max_targets(S)
+def check_queries(objective, path, groups, queries, size, S):
+    """Refuse what a new objective gets wrong first: shapes, leaks, queries that see nothing, a wrong path."""
+    n, long = objective.max_targets(S), torch.long
     found = [(x.dtype, tuple(x.shape)) for x in (groups, *queries)]
     due = [(long, (size, S)), (long, (size, n)), (long, (size, n)), (torch.float32, (size, n))]
     if found != due:
-        raise BadInput(f"{objective}: f, targets, cuts and weights are {found} and should be {due}; max_targets "
-                       f"promises {n} queries")
+        raise BadInput(f"{objective}: f, targets, cuts and weights are {found} and should be {due}; "
+                       f"max_targets promises {n} queries")
 
     targets, cuts, weight = queries
     wanted, own = weight > 0, groups.gather(1, targets)
@@ -314,12 +324,11 @@ def check_queries(objective, path, groups, queries, size):
     hidden = (groups > 1).sum(1, keepdim=True)
     fits = {"causal": groups == ar_groups(S), "two-stream": groups >= 0}
     fits = fits.get(path, (groups == 1) | (groups == 2))
-    one_stream = f"one stream ({path}) cannot compute"
     for wrong, reason in (
             (wanted & (cuts <= least), "a token is asked for that would see nothing; begin with f = 1"),
             (wanted & (own > 0) & (cuts > own), "a token would see itself; a cut is at most f(p)"),
-            (~fits, f"{one_stream} this f; let one_stream be None"),
-            (wanted & (cuts != own) & (path != "two-stream"), f"{one_stream} cuts; let one_stream be None"),
+            (~fits, f"the path {path} cannot compute this f; let one_stream be None"),
+            (wanted & (cuts != own) & (path != "two-stream"), f"the path {path} has no cuts but f(p)"),
             ((hidden < objective.min_targets(S)) & (path == "mae"), "fewer are hidden than min_targets says"),
             (~wanted.any() & ~wanted, "nothing is asked for")):
         if wrong.any():
@@ -396,7 +405,7 @@ def main(argv=None):
     parser = Parser(description="Draw the group index of objectives, their attention masks and spectra.")
     parser.add_argument("objectives", nargs="*", metavar="NAME", help=f"of {', '.join(OBJECTIVES)}")
     parser.add_argument("--all", action="store_true", help=f"the paper's: {', '.join(PAPER)}")
-    parser.add_argument("--length", type=positive, default=8, help="sequence length S")
+    parser.add_argument("--length", type=positive, default=16, help="sequence length S")
     parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--plot", metavar="FILE", help="a picture instead, with spectra")
@@ -405,20 +414,24 @@ def main(argv=None):
     names = list(dict.fromkeys([*args.objectives, *PAPER] if args.all else args.objectives))
     if not names:
         raise BadInput(f"name an objective, {' or '.join(OBJECTIVES)}; or give --all for the paper's")
-    sheets = []
+    if args.plot:
+        plots.check(args.plot)
+    sheets, S = [], args.length
     for name, objective in zip(names, several(names, vars(args))):
-        length = max(args.length, 16) if objective.images_only else args.length
-        objective.check(length)
+        objective.check(S)
         path = choose_path(objective, images=objective.images_only)
-        draws = typical_draws(objective, path, length, args.samples, args.seed)
-        sheet = {"title": describe(objective), "paper": objective.paper, "length": length, "draws": draws}
+        draws = typical_draws(objective, path, S, args.samples, args.seed)
+        if hasattr(objective, "mask") and objective.max_targets(S) == 1:
+            print(f"note: {describe(objective)} hides one of {S} tokens, so that each context has one target "
+                  "and the spectrum is flat; a larger --length shows more", file=sys.stderr)
         if args.plot:
             from experiments.spectrum import spectrum
-            sheet["singular_values"] = spectrum(objective, length, flag=name)["singular_values"]
+            values = spectrum(objective, S, flag=name)["singular_values"]
+            sheets.append({"title": describe(objective), "paper": objective.paper, "length": S,
+                           "draws": draws, "singular_values": values})
         else:
-            print(f"{sheet['title']}: {sheet['paper']}\n")
+            print(f"{describe(objective)}: {objective.paper}\n")
             print("\n\n".join(draw(f, queries) for f, queries in draws) + "\n")
-        sheets.append(sheet)
     if args.plot:
         plots.objectives(args.plot, sheets)
 

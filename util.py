@@ -4,6 +4,7 @@ tables."""
 import argparse
 import importlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -85,21 +86,35 @@ def import_optional(name):
 # ---------------------------------------------------------------------------- results
 
 def plain(x):
-    """Results with arrays and tensors in them -> what JSON knows."""
+    """Results with arrays and tensors in them -> what JSON knows: numbers that are not finite become null."""
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [plain(value) for value in x]
-    return x.tolist() if hasattr(x, "tolist") else x
+    if hasattr(x, "tolist"):
+        return plain(x.tolist())
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def write_json(target, content):
     """The --json convention of all commands: one object, to a file or to standard output (-)."""
-    text = json.dumps(plain(content), indent=1)
+    text = json.dumps(plain(content), indent=1, allow_nan=False)
     if target == "-":
         print(text)
     elif target:
-        Path(target).write_text(text + "\n")
+        write_text(target, text + "\n")
+
+
+def write_text(path, text):
+    """Write a file so that a whole one is there at every moment: temporary file, rename."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)
+
+
+def printable(text):
+    """Control characters as \\x1b and the like: names and texts of other people are shown, not obeyed."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def table(rows, align=">"):

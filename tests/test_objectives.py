@@ -500,6 +500,40 @@ def test_what_cannot_be_computed_is_refused_where_it_is_drawn(objective, path, s
         draw_batch(objective, path, torch.zeros(2, 4, dtype=torch.long), 3)
 
 
+def test_a_class_that_is_not_written_as_it_must_be_is_refused_by_name(monkeypatch):
+    plain = type("Plain", (Objective,), {"span": 2, "__annotations__": {"span": int}})
+    bert = type(fork([1, 2], one_stream="bert"))
+    unseeded = type("Unseeded", (Objective,), {"groups": lambda self, batch, length: None})
+    unseeded = dataclass(frozen=True)(unseeded)
+    for cls, says in ((plain, "dataclass.*above class Plain"), (bert, "one_stream is 'bert'"),
+                      (unseeded, "Unseeded.groups takes batch, length and generator")):
+        monkeypatch.setitem(OBJECTIVES, "fork", cls)
+        with pytest.raises(BadInput, match=says):
+            from_options("fork")
+
+
+def test_filler_is_never_asked_for(way):
+    """Behind a text's end nothing counts, neither in the loss nor in what it is divided by."""
+    objective, path = way
+    tokens = torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([8, 8, 8, 3])
+    full, batch = (draw_batch(objective, path, tokens, 11, torch.Generator().manual_seed(1), lengths=x)
+                   for x in (None, lengths))
+    asked = full.targets < lengths[:, None]
+    assert torch.equal(batch.weight, full.weight * asked) and (full.weight * ~asked).sum() > 0
+    assert batch.total.tolist() == pytest.approx([batch.weight.sum().item()] * 4)
+    part = draw_batch(objective, path, tokens[:2], 11, torch.Generator().manual_seed(1), size=4,
+                      part=slice(0, 2), lengths=lengths)
+    assert torch.equal(part.total, batch.total[:2])  # a process knows of the filler in the others' rows
+
+
+def test_a_ratio_that_hides_one_token_is_told(capsys):
+    call("objectives.py mlm --length 8")
+    assert "hides one of 8 tokens" in capsys.readouterr().err
+    call("objectives.py mlm vl spans")
+    assert "hides one" not in capsys.readouterr().err
+
+
 def test_the_path_of_each_objective():
     paths = {name: choose_path(from_options(name), images=name == "segments") for name in DEFINITIONS}
     assert paths == {**dict.fromkeys(DEFINITIONS, "two-stream"), "ar": "causal",
