@@ -30,10 +30,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from images import example, new_folder, prepare_images
+from images import example, files_in, new_folder, note, prepare_images, read_manifest
 from util import BadInput, Parser, command_line, import_optional, positive
 
 SEPARATOR, UNKNOWN = "[SEP]", "[UNK]"
+LONGEST = 100  # characters of a word; trained tokenizers cut a longer one, whose time would be quadratic
 
 # ---------------------------------------------------------------------------- tokenizers
 
@@ -79,25 +80,33 @@ class TrainedTokenizer:
         if kind == "wordpiece":
             tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))
             tokenizer.normalizer = lib.normalizers.BertNormalizer(lowercase=True)
-            tokenizer.pre_tokenizer = lib.pre_tokenizers.BertPreTokenizer()
             tokenizer.decoder = lib.decoders.WordPiece()
-            trainer = lib.trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=[UNKNOWN, SEPARATOR],
-                                                    show_progress=False)
+            words, special = lib.pre_tokenizers.BertPreTokenizer(), [UNKNOWN, SEPARATOR]
+            trainer = functools.partial(lib.trainers.WordPieceTrainer, show_progress=False)
         else:
             tokenizer = lib.Tokenizer(lib.models.BPE())
-            tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = lib.decoders.ByteLevel()
-            alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
-            trainer = lib.trainers.BpeTrainer(vocab_size=vocab, special_tokens=[SEPARATOR],
-                                              show_progress=False, initial_alphabet=alphabet)
-        tokenizer.train_from_iterator(pieces, trainer)
-        return cls(tokenizer)
+            words, special = lib.pre_tokenizers.ByteLevel(add_prefix_space=False), [SEPARATOR]
+            trainer = functools.partial(lib.trainers.BpeTrainer, initial_alphabet=words.alphabet(),
+                                        show_progress=False)
+        cut = lib.pre_tokenizers.FixedLength(LONGEST)
+        tokenizer.pre_tokenizer, inner = lib.pre_tokenizers.Sequence([words, cut]), []
+        if kind == "wordpiece":
+            # The trainer numbers "##a", "##b", .. at random and settles ties by that. A first training finds
+            # them; as special tokens of the second one they come in order.
+            tokenizer.train_from_iterator(pieces, trainer(vocab_size=0))
+            inner = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
+        tokenizer.train_from_iterator(pieces, trainer(vocab_size=vocab, special_tokens=special + inner))
+        content = json.loads(tokenizer.to_str())
+        content["added_tokens"] = content["added_tokens"][:len(special)]
+        return cls(lib.Tokenizer.from_str(json.dumps(content)))
 
     def encode(self, text):
         return np.concatenate(self.encode_all([*cut_at_lines(text), ""]))
 
     def encode_all(self, texts):
         """[str] -> [array of ids], on all cores."""
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair: "?"
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(text.ids, token_type(self.vocab)) for text in encoded]
 
@@ -121,13 +130,16 @@ def token_type(vocab):
 
 
 def cut_at_lines(text, size=1 << 14):
-    """Cut a text into pieces of about `size` characters that end at line ends."""
+    """Cut a text into pieces of `size` to twice as many characters that end at a line end, before a space if
+    the line is longer, or anywhere."""
     start = 0
     while start < len(text):
-        stop = start + size
-        stop = text.find("\n", stop) + 1 or len(text) if stop < len(text) else len(text)
-        yield text[start:stop]
-        start = stop
+        stop, end = start + size, start + 2 * size
+        if stop < len(text):
+            line, space = text.find("\n", stop, end) + 1, text.find(" ", stop, end)
+            end = line or (space if space > 0 else end)
+        yield text[start:end]
+        start = end
 
 
 # ---------------------------------------------------------------------------- documents
@@ -137,8 +149,7 @@ def documents(source, max_bytes=None):
     if source == "pydoc":
         found = pydoc_texts()
     elif source.startswith("hf:"):
-        rows = hub_rows(source, streaming=max_bytes is not None)
-        found = ((str(k), row["text"]) for k, row in enumerate(rows))
+        found = hub_texts(source, streaming=max_bytes is not None)
     else:
         found = text_files(source)
     left = max_bytes or math.inf
@@ -161,12 +172,11 @@ def text_files(source):
     if not source or not root.exists():
         raise BadInput(f"{source or 'the empty name'} does not exist; give a text file, a folder, pydoc or "
                        "hf:NAME")
-    if (root / "manifest.json").exists():
+    if read_manifest(root):
         raise BadInput(f"{source} is prepared already; give it to train.py --data as it is")
-    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        inner = path.relative_to(root)
-        if path.is_dir() or any(part.startswith(".") for part in inner.parts):
-            continue
+    if not root.is_dir() and not root.is_file():
+        raise BadInput(f"{source} is neither a file nor a folder")
+    for path in files_in(root) if root.is_dir() else [root]:
         try:
             with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)(path, "rb") as file:
                 text = file.read().decode("utf-8-sig", "replace")
@@ -174,21 +184,29 @@ def text_files(source):
             raise BadInput(f"{path} is not a whole {path.suffix[1:]} file: {error}") from None
         if text.count("\ufffd") + text.count("\0") > 0.1 * len(text):
             raise BadInput(f"{path} is not UTF-8 text; give text, or a folder of images")
-        yield path.name if path == root else str(inner), text.replace("\r\n", "\n").replace("\r", "\n")
+        name = path.name if path == root else str(path.relative_to(root))
+        yield name, text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def hub_rows(source, streaming):
-    """The rows of a Hugging Face dataset: downloaded and cached by `datasets`, or streamed."""
+def hub_texts(source, streaming):
+    """(row number, text) of a Hugging Face dataset: downloaded and cached by `datasets`, or streamed. Rows
+    without a text are left out."""
     name, _, subset = source[3:].partition("::")
-    load_dataset = import_optional("datasets").load_dataset
+    load_dataset, empty = import_optional("datasets").load_dataset, 0
     try:
-        rows = load_dataset(name, subset or None, split="train", streaming=streaming)
-        columns = rows.column_names or list(next(iter(rows)))
+        for k, row in enumerate(load_dataset(name, subset or None, split="train", streaming=streaming)):
+            if not isinstance(row.get("text", 0), str | None):
+                raise BadInput(f"row {k} of {source} has no text in a column 'text': {str(row)[:80]}")
+            if row["text"] is not None:
+                yield str(k), row["text"]
+            else:
+                empty += 1
+    except BadInput:
+        raise
     except Exception as error:  # noqa: BLE001  depends on the network and on the kind of its files
         raise BadInput(f"{source} could not be read: {type(error).__name__}: {error}") from None
-    if "text" not in columns:
-        raise BadInput(f"the dataset {name} has no column 'text', only {', '.join(columns)}")
-    return rows
+    if empty:
+        note(f"{empty:,} rows of {source} are null and left out")
 
 
 @functools.cache  # parsing all sources takes seconds
@@ -234,7 +252,7 @@ class Corpus:
 
 def load_corpus(source, hf_bytes=None):
     """What --data names, for training: raw text as bytes, of a Hugging Face dataset the first `hf_bytes`."""
-    if (Path(source) / "manifest.json").exists():
+    if read_manifest(source):
         return open_tokens(source)
     if toy_noise(source) is not None:
         return toy_corpus(source)
@@ -245,7 +263,7 @@ def load_corpus(source, hf_bytes=None):
 def load_evaluation(source, tokenizer):
     """What --data names, for evaluating a model with that tokenizer: the validation part of pydoc or of a
     token folder, the whole of a text, or its first 50 MB."""
-    if (Path(source) / "manifest.json").exists() or toy_noise(source) is not None:
+    if read_manifest(source) or toy_noise(source) is not None:
         corpus = load_corpus(source)
         if corpus.tokenizer.to_json() != tokenizer.to_json():
             raise BadInput(f"{source} was tokenized with another tokenizer than the checkpoint's; give the "
@@ -268,20 +286,28 @@ def split(sources, val, fraction, max_bytes=None):
     """("train" or "val", text) of each document of the sources, and of those in `val`, all for validation.
 
     Without `val` a share of the documents is held out, none if there are fewer than 20: by a checksum of its
-    name, of pydoc's modules by that of their package, so that every machine holds out the same.
+    name, of pydoc's modules by that of their package, so that every machine holds out the same. What is in
+    `val` is not trained on.
     """
     found = itertools.chain.from_iterable(documents(source, max_bytes) for source in sources)
     few = fraction < 1 and len(list(itertools.islice(found, 20))) < 20
-    limit = 0 if val or few else fraction * 2 ** 32
-    for source in sources:
+    share = 0 if val or few else fraction
+    given = {hash(text) for source in val for _, text in documents(source, max_bytes)}
+    for source, share in [(source, share) for source in sources] + [(source, 1) for source in val]:
+        replaced = twice = 0
         for name, text in documents(source, max_bytes):
+            replaced += text.count("\ufffd")
+            if share == 0 and hash(text) in given:
+                twice += 1
+                continue
             if source == "pydoc" and not name.startswith("topics."):
                 name = name.partition(".")[0]
-            held = zlib.crc32(name.encode("utf-8", "surrogateescape")) < limit
+            held = zlib.crc32(name.encode("utf-8", "surrogateescape")) < share * 2 ** 32
             yield "val" if held and text else "train", text
-    for source in val:
-        for _, text in documents(source, max_bytes):
-            yield "val", text
+        if replaced:
+            note(f"{source} is not all UTF-8: {replaced:,} characters of it are read as U+FFFD")
+        if twice:
+            note(f"{twice:,} documents of {source} are in --val, too, and are not trained on")
 
 
 def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_bytes=None):
@@ -302,8 +328,8 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
                 size[side] += byte_count(piece or "")
             bar.update(size["train"] + size["val"] - bar.n)
     if not size["train"] and fraction < 1 or not size["train"] + size["val"]:
-        raise BadInput(f"no text in {', '.join(sources)}")
-    if not size["val"]:
+        raise BadInput(f"no text in {', '.join(sources)}" + " that is not in --val" * bool(val_sources))
+    if not size["val"] and not val_sources:
         tokens = train.tell() // separator.itemsize
         tail = max(1, round(fraction * tokens))
         start = train.seek((tokens - tail) * separator.itemsize)
@@ -311,8 +337,12 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
         train.truncate(start)
         size["val"] = round(size["train"] * tail / tokens)
         size["train"] -= size["val"]
-    return {side: {"tokens": file.seek(0, os.SEEK_END) // separator.itemsize, "bytes": size[side]}
-            for side, file in files.items()}
+    counts = {side: {"tokens": file.seek(0, os.SEEK_END) // separator.itemsize, "bytes": size[side]}
+              for side, file in files.items()}
+    if fraction < 1 and min(counts["val"].values()) < 2:
+        raise BadInput(f"{', '.join(val_sources or sources)}: {size['val']} bytes of text are too few for "
+                       "validation")
+    return counts
 
 
 # ---------------------------------------------------------------------------- sequences
@@ -333,13 +363,17 @@ class Sequences:
 
     def batch(self, start, size, part=slice(None)):
         """Sequences start .. start + size - 1, over epochs, or a part of them -> LongTensor (B, length)."""
-        numbers = range(start, start + size)[part]
-        rows = np.full((len(numbers), self.length), self.separator, dtype=np.int64)
-        for row, number in zip(rows, numbers):
-            k = example(number, len(self), self.seed)
+        which = [example(k, len(self), self.seed) for k in range(start, start + size)[part]]
+        rows = np.full((len(which), self.length), self.separator, dtype=np.int64)
+        for row, k in zip(rows, which):
             piece = self.tokens[k * self.length:(k + 1) * self.length]
             row[:len(piece)] = piece
         return torch.from_numpy(rows)
+
+    def lengths(self, start, size):
+        """How many tokens of each of these sequences are text, not filler -> LongTensor (size,)."""
+        which = [example(k, len(self), self.seed) for k in range(start, start + size)]
+        return (self.total - self.length * torch.tensor(which)).clamp(max=self.length)
 
 
 def prefetch(draw, steps):
@@ -381,7 +415,7 @@ def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fractio
 def open_tokens(folder):
     """A token folder as a Corpus, memory-mapped."""
     folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     if "tokenizer" not in manifest:
         raise BadInput(f"{folder} does not hold tokens of data.py text")
     tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Images: what --data names, and sequences of patches.
 
     shapes       drawn images of eight shapes: nothing to download
-    DIR          JPEG or PNG files in class folders: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/); or
+    DIR          images in class folders: train/CLASS/*.jpg and val/CLASS/*.jpg (or valid/, test/ ..); or
                  CLASS/*.jpg alone, of which a share of every class is held out; or images without classes
     DIR          the binary files of CIFAR-10 or CIFAR-100 (fine labels)
     DIR          a prepared folder, memory-mapped: python data.py images INPUT --size N --out DIR
@@ -15,8 +15,10 @@ import functools
 import itertools
 import json
 import math
+import os
 import shutil
 import struct
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,11 +28,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import BadInput, import_optional
+from util import BadInput, import_optional, printable
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what a file may be, whatever its name says
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "dev", "test", "testing")  # in any case
 IN_MEMORY = 4 << 30  # bytes of pixels that are decoded into memory at most
 CHUNK = 1 << 26      # bytes of pixels that are decoded at a time
+LARGEST = 1 << 26    # pixels that one image may have
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,13 @@ class Images:
 
 
 def is_images(source):
-    """Whether --data names images rather than text: most files of a folder are JPEG or PNG."""
+    """Whether --data names images rather than text: most files of a folder are images."""
     root = Path(source)
     if source == "shapes" or cifar_files(root):
         return True
-    if (root / "manifest.json").exists():
-        return json.loads((root / "manifest.json").read_text()).get("format") == "images"
-    files = [path for path in itertools.islice(root.rglob("*"), 5000) if path.suffix] if root.is_dir() else []
+    if manifest := read_manifest(root):
+        return manifest["format"] == "images"
+    files = [path for path in itertools.islice(files_in(root), 5000) if path.suffix] if root.is_dir() else []
     return 2 * sum(path.suffix.lower() in SUFFIXES for path in files) > len(files)
 
 
@@ -81,7 +86,7 @@ def load_images(source, size=None):
     if source == "shapes":
         classes, size = tuple(SHAPES), size or 32
         train, val = ImageSet(*shapes(8000, size, seed=0)), ImageSet(*shapes(2000, size, seed=1))
-    elif (root / "manifest.json").exists():
+    elif read_manifest(root):
         return open_images(root, size)
     else:
         classes, own, sides = find_images(root)
@@ -98,18 +103,46 @@ def load_images(source, size=None):
 
 # ---------------------------------------------------------------------------- files
 
+def files_in(folder, above=()):
+    """The files of a folder and of those below it, in the order of their names, but hidden ones. Links are
+    followed. What cannot be read raises OSError."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    with os.scandir(folder) as entries:
+        entries = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_in(entry.path, (*above, real))
+        elif entry.is_file():
+            yield Path(entry.path)
+        else:
+            raise BadInput(f"{entry.path} is neither a file nor a folder: a link to nothing, or a device")
+
+
+@functools.cache
+def note(text):
+    """Tell the user something, once."""
+    print("note:", printable(text), file=sys.stderr)
+
+
 def find_images(root, val_fraction=0.1):
     """Images as they come -> class names, their size, {side: (files, or pixels of CIFAR; labels (N,))}."""
     if cifar_files(root):
         return open_cifar(root)
-    sides = {name: by_class(root / name) for name in ("train", "val", "test")}
-    sides = {name: classes for name, classes in sides.items() if any(classes.values())}
-    if "train" in sides and len(sides) > 1:
-        train, val = sides["train"], sides.get("val") or sides["test"]
-    else:
-        train, val = hold_out(next(iter(sides.values()), None) or by_class(root), val_fraction)
-    if not any(val.values()):
-        raise BadInput(f"{root} is not a folder of JPEG or PNG files or of CIFAR's binary files")
+    files = sorted(files_in(root), key=str) if root.is_dir() else []
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not images:
+        raise BadInput(f"{root} is not a folder of images (of {', '.join(FORMATS)}) or of CIFAR's files")
+    parts = {}  # the images by the folder that they lie in
+    for path in images:
+        parts.setdefault(path.relative_to(root).parts[0].lower(), []).append(path)
+    train, val = (next((by_class(root, parts[name], 1) for name in names if name in parts), None)
+                  for names in (TRAIN, VAL))
+    if not (train and val):  # a class may be called train or test, too: then others stand beside it
+        alone, others = train or val, parts.keys() - {*TRAIN, *VAL}
+        classes = by_class(root, images, 0) if not alone or "" in alone and others else alone
+        train, val = hold_out(classes, val_fraction)
     odd = sorted(train.keys() ^ val.keys()) or [name for name, files in train.items() if not files]
     if odd:
         raise BadInput(f"{root} needs images of the same classes for training and for validation, and lacks "
@@ -118,19 +151,23 @@ def find_images(root, val_fraction=0.1):
     for side, classes in (("train", train), ("val", val)):
         labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
         found[side] = list(itertools.chain(*classes.values())), labels
-    return tuple(filter(None, train)), 224, found
+    taken = set().union(*(files for files, _ in found.values()))
+    for kind, left in (("images", images), ("files of other kinds", set(files) - set(images))):
+        if left := sorted(set(left) - taken):
+            note(f"{root}: {len(left):,} {kind} are left out, such as {left[0]}")
+    return tuple(printable(name) for name in train if name), 224, found
 
 
-def by_class(folder):
-    """{class: files} of the folders in a folder; {"": files}, no classes, if images stand beside them or in
+def by_class(root, files, depth):
+    """{class: files} by the folders at that depth; {"": files}, no classes, if images stand beside them or in
     one of them only."""
-    files, classes = [], {}
-    for path in sorted(folder.rglob("*"), key=str):
-        inner = path.relative_to(folder).parts
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in inner):
-            files.append(path)
-            classes.setdefault(inner[0] if len(inner) > 1 else "", []).append(path)
-    if "" in classes or len(classes) < 2 and folder.name not in ("train", "val", "test"):
+    classes = {}
+    for path in files:
+        inner = path.relative_to(root).parts[depth:]
+        classes.setdefault(inner[0] if len(inner) > 1 else "", []).append(path)
+    if "" in classes and len(classes) > 1:
+        note(f"{root}: its folders are no classes, as images stand beside them, such as {classes[''][0]}")
+    if "" in classes or len(classes) < 2 and not depth:
         return {"": files}
     return dict(sorted(classes.items()))
 
@@ -146,12 +183,14 @@ def hold_out(classes, fraction):
 
 
 def decode(path, size):
-    """A JPEG or PNG file -> uint8 (size, size, 3): turned as EXIF says, the shorter side resized, the
-    centre cut out. 16 bits are cut to the upper 8, what is transparent is laid over white."""
+    """An image file -> uint8 (size, size, 3): turned as EXIF says, the shorter side resized, the centre cut
+    out. 16 bits are cut to the upper 8, what is transparent is laid over white."""
     Image, ImageOps = import_optional("PIL.Image"), import_optional("PIL.ImageOps")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft(None, (2 * size, 2 * size))  # decodes a much larger JPEG at 1/2, 1/4 or 1/8
+            if image.width * image.height > LARGEST:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {LARGEST:,}")
             with contextlib.suppress(Exception):     # EXIF data may be damaged where the pixels are not
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
@@ -205,7 +244,7 @@ def open_cifar(root):
         data = data.reshape(-1, first + 3072)
         images = np.ascontiguousarray(data[:, first:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         sides[side] = images, data[:, first - 1].astype(np.int64)
-    return tuple((root / names).read_text().split()), 32, sides
+    return tuple(map(printable, (root / names).read_text(encoding="utf-8").split())), 32, sides
 
 
 # ---------------------------------------------------------------------------- prepared folders
@@ -214,18 +253,30 @@ def open_cifar(root):
 def new_folder(out, sources):
     """A folder to write, which gets its name `out` when it is whole. Nothing remains of a failure."""
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise BadInput(f"{out} exists; choose another --out or remove it")
     if any(out.resolve().is_relative_to(Path(source).resolve()) for source in sources):
         raise BadInput(f"{out} lies inside the input and would be read with it; write to another folder")
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if os.path.lexists(partial):  # never removed: it may be of somebody else
+        raise BadInput(f"{partial} exists: data.py is writing it, or was killed; remove it then")
     partial.mkdir(parents=True)
     try:
         yield partial
         partial.rename(out)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_manifest(folder):
+    """The manifest of a folder that data.py prepared, or None."""
+    path = Path(folder) / "manifest.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and content.get("format") in (1, "images") else None
 
 
 def prepare_images(source, out, size=None, val_fraction=0.1):
@@ -248,14 +299,14 @@ def prepare_images(source, out, size=None, val_fraction=0.1):
 
 def open_images(folder, size=None):
     """A prepared folder as Images, memory-mapped."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    own = manifest["size"]
+    manifest = read_manifest(folder)
+    own, classes = manifest["size"], tuple(map(printable, manifest["classes"]))
     if size not in (None, own):
         raise BadInput(f"{folder} holds images of {own} x {own} pixels, not {size} x {size}; make another "
                        f"with python data.py images INPUT --size {size} --out DIR")
     sets = [ImageSet(np.memmap(folder / f"{side}.bin", np.uint8, "r").reshape(-1, own, own, 3),
                      np.fromfile(folder / f"{side}.labels.bin", np.int64)) for side in ("train", "val")]
-    return Images(str(folder), own, *(tuple(manifest[key]) for key in ("classes", "mean", "std")), *sets)
+    return Images(str(folder), own, classes, tuple(manifest["mean"]), tuple(manifest["std"]), *sets)
 
 
 def channel_histogram(images):
@@ -376,6 +427,9 @@ class Patches:
         """Images number start .. start + size - 1, or a part of them -> patches (B, S, values)."""
         return self.labelled(start, size, part)[0]
 
+    def lengths(self, start, size):
+        """How many patches of each image are real: all."""
+
     def labelled(self, start, size, part=slice(None)):
         """The same on the device, and labels (B,) on the CPU."""
         rows = np.array([example(k, self.total, self.seed) for k in range(start, start + size)[part]])
@@ -435,8 +489,10 @@ def write_png(path, images, gap=2):
         return struct.pack(">I", len(content)) + kind + content + checksum
 
     header = struct.pack(">IIBBBBB", columns * W, rows * H, 8, 2, 0, 0, 0)
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header)
-                           + part(b"IDAT", zlib.compress(lines.tobytes())) + part(b"IEND", b""))
+    partial = Path(f"{path}.partial")  # a whole file, or none
+    partial.write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header)
+                        + part(b"IDAT", zlib.compress(lines.tobytes())) + part(b"IEND", b""))
+    os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------- drawn shapes

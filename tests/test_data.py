@@ -1,8 +1,10 @@
 """Text: tokenizers, documents, the split, the order of sequences, token folders, the toy model."""
 
+import functools
 import gzip
 import json
 import lzma
+import os
 import zlib
 
 import numpy as np
@@ -31,9 +33,33 @@ def test_what_is_not_text_is_named(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(noise)[:-50])
     (tmp_path / "photo.jpg").write_bytes(noise)
     (tmp_path / "wide.txt").write_text("another encoding", encoding="utf-16")
-    for name in ("cut.gz", "photo.jpg", "wide.txt", "nowhere"):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "broken").symlink_to("nothing")
+    for name in ("cut.gz", "photo.jpg", "wide.txt", "nowhere", "pipe", "broken"):
         with pytest.raises(BadInput, match=name):
             load_corpus(str(tmp_path / name))
+    with pytest.raises(BadInput, match="broken is neither a file nor a folder"):
+        load_corpus(str(tmp_path))
+
+
+def test_links_are_followed_once(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "a.txt").write_text("linked")
+    (tmp_path / "store" / "loop").symlink_to(tmp_path / "store")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "part").symlink_to("../store")
+    (tmp_path / "in" / "part.txt").write_text("own")
+    expected = [(f"part{os.sep}a.txt", "linked"), ("part.txt", "own")]
+    assert list(data.documents(str(tmp_path / "in"))) == expected
+
+
+def test_what_is_not_utf8_is_told_with_its_count(tmp_path, capsys):
+    evaluation = functools.partial(load_evaluation, tokenizer=ByteTokenizer())
+    for name, read in (("train.txt", load_corpus), ("test.txt", evaluation)):
+        (tmp_path / name).write_bytes(b"plain text\n" * 9000 + b"caf\xe9 au lait\n" * 7)
+        read(str(tmp_path / name))
+        told = capsys.readouterr().err
+        assert name in told and " 7 characters " in told
 
 
 def test_bytes_round_trip():
@@ -42,10 +68,12 @@ def test_bytes_round_trip():
     assert tokenizer.decode([*tokenizer.encode("a"), 256, *tokenizer.encode("b")]) == "a\n\nb"
 
 
-def test_cutting_at_lines_loses_nothing():
-    text = "".join(f"line {i}\n" for i in range(300)) + "end"
+@pytest.mark.parametrize("unit, ends", [("line {}\n", "\n"), ("word{} ", "0123456789"), ("{}", "0123456789")])
+def test_cutting_at_lines_loses_nothing(unit, ends):
+    text = "".join(unit.format(i) for i in range(900)) + "end"
     pieces = list(data.cut_at_lines(text, 100))
-    assert "".join(pieces) == text and all(piece.endswith("\n") for piece in pieces[:-1]) and len(pieces) > 10
+    assert "".join(pieces) == text and all(piece[-1] in ends for piece in pieces[:-1])
+    assert all(100 <= len(piece) <= 200 for piece in pieces[:-1])
 
 
 def split_by_hand(folder, fraction):
@@ -89,6 +117,45 @@ def test_pydoc_is_split_by_package():
     assert all(len(sides) == 1 for sides in held.values()) and {"val"} in held.values()
 
 
+def test_what_is_held_out_holds_text(tmp_path):
+    for k in range(25):
+        name = f"{k}.txt"
+        held = zlib.crc32(name.encode()) < 0.05 * 2 ** 32
+        (tmp_path / name).write_text("" if held else "a text")
+    corpus = load_corpus(str(tmp_path))
+    assert 0 < corpus.val_bytes < 20 and (corpus.val != 256).any()
+    for text in ("", "x", "ten bytes."):
+        (tmp_path / "tiny").write_text(text)
+        with pytest.raises(BadInput, match="text"):
+            load_corpus(str(tmp_path / "tiny"))
+    (tmp_path / "empty").touch()
+    with pytest.raises(BadInput, match="empty.*too few for validation"):
+        call(f"data.py text {tmp_path} --val {tmp_path / 'empty'} --out {tmp_path.parent / 'out'}")
+
+
+def test_validation_text_is_not_trained_on(books, tmp_path, capsys):
+    (tmp_path / "copy.txt").write_bytes((books / "11.txt").read_bytes().replace(b"\n", b"\r\n"))
+    call(f"data.py text {books} --val {books / '07.txt'} {tmp_path / 'copy.txt'} --out {tmp_path / 'tokens'}")
+    corpus = load_corpus(str(tmp_path / "tokens"))
+    texts = {path.name: path.read_text() for path in sorted(books.iterdir())}
+    held = [texts.pop(name) for name in ("07.txt", "11.txt")]
+    for ids, expected in ((corpus.train, texts.values()), (corpus.val, held)):
+        assert corpus.tokenizer.decode(ids) == "".join(text + "\n\n" for text in expected)
+    assert "2 documents" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="not in --val"):
+        call(f"data.py text {books / '07.txt'} --val {books} --out {tmp_path / 'none'}")
+
+
+def test_no_folder_of_somebody_else_is_touched(books, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for out in ("out", "link", "out.partial"):
+        with pytest.raises(BadInput, match=f"{out}.* exists"):
+            call(f"data.py text {books} --out {tmp_path / out}")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link", "mine", "out.partial"]
+
+
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_trained_tokenizers_through_the_command(books, tmp_path, kind):
     pytest.importorskip("tokenizers")
@@ -107,9 +174,31 @@ def test_trained_tokenizers_through_the_command(books, tmp_path, kind):
     assert len(load_evaluation(str(tmp_path / "tokens"), tokenizer).val) == len(corpus.val)
     with pytest.raises(BadInput, match="another tokenizer"):
         load_evaluation(str(tmp_path / "tokens"), ByteTokenizer())
+    call(f"data.py text {books} --out {tmp_path / 'again'} --tokenizer {kind} --vocab 400 "
+         f"--val {tmp_path / 'held.txt'} --max-bytes 20000")
+    for path in (tmp_path / "again").iterdir():
+        assert path.read_bytes() == (tmp_path / "tokens" / path.name).read_bytes()
 
 
-def test_hugging_face_datasets_are_mapped_or_streamed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_words_without_end_are_cut(kind):
+    """Time would be quadratic in the length of a word."""
+    pytest.importorskip("tokenizers")
+    text = "na\u00efve " + "\u65e5\u672c" * 500 + " " + "acgt" * 900 + "\n" + "-_" * 400 + " " * 350 + "end"
+    tokenizer = TrainedTokenizer.train(kind, 400, [text])
+    words = tokenizer.tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert max(len(word) for word, _ in words) == 100
+    decoded = tokenizer.decode(tokenizer.encode(text))
+    assert decoded == text if kind == "bpe" else "[UNK]" not in decoded and decoded.endswith("end")
+
+
+def test_half_a_surrogate_pair_is_a_question_mark():
+    pytest.importorskip("tokenizers")
+    for tokenizer in (ByteTokenizer(), TrainedTokenizer.train("bpe", 300, ["some text " * 9])):
+        assert tokenizer.decode(tokenizer.encode("a \ud83d b")) == "a ? b"
+
+
+def test_hugging_face_datasets_are_read_or_streamed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     texts = [f"row {i} of the set\n" for i in range(60)]
@@ -119,6 +208,16 @@ def test_hugging_face_datasets_are_mapped_or_streamed(tmp_path, monkeypatch):
     source = f"hf:{tmp_path / 'set'}"
     for max_bytes in (None, 10 ** 6):
         assert [text for _, text in data.documents(source, max_bytes)] == texts
+    for name, odd, expected in (("null", None, texts), ("list", ["a"], None), ("number", 5, None)):
+        (tmp_path / name).mkdir()
+        rows = [json.dumps({"text": text}) for text in ([odd, *texts] if odd is None else [odd])]
+        (tmp_path / name / "train.jsonl").write_text("\n".join(rows))
+        if expected:
+            assert [text for _, text in data.documents(f"hf:{tmp_path / name}")] == expected
+            assert "1 rows" in capsys.readouterr().err
+        else:
+            with pytest.raises(BadInput, match="row 0 of .* has no text"):
+                list(data.documents(f"hf:{tmp_path / name}"))
     part = load_corpus(source, hf_bytes=500)
     assert 500 <= len(part.train) + len(part.val) <= 500 + len(texts) and len(part.val)
 
@@ -131,6 +230,7 @@ def test_every_token_once_per_epoch_in_a_seeded_order(count):
     for epoch in epochs:
         ids = epoch[epoch != 999]
         assert ids.sort().values.tolist() == list(range(count)) and (epoch == 999).sum() == 64 - count
+    assert torch.equal(sequences.lengths(0, 16), (torch.cat(epochs) != 999).sum(1))
     assert not torch.equal(*epochs) and not torch.equal(Sequences(tokens, 8, 999, 2).batch(0, 8), epochs[0])
     assert torch.equal(Sequences(tokens, 8, 999, 1).batch(5, 6, slice(1, 4)), torch.cat(epochs)[6:9])
     assert Sequences(tokens, 8, 999).batch(7, 2)[:, 0].tolist() == [56, 0]

@@ -1,6 +1,7 @@
 """Images: folders, CIFAR's files, prepared folders; decoding; crops, patches, mixing; the drawn set."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -92,20 +93,25 @@ def test_cifar_directly_and_prepared(tmp_path, hundred):
         load_images(str(raw))
 
 
-@pytest.mark.parametrize("other", ["val", "test"])
-def test_class_folders_directly_and_prepared(tmp_path, monkeypatch, other):
+@pytest.mark.parametrize("train, other", [("train", "val"), ("train", "test"), ("Training", "Valid"),
+                                          ("TRAIN", "dev"), ("Train", "validation")])
+def test_class_folders_directly_and_prepared(tmp_path, monkeypatch, capsys, train, other):
     raw, out = tmp_path / "raw", tmp_path / "out"
-    sizes = {"train/dog": 5, "train/cat": 4, f"{other}/cat": 3, f"{other}/dog": 2, "train/.hidden": 1}
-    pixels = class_folders(raw, sizes | ({"test/cat": 1} if other == "val" else {}))
+    sizes = {f"{train}/dog": 5, f"{train}/cat": 4, f"{other}/cat": 3, f"{other}/dog": 2,
+             f"{train}/.hidden": 1}
+    pixels = class_folders(raw, sizes | ({"Testing/cat": 1} if other != "test" else {}))
+    (raw / "notes.txt").touch()
     monkeypatch.setattr(images, "CHUNK", 3 * 8 * 8 * 3)  # several chunks
     call(f"data.py images {raw} --out {out} --size 8")
     for source in (raw, out):
         found = load_images(str(source), 8)
         assert is_images(str(source)) and found.classes == ("cat", "dog")
-        for side, part in (("train", found.train), (other, found.val)):
+        for side, part in ((train, found.train), (other, found.val)):
             assert np.array_equal(part.images, np.concatenate([pixels[f"{side}/cat"], pixels[f"{side}/dog"]]))
             assert part.labels.tolist() == [0] * sizes[f"{side}/cat"] + [1] * sizes[f"{side}/dog"]
         assert np.allclose(found.mean, found.train.images.mean(axis=(0, 1, 2)) / 255)
+    told = capsys.readouterr().err
+    assert "1 files of other kinds" in told and ("1 images" in told) == (other != "test")
     monkeypatch.setattr(images, "IN_MEMORY", 1000)
     with pytest.raises(BadInput, match="too many for memory.*python data.py images .* --size 8"):
         load_images(str(raw), 8)
@@ -113,7 +119,9 @@ def test_class_folders_directly_and_prepared(tmp_path, monkeypatch, other):
 
 @pytest.mark.parametrize("layout, classes", [
     ({"a": 20, "b": 10}, ("a", "b")), ({".": 30}, ()), ({"2023": 30}, ()), ({"train": 30}, ()),
-    ({"train/a": 20, "train/b": 10}, ("a", "b"))])
+    ({"train/a": 20, "train/b": 10}, ("a", "b")), ({"Val/a": 20, "Val/b": 10}, ("a", "b")),
+    ({"bus": 20, "train": 10}, ("bus", "train")), ({".": 10, "a": 20}, ()),
+    ({"a/1": 12, "a/2": 8, "b/1": 10}, ("a", "b"))])
 def test_a_share_of_each_class_is_held_out(tmp_path, layout, classes):
     class_folders(tmp_path / "raw", layout)
     found = load_images(str(tmp_path / "raw"), 8)
@@ -121,6 +129,48 @@ def test_a_share_of_each_class_is_held_out(tmp_path, layout, classes):
     if classes:
         assert [np.bincount(part.labels).tolist() for part in (found.train, found.val)] == [[18, 9], [2, 1]]
     assert len({image.tobytes() for part in (found.train, found.val) for image in part.images}) == 30
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "raw").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert np.array_equal(load_images(str(tmp_path / "links"), 8).train.images, found.train.images)
+
+
+def test_names_are_shown_and_kinds_told_by_content(tmp_path):
+    Image, root = pytest.importorskip("PIL.Image"), tmp_path / "raw"
+    kinds = {".jpg": "WEBP", ".webp": "WEBP", ".bmp": "BMP", ".TIFF": "TIFF", ".gif": "GIF", ".jpeg": "JPEG"}
+    for k, folder in enumerate(("evil\x1b[2J", "b")):
+        (root / folder).mkdir(parents=True)
+        for name, kind in kinds.items():
+            Image.new("RGB", (8, 8), (250 * k, 0, 0)).save(root / folder / f"image{name}", kind)
+    found = load_images(str(root), 8)
+    assert found.classes == ("b", "evil\\x1b[2J") and (len(found.train), len(found.val)) == (10, 2)
+    assert np.abs(found.train.images[:, 4, 4, 0] - 250.0 * (1 - found.train.labels)).max() < 9
+    (root / "b" / "picture.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(BadInput, match="picture.jpg cannot be decoded"):
+        load_images(str(root), 8)
+    os.remove(root / "b" / "picture.jpg")
+    os.mkfifo(root / "b" / "pipe.jpg")
+    with pytest.raises(BadInput, match="pipe.jpg is neither a file"):
+        load_images(str(root), 8)
+
+
+def test_what_unpacks_to_gigabytes_is_refused_by_its_stated_size(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 20_000
+    with pytest.raises(BadInput, match="bomb.png.*9000 x 9000 pixels"):
+        decode(tmp_path / "bomb.png", 8)
+
+
+def test_a_manifest_of_somebody_else_prepares_nothing(tmp_path):
+    class_folders(tmp_path / "raw", {"a": 9, "b": 9})
+    for content in ('["mine"]', '{"format": 2}', "cut {"):
+        (tmp_path / "raw" / "manifest.json").write_text(content)
+        assert is_images(str(tmp_path / "raw")) and len(load_images(str(tmp_path / "raw"), 8).train) == 16
+    os.remove(tmp_path / "raw" / "manifest.json")
+    os.mkfifo(tmp_path / "raw" / "manifest.json")  # is not waited for
+    with pytest.raises(BadInput, match="manifest.json is neither a file"):
+        load_images(str(tmp_path / "raw"), 8)
 
 
 @pytest.mark.parametrize("layout", [{"train/a": 2, "val/a": 1, "val/b": 1}, {"a": 1, "b": 9}])
@@ -136,7 +186,7 @@ def test_text_is_not_taken_for_images(tmp_path, books):
         (tmp_path / name).touch()
     for source in (books, tmp_path, tmp_path / "a.txt", tmp_path / "nowhere", "pydoc", "hf:cifar10"):
         assert not is_images(str(source))
-    with pytest.raises(BadInput, match="not a folder of JPEG or PNG"):
+    with pytest.raises(BadInput, match="not a folder of images"):
         load_images(str(books))
 
 
@@ -252,7 +302,7 @@ def test_batches_are_the_same_whoever_asks():
     assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 7
     whole, again = source.batch(6, 8), Patches(part, config, seed=3, least=0.3)
-    assert torch.equal(again.batch(6, 8, slice(1, 5)), whole[1:5])
+    assert torch.equal(again.batch(6, 8, slice(1, 5)), whole[1:5]) and source.lengths(6, 8) is None
     assert not torch.equal(source.batch(6, 8), Patches(part, config, seed=3).batch(6, 8))
 
 
