@@ -5,7 +5,8 @@
 
 Text follows the Cramming protocol: all weights, a new linear layer on the pooled features, dropout 0.1,
 AdamW, cosine decay, 5 epochs of batches of 16. Images follow MAE's (He et al. 2021, A.1) without RandAugment
-and random erasing. The last epoch counts: dev labels choose nothing.
+and random erasing. The last epoch counts: dev labels choose nothing. In --json, `places` says which row of
+its file (from 0, below the names of the columns) or which image file each prediction is of.
 """
 
 import copy
@@ -26,7 +27,7 @@ from objectives import describe
 from run import warmup_cosine
 from tasks import glue, probe
 from tasks.hub import open_run
-from util import BadInput, positive, table
+from util import BadInput, positive, printable, table
 
 # ---------------------------------------------------------------------------- protocols
 
@@ -96,10 +97,12 @@ class DropPath(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A copy of the encoder, pooling, and a new linear layer with `outputs` scores."""
+    """A copy of the encoder, pooling, and a new linear layer: a score for each class, or where `classes` is
+    None one, in units of `spread` from `mean`."""
 
-    def __init__(self, run, outputs, protocol, seed):
+    def __init__(self, run, classes, protocol, seed, mean=0.0, spread=1.0):
         super().__init__()
+        self.classes, self.mean, self.spread = classes, mean, spread
         self.encoder, self.protocol, width = copy.deepcopy(run.model), protocol, run.model.config.width
         if run.tokenizer is None:
             self.encoder.decoder = self.encoder.pixels = None
@@ -110,12 +113,12 @@ class Classifier(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = protocol.dropout
         between = nn.Dropout(protocol.dropout) if run.tokenizer is not None else nn.LayerNorm(width)
-        self.head = nn.Sequential(between, nn.Linear(width, outputs))
+        self.head = nn.Sequential(between, nn.Linear(width, 1 if classes is None else len(classes)))
         nn.init.normal_(self.head[1].weight, std=0.02, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.head[1].bias)
 
     def forward(self, batch):
-        """-> (B, outputs)."""
+        """-> (B, classes) or (B, 1)."""
         features = self.encoder.encode(batch.tokens, batch.padding, self.protocol.attention == "causal")
         return self.head(probe.pool_features(features, batch, self.protocol.pool)).float()
 
@@ -172,16 +175,22 @@ def optimise(model, batches, loss, steps, protocol, autocast, title):
 
 @torch.no_grad()
 def class_scores(model, run, prepared, autocast):
-    """The scores (N, outputs) of all examples, in order."""
+    """The scores (N, classes) or (N, 1) of all examples, in order."""
     model.eval()
-    found = []
+    scores = np.empty((len(prepared), model.head[1].out_features), np.float32)
     for rows, batch in probe.every_batch(run, prepared):
         with autocast:
-            found.append((rows, model(batch).cpu().numpy()))
-    scores = np.empty((len(prepared), found[0][1].shape[1]), np.float32)
-    for rows, part in found:
-        scores[rows] = part
+            scores[rows] = model(batch).cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise BadInput(f"the fine-tuned network's scores are not finite; try a smaller --lr than "
+                       f"{model.protocol.lr:g}")
     return scores
+
+
+def predict(model, run, prepared, autocast=probe.PLAIN):
+    """Class numbers, or scores, (N,)."""
+    scores = class_scores(model, run, prepared, autocast)
+    return scores[:, 0] * model.spread + model.mean if model.classes is None else scores.argmax(1)
 
 
 # ---------------------------------------------------------------------------- text, images
@@ -214,7 +223,7 @@ def image_training(run, images, classes, protocol, seed, mix_seed):
 
 
 def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLAIN, title=""):
-    """Fine-tune a copy of run.model -> a function of prepared data to class numbers or scores (N,); the loss.
+    """Fine-tune a copy of run.model -> the Classifier, the last epoch's mean loss.
 
     prepared  what probe.prepare makes of a part
     labels    class numbers (N,), or where `classes` is None scores (N,), learned in units of their deviation
@@ -226,7 +235,7 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
     head_seed, order_seed, *mix_seed, drop_seed = seeds
     mean, spread = (labels.mean(), labels.std() or 1.0) if classes is None else (0.0, 1.0)
     targets = ((labels - mean) / spread).astype(np.float32) if classes is None else labels
-    model = Classifier(run, 1 if classes is None else len(classes), protocol, head_seed).to(device)
+    model = Classifier(run, classes, protocol, head_seed, mean, spread).to(device)
     if images:
         batches, per_epoch = image_training(run, prepared, len(classes), protocol, order_seed, *mix_seed)
     else:
@@ -236,49 +245,72 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
     def loss(scores, wanted):
         return F.mse_loss(scores[:, 0], wanted) if classes is None else F.cross_entropy(scores, wanted)
 
-    def predict(prepared):
-        scores = class_scores(model, run, prepared, autocast)
-        return scores[:, 0] * spread + mean if classes is None else scores.argmax(1)
-
     torch.manual_seed(drop_seed)
-    return predict, optimise(model, batches, loss, protocol.epochs * per_epoch, protocol, autocast, title)
+    return model, optimise(model, batches, loss, protocol.epochs * per_epoch, protocol, autocast, title)
 
 
 def fine_tune_seeds(run, data, protocol, seeds, autocast, tests=None):
     """Fine-tune on a Dataset with seeds 0 .. seeds - 1 -> what the commands report: each metric on the dev
-    parts, labels and predictions; and of each seed its predictions on `tests` {name: prepared}."""
+    parts, labels, predictions and where their examples stand; and of each seed its predictions on `tests`
+    {name: prepared}."""
     train = probe.prepare(run, data.train)
     dev = {suffix: probe.prepare(run, part) for suffix, part in data.dev.items()}
     losses, predicted, submitted = [], {suffix: [] for suffix in dev}, []
     for seed in range(seeds):
-        predict, loss = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
-                                  f"{data.name} seed {seed}")
+        model, loss = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
+                                printable(f"{data.name} seed {seed}"))
         losses.append({"train_loss": loss})
-        submitted.append({name: predict(prepared) for name, prepared in (tests or {}).items()})
+        submitted.append({name: predict(model, run, prepared, autocast)
+                          for name, prepared in (tests or {}).items()})
         for suffix, prepared in dev.items():
-            predicted[suffix].append(predict(prepared))
-    results = {"train": len(train), "dev": sum(map(len, dev.values())), "figures": losses}
+            predicted[suffix].append(predict(model, run, prepared, autocast))
+    results = {"classes": data.classes, "train": len(train), "dev": sum(map(len, dev.values())),
+               "figures": losses}
     for suffix, part in data.dev.items():
-        for metric in data.metrics:
-            values = [glue.METRICS[metric](found, part.labels) for found in predicted[suffix]]
-            results[metric + suffix] = {
-                "seeds": values, "mean": statistics.fmean(values), "median": statistics.median(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None}
-        results |= {"labels" + suffix: part.labels, "predictions" + suffix: predicted[suffix]}
+        found, true = predicted[suffix], part.labels
+        results |= {metric + suffix: summary(metric, found, true, data) for metric in data.metrics}
+        results |= {"labels" + suffix: true, "predictions" + suffix: found, "places" + suffix: part.places}
         if data.classes is not None:
-            results["correct" + suffix] = [(found == part.labels).astype(int) for found in predicted[suffix]]
+            results["correct" + suffix] = [(one == true).astype(int) for one in found]
     return results, submitted
+
+
+def summary(metric, predicted, true, data):
+    """A metric over seeds; of one seed its interval over examples; what the largest class would score."""
+    values, majority = [glue.METRICS[metric](one, true) for one in predicted], None
+    if data.classes is not None:
+        majority = glue.METRICS[metric](np.full(len(true), np.bincount(data.train.labels).argmax()), true)
+    one = len(values) == 1
+    return {"seeds": values, "mean": statistics.fmean(values), "median": statistics.median(values),
+            "std": None if one else statistics.stdev(values), "majority": majority,
+            "interval": glue.interval(metric, predicted[0], true) if one else None}
 
 
 # ---------------------------------------------------------------------------- commands
 
 def print_scores(name, results):
-    """One line for each metric of one data set."""
+    """The metrics of one data set; of at most ten classes how often which was taken for which, all seeds
+    together."""
+    classes, rows = results["classes"], []
+    labels = "scores" if classes is None else f"{len(classes):,} classes: {glue.listed(classes)}"
+    lines = [f"{name}: {labels}; {results['train']:,} training and {results['dev']:,} dev examples"]
     for metric, x in results.items():
         if isinstance(x, dict):
-            std = f" ± {100 * x['std']:.1f}" if x["std"] is not None else ""
-            every = " ".join(f"{100 * score:.1f}" for score in x["seeds"])
-            print(f"{name:8s} {metric:14s} {100 * x['mean']:6.1f}{std}   seeds {every}")
+            sure = "" if x["std"] is None else f"± {100 * x['std']:.1f} of seeds"
+            if x["interval"]:
+                sure = "{:.1f} to {:.1f} (95% of examples)".format(*(100 * end for end in x["interval"]))
+            majority = "" if x["majority"] is None else f"largest class {100 * x['majority']:.1f}"
+            seeds = "seeds " + " ".join(f"{100 * score:.1f}" for score in x["seeds"])
+            rows.append(["  " + metric, f"{100 * x['mean']:.1f}", sure, majority, seeds])
+    lines.append(table(rows))
+    for suffix in ("", "-m", "-mm") if classes is not None and len(classes) <= 10 else ():
+        if "labels" + suffix in results:
+            counts = np.zeros((len(classes), len(classes)), int)
+            for predicted in results["predictions" + suffix]:
+                np.add.at(counts, (results["labels" + suffix], predicted), 1)
+            rows = [["  " + true, *map(str, row)] for true, row in zip(classes, counts)]
+            lines.append(table([[f"  true{suffix} \\ predicted", *classes], *rows]))
+    print(printable("\n".join(lines)))
 
 
 def finetune_command(args):
@@ -286,20 +318,17 @@ def finetune_command(args):
     protocol, data = protocol_of(args, run), probe.labelled_data(args, run, args.data)
     results, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast)
     if args.json != "-":
-        print(f"{run.name}: {describe(run.objective)}, fine-tuned on {results['train']:,} examples of "
-              f"{data.name}, {protocol.pool} pooling, {protocol.attention} attention; scores x 100 on "
-              f"{results['dev']:,} others")
-        print_scores("", results)
-    results = {"data": data.name, "classes": data.classes, **results}
-    return {"protocol": asdict(protocol), "results": results}, run
+        print(printable(f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
+                        f"{protocol.attention} attention; scores x 100 on dev examples"))
+        print_scores(data.name, results)
+    return {"protocol": asdict(protocol), "results": {"data": data.name, **results}}, run
 
 
 def glue_command(args):
     run, autocast = open_run(args)
     if run.tokenizer is None:
         raise BadInput(f"{run.name} was trained on images, and GLUE is text; probe and finetune take images")
-    protocol, tasks = protocol_of(args, run), glue.choose_tasks(args.tasks, args.submit)
-    glue.check_files(args.glue_dir, tasks, args.submit)
+    protocol, tasks = protocol_of(args, run), glue.choose_tasks(args.tasks, args.glue_dir, args.submit)
     done, submissions = {}, [{} for _ in range(args.seeds)]
     for name in (task for task in tasks if task != "ax"):
         data = glue.glue_dataset(args.glue_dir, name)
@@ -316,9 +345,10 @@ def glue_command(args):
     results = {"split": "dev", "tasks": done, "table2": row,
                "average": statistics.fmean(row.values()) if row else None}
     if args.json != "-" and row:
-        print(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's 9")
         cells = {**row, "mean": results["average"]}
-        print(table([["", *cells], ["dev", *(f"{100 * score:.1f}" for score in cells.values())]]))
+        scores = [f"{100 * score:.1f}" for score in cells.values()]
+        print(printable(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of "
+                        f"Table 2's 9\n{table([['', *cells], ['dev', *scores]])}"))
     if args.submit:
         paths = [f"{args.submit}/seed{seed}.zip" for seed in range(args.seeds)]
         for path, files in zip(paths, submissions):
@@ -327,7 +357,8 @@ def glue_command(args):
         missing = [file for file in wanted if file not in submissions[0]]
         results |= {"submissions": paths, "not_in_submission": missing}
         if args.json != "-":
-            print(f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
+            missing = ", ".join(missing) or "a gap"
+            print(printable(f"for the GLUE server: {', '.join(paths)}, without {missing}"))
     return {"protocol": asdict(protocol), "results": results}, run
 
 
@@ -354,7 +385,8 @@ def add_commands(command):
         add("--max-train", **count, help="use a random N of the training examples only")
         add("--glue-dir", metavar="DIR", required=name == "glue", help="the official GLUE files")
         if name == "glue":
-            add("--tasks", default="all", help=f"all = {','.join(glue.TABLE2)}; or some of these, wnli, ax")
+            add("--tasks", default="all", help=f"names with commas; all: those of {','.join(glue.TABLE2)} "
+                                                 "whose files are there")
             add("--submit", metavar="DIR", help="write test predictions for GLUE's server, one zip a seed")
         else:
             add("--data", required=name != "probe", nargs="+" * (name == "transfer") or None, help=DATA)

@@ -9,8 +9,10 @@ not balance. Labels of the test parts are not public; scores here are those of t
 """
 
 import csv
+import itertools
 import json
 import math
+import os
 import re
 import sys
 import zipfile
@@ -23,9 +25,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data import pydoc_texts
-from util import BadInput, Parser, command_line, positive
+from util import BadInput, Parser, command_line, positive, printable, write_text
 
 ADDRESS = "https://gluebenchmark.com/tasks"
+MISSING = {"n/a", "na", "nan", "none", "null", "-", "?"}  # among numbers these are no class
 
 # ---------------------------------------------------------------------------- the tasks
 
@@ -67,9 +70,10 @@ class Part(NamedTuple):
 
     texts: list
     labels: np.ndarray = None
+    places: np.ndarray = None  # rows of the file, from 0 below the names of the columns
 
     def only(self, rows):
-        return Part([self.texts[i] for i in rows], self.labels[rows])
+        return Part([self.texts[i] for i in rows], self.labels[rows], self.places[rows])
 
 
 @dataclass(frozen=True)
@@ -86,66 +90,105 @@ class Dataset:
 # ---------------------------------------------------------------------------- tables
 
 def read_rows(path, columns=None, ragged=False):
-    """The rows of a table as {column: cell}. `columns` are their names where no header line has them.
+    """(line number, {column: cell}) of each row of a table. `columns` name them where no header does.
 
     .csv: commas or semicolons between cells, which may be quoted. .jsonl: one object a line. Anything else:
     tabs and line feeds, as in GLUE. Rows with a wrong number of cells are refused, or if `ragged` left out.
     """
-    suffix, left_out = Path(path).suffix.lower(), 0
+    suffix, number, left_out = Path(path).suffix.lower(), 0, 0
     with open(path, encoding="utf-8-sig", errors="replace", newline="" if suffix == ".csv" else "\n") as file:
+        lines = enumerate(file, 1)
         if suffix == ".csv":
             csv.field_size_limit(1 << 30)
             first = file.readline()
             file.seek(0)
             delimiter = ";" if first.count(";") > first.count(",") else ","
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = ((reader.line_num, row) for row in reader)
         elif suffix in (".jsonl", ".json"):
-            rows = (json.loads(line) for line in file if line.strip())
+            rows = ((k, json.loads(text)) for k, text in lines if text.strip())
         else:
-            rows = (line.removesuffix("\n").removesuffix("\r").split("\t") for line in file)
+            rows = ((k, text.removesuffix("\n").removesuffix("\r").split("\t")) for k, text in lines)
         try:
-            for row in rows:
+            for number, row in rows:
                 if isinstance(row, dict):
-                    yield {name: x if isinstance(x, str) else json.dumps(x) for name, x in row.items()}
+                    yield number, row
+                elif suffix in (".jsonl", ".json"):
+                    raise BadInput(f"{path}, line {number} is not an object with a value for each column")
                 elif columns is None:
                     columns = row
                 elif len(row) == len(columns):
-                    yield dict(zip(columns, row))
+                    yield number, dict(zip(columns, row))
                 elif ragged:
                     left_out += 1
                 elif row not in ([], [""]):
-                    raise BadInput(f"{path} has a row of {len(row)} cells, not {len(columns)}: {row[0][:40]}"
-                                   "... Quotation marks enclose cells in a .csv only")
+                    raise BadInput(f"{path}, line {number}: a row of {len(row)} cells, not {len(columns)}: "
+                                   f"{row[0][:40]!r}... Quotation marks enclose cells in a .csv only")
         except (csv.Error, json.JSONDecodeError) as error:
-            raise BadInput(f"{path}: {error}") from None
+            raise BadInput(f"{path}, behind line {number}: {error}") from None
     if left_out:
-        print(f"{path}: {left_out} malformed rows left out", file=sys.stderr)
+        note(f"{path}: {left_out} malformed rows left out")
 
 
-def read_texts(path, text, label=None, columns=None, ragged=False):
-    """Columns of a table -> texts (tuples of str), labels (str; none without `label`)."""
-    texts, labels, wanted = [], [], (*text, label) if label else text
-    for row in read_rows(path, columns, ragged):
+class Table(NamedTuple):
+    """Columns of a file: texts (tuples of str), labels (str), and the line of each row."""
+
+    path: str
+    texts: list
+    labels: list
+    lines: list
+
+    def refuse(self, row, why):
+        """What is wrong with the label of a row, as an error."""
+        return BadInput(f"{self.path}, line {self.lines[row]}: the label {self.labels[row]!r} {why}")
+
+
+def read_table(path, text, label=None, columns=None, ragged=False):
+    """Read columns of a table, without `label` only texts. Of a label white space is made single, and the .0
+    that pandas gives to a whole number goes."""
+    found, wanted = Table(path, [], [], []), (*text, label) if label else text
+    for number, row in read_rows(path, columns, ragged):
         missing = [name for name in wanted if name not in row]
         if missing:
-            raise BadInput(f"{path} has no column {missing[0]!r}, only {', '.join(row)}; say with "
-                           "--text-column and --label-column which to read")
-        texts.append(tuple(row[name] for name in text))
-        labels += [row[label]] if label else []
-    if not texts:
-        raise BadInput(f"{path} has no rows below the names of its columns")
-    return texts, labels
+            raise BadInput(f"{path}, line {number} has no column {missing[0]!r}, only {listed(row)}; say "
+                           "with --text-column and --label-column which to read")
+        cells = [as_text(row[name]) for name in wanted]
+        if None in cells:
+            raise BadInput(f"{path}, line {number}: a list or an object is neither text nor label")
+        found.texts.append(tuple(cells[:len(text)]))
+        found.labels.extend(re.sub(r"^(-?\d+)\.0*$", r"\1", " ".join(cell.split()))
+                            for cell in cells[len(text):])
+        found.lines.append(number)
+    for row, one in enumerate(found.labels):
+        if not one or "\ufffd" in one:
+            raise found.refuse(row, "is not UTF-8" if one else "is empty")
+    joined = ["".join(texts) for texts in found.texts]
+    if not "".join(joined).strip():
+        raise BadInput(f"{path} has no text in its column {text[0]!r}")
+    empty, replaced = sum(not x.strip() for x in joined), sum("\ufffd" in x for x in joined)
+    if empty or replaced:
+        note(f"{path}: of {len(joined):,} texts {empty:,} are empty, and {replaced:,} hold U+FFFD in place "
+             "of what is not UTF-8")
+    return found
 
 
-def numbered(labels, classes, path):
-    """Labels as class numbers, int64 (N,), or where `classes` is None as scores, float64 (N,)."""
-    wrong = [label for label in labels if not (is_number(label) if classes is None else label in classes)]
-    if wrong:
-        allowed = "a number" if classes is None else f"one of {', '.join(classes)}"
-        raise BadInput(f"{path}: the label {wrong[0]!r} is not {allowed}")
-    if classes is None:
-        return np.array([float(label) for label in labels])
-    return np.array([classes.index(label) for label in labels], np.int64)
+def as_text(cell):
+    """A cell as str: null is empty, half a surrogate pair U+FFFD; None for lists and objects."""
+    if isinstance(cell, str):
+        return re.sub(r"[\ud800-\udfff]", "\ufffd", cell)
+    if isinstance(cell, (list, dict)):
+        return None
+    return "" if cell is None or math.isnan(cell) else json.dumps(cell)
+
+
+def classes_of(table, regression=False):
+    """The names of a table's classes, in order; None: its labels are scores, numbers and not all whole."""
+    numbers = set(filter(is_number, table.labels))
+    words, fractions = set(table.labels) - numbers, any(not float(x).is_integer() for x in numbers)
+    if numbers and words and (fractions or {x.lower() for x in words} <= MISSING):
+        row = next(row for row, label in enumerate(table.labels) if label in words)
+        raise table.refuse(row, "is not a number, as others are")
+    return None if regression or fractions else tuple(sorted(numbers | words, key=str if words else float))
 
 
 def is_number(text):
@@ -155,39 +198,71 @@ def is_number(text):
         return False
 
 
+def numbered(table, classes):
+    """A Table as a Part: labels as class numbers, or where `classes` is None as scores."""
+    number = {name: k for k, name in enumerate(classes or ())}
+    for row, label in enumerate(table.labels):
+        if classes is None and not is_number(label):
+            raise table.refuse(row, "is not a number")
+        if classes is not None and label not in number:
+            raise table.refuse(row, f"is not one of {listed(classes)}")
+    labels = [float(label) if classes is None else number[label] for label in table.labels]
+    return Part(table.texts, np.array(labels), np.arange(len(labels)))
+
+
+def listed(names):
+    """The first ten names."""
+    return ", ".join(itertools.islice(names, 10)) + ", ..." * (len(names) > 10)
+
+
+def note(text):
+    print(printable(text), file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------- data sets
 
-def choose_tasks(text, submit=None):
-    """'all', the eight of Table 2, or names with commas, also 'all,wnli,ax' -> keys of TASKS."""
-    names = list(dict.fromkeys(x for part in text.split(",") for x in (TABLE2 if part == "all" else (part,))))
-    wrong = [name for name in names if name not in TASKS]
-    if wrong:
-        raise BadInput(f"there is no GLUE task {wrong[0]!r}; choose from all, {', '.join(TASKS)}")
+def task_key(name):
+    """SST-2, say -> its key in TASKS."""
+    return re.sub("[-_ ]", "", name).lower()
+
+
+def choose_tasks(text, glue_dir, submit=None):
+    """Names of tasks with commas -> keys of TASKS; all: those of Table 2 whose files are there. What is not
+    there is refused or told: better now than after hours."""
+    lacking, names = {name: missing_files(glue_dir, name, submit) for name in TASKS}, []
+    for name in map(task_key, text.split(",")):
+        if name == "all":
+            others = [f"{TASKS[one].folder} ({lacking[one][0].name})" for one in TABLE2 if lacking[one]]
+            if len(others) == len(TABLE2):
+                raise BadInput(f"{glue_dir} has the files of no GLUE task; they are at {ADDRESS}")
+            if others:
+                note(f"left out, as files are not in {glue_dir}: {', '.join(others)}")
+            names += [one for one in TABLE2 if not lacking[one]]
+        elif name not in TASKS:
+            raise BadInput(f"there is no GLUE task {name!r}; choose from all, {', '.join(TASKS)}")
+        elif lacking[name]:
+            raise BadInput(f"{lacking[name][0]} is not there; it is part of GLUE's {name}, from {ADDRESS}")
+        else:
+            names.append(name)
     if "ax" in names and not (submit and "mnli" in names):
         raise BadInput("ax has no training part: the mnli model predicts it, with --submit DIR and mnli "
                        "among the --tasks")
-    return names
+    return list(dict.fromkeys(names))
 
 
-def find_file(glue_dir, name, file):
+def missing_files(glue_dir, name, submit=None):
+    files = []
+    for _, dev, test in TASKS[name].parts:
+        files += ["train.tsv", dev] * bool(dev) + [test] * bool(submit)
+    return [path for path in (task_file(glue_dir, name, file) for file in files) if not path.is_file()]
+
+
+def task_file(glue_dir, name, file):
     """The path of one file of a task."""
     if not glue_dir:
         raise BadInput(f"{name} is a GLUE task: say with --glue-dir where its files from {ADDRESS} are")
-    path = Path(glue_dir, TASKS[name].folder, file)
     usual = Path(glue_dir, "diagnostic", "diagnostic.tsv")  # what GLUE's download script makes of AX.tsv
-    if name == "ax" and usual.is_file():
-        return usual
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist; it is part of {TASKS[name].folder} from {ADDRESS}")
-    return path
-
-
-def check_files(glue_dir, names, submit=None):
-    """Refuse what is missing: better now than after hours."""
-    for name in names:
-        for _, dev, test in TASKS[name].parts:
-            for file in (("train.tsv", dev) if dev else ()) + ((test,) if submit else ()):
-                find_file(glue_dir, name, file)
+    return usual if name == "ax" and usual.is_file() else Path(glue_dir, TASKS[name].folder, file)
 
 
 def glue_dataset(glue_dir, name):
@@ -195,9 +270,8 @@ def glue_dataset(glue_dir, name):
     task = TASKS[name]
 
     def part(file):
-        path = find_file(glue_dir, name, file)
-        texts, labels = read_texts(path, task.text, task.label, task.columns, task.ragged)
-        return Part(texts, numbered(labels, task.labels, path))
+        path = task_file(glue_dir, name, file)
+        return numbered(read_table(path, task.text, task.label, task.columns, task.ragged), task.labels)
 
     train = part("train.tsv")
     dev = {suffix: part(file) for suffix, file, _ in task.parts}
@@ -205,29 +279,29 @@ def glue_dataset(glue_dir, name):
 
 
 def table_dataset(path, dev=None, regression=False, text="text", text_b=None, label="label", seed=0):
-    """The table `path`. Its column text_b, if it has one, is the second text of a pair.
-
-    Without a `dev` file a seeded fifth is held out. Labels are scores if `regression`, or if they are numbers
-    and not all of them whole.
-    """
+    """The table `path`. Its column text_b, if it has one, is the second text of a pair. Labels are scores if
+    `regression`, else as in classes_of. Without a `dev` file a seeded fifth is held out."""
     for file in filter(None, (path, dev)):
         if not Path(file).is_file():
             raise BadInput(f"{file} is not a file; give a .tsv, .csv or .jsonl file with columns text and "
                            f"label, pydoc, or a GLUE task: {', '.join(TASKS)}")
-    if text_b is None and "text_b" in next(read_rows(path), {}):
+    if text_b is None and "text_b" in next(read_rows(path), (0, {}))[1]:
         text_b = "text_b"
-    read = [read_texts(file, (text, text_b) if text_b else (text,), label) for file in (path, dev) if file]
-    labels, classes, metrics = read[0][1], None, ("pearson", "spearman")
-    scores = all(map(is_number, labels)) and not all(float(label).is_integer() for label in labels)
-    if not (regression or scores):
-        classes, metrics = tuple(sorted(set(labels))), ("accuracy", "matthews")
-        if len(classes) < 2:
-            raise BadInput(f"{path} has only one label, {classes[0]!r}")
-    parts = [Part(texts, numbered(labels, classes, file)) for (texts, labels), file in zip(read, (path, dev))]
+    tables = [read_table(file, (text, text_b) if text_b else (text,), label) for file in (path, dev) if file]
+    classes = classes_of(tables[0], regression)
+    parts = [numbered(table, classes) for table in tables]
     if not dev:
-        order = np.random.default_rng(seed).permutation(len(labels))
+        order = np.random.default_rng(seed).permutation(len(parts[0].texts))
         count = max(1, round(0.2 * len(order)))
         parts = [parts[0].only(np.sort(order[count:])), parts[0].only(np.sort(order[:count]))]
+    known, tested = set(parts[0].texts), parts[1].texts
+    again = sum(texts in known for texts in tested)
+    if dev and again == len(tested):
+        raise BadInput(f"all texts of {dev} are in {path}, too, so that it tests nothing; without --dev a "
+                       "fifth is held out")
+    if again:
+        note(f"{dev or path}: {again:,} of {len(tested):,} dev texts are trained on, too")
+    metrics = ("pearson", "spearman") if classes is None else ("accuracy", "matthews")
     return Dataset(str(path), classes, metrics, parts[0], {"": parts[1]})
 
 
@@ -253,7 +327,7 @@ def pydoc_dataset(packages=12, size=300):
             held += dev * len(found)
             texts[dev].extend((passage,) for passage in found)
             labels[dev].extend([k] * len(found))
-    train, dev = (Part(texts[side], np.array(labels[side])) for side in (0, 1))
+    train, dev = (Part(texts[side], np.array(labels[side]), np.arange(len(labels[side]))) for side in (0, 1))
     return Dataset("pydoc", classes, ("accuracy", "matthews"), train, {"": dev})
 
 
@@ -322,6 +396,20 @@ def table2_row(results):
             for name in TABLE2 if name in results for suffix, *_ in TASKS[name].parts}
 
 
+def interval(metric, predicted, true, draws=1000):
+    """95% of a metric over examples: Wilson's of an accuracy, else percentiles of the bootstrap; None where
+    no draw differs."""
+    n = len(true)
+    if metric == "accuracy":
+        share, z2 = np.mean(predicted == true), 1.96 ** 2 / n
+        middle, half = share + z2 / 2, math.sqrt(z2 * share * (1 - share) + z2 ** 2 / 4)
+        return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+    rng = np.random.default_rng(0)
+    drawn = (rng.integers(n, size=n) for _ in range(draws))
+    low, high = np.percentile([METRICS[metric](predicted[rows], true[rows]) for rows in drawn], (2.5, 97.5))
+    return (low, high) if low < high else None
+
+
 # ---------------------------------------------------------------------------- the server's files
 
 def server_files(name):
@@ -331,7 +419,7 @@ def server_files(name):
 
 def test_part(glue_dir, name, file):
     """The texts of a test file, every row of it: a submission counts rows."""
-    return Part(*read_texts(find_file(glue_dir, name, file), TASKS[name].text))
+    return Part(read_table(task_file(glue_dir, name, file), TASKS[name].text).texts)
 
 
 def prediction_file(name, predicted):
@@ -344,9 +432,10 @@ def prediction_file(name, predicted):
 def pack(path, files):
     """Write a submission, {name: text}, as a zip file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(f"{path}.partial", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
             archive.writestr(name, text)
+    os.replace(f"{path}.partial", path)
 
 
 # ---------------------------------------------------------------------------- who wrote this?
@@ -370,7 +459,9 @@ def authors_dataset(folder, out, train=16, dev=40, characters=600):
 
     def cut(path, count):
         """`count` pieces of whole words at random, white space made single."""
-        text = " ".join(re.sub(r"\s+", " ", path.read_text(encoding="utf-8-sig", errors="replace")).split())
+        text = " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
+        if "\ufffd" in text:
+            note(f"{path}: {text.count(chr(0xfffd)):,} characters are not UTF-8, and read as U+FFFD")
         margin = len(text) // 20  # neither title page nor index
         starts = rng.integers(margin, max(margin + 1, len(text) - margin - characters), size=count)
         pieces = (text[start:start + characters] for start in sorted(starts))
@@ -383,8 +474,7 @@ def authors_dataset(folder, out, train=16, dev=40, characters=600):
         rows["dev"] += [(text, author) for text in cut(last, dev)]
     out.mkdir(parents=True, exist_ok=True)
     for side, found in rows.items():
-        lines = ["text\tlabel", *map("\t".join, found)]
-        (out / f"{side}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        write_text(out / f"{side}.tsv", "\n".join(["text\tlabel", *map("\t".join, found), ""]))
     return sorted(novels)
 
 

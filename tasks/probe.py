@@ -12,7 +12,8 @@ averaged over the tokens; of text under causal attention the last token's are ta
 
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import prefetch
-from images import ImageSet, Patches, load_images
+from images import ImageSet, Patches, cifar_files, find_images, load_images
 from objectives import describe
 from run import warmup_cosine
-from tasks.glue import TASKS, Dataset, glue_dataset, label_subset, pydoc_dataset, table_dataset
+from tasks import glue
+from tasks.glue import Dataset
 from tasks.hub import open_run
-from util import BadInput, table
+from util import BadInput, printable, table
 
 PLAIN = contextlib.nullcontext()  # in place of an autocast context
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # R8: texts are padded to one of these
@@ -36,27 +38,51 @@ FEW = 1000  # examples; with fewer, the strength is chosen on each fifth in turn
 
 # ---------------------------------------------------------------------------- labelled data
 
+@dataclass(frozen=True)
+class PlacedImages(ImageSet):
+    """Images, and the file of each, or its number where it has none of its own."""
+
+    places: np.ndarray
+
+    def only(self, rows):
+        return PlacedImages(self.images[rows], self.labels[rows], self.places[rows])
+
+
+def labelled_images(source, size):
+    """An image set with classes as a Dataset."""
+    try:
+        images = load_images(source, size)
+    except BadInput:
+        images = load_images(source)  # of a prepared set, say: each batch is resized when it is read
+    root, places = Path(source), np.arange(len(images.val))
+    if root.is_dir() and not (root / "manifest.json").exists() and not cifar_files(root):
+        places = np.array(list(map(str, find_images(root)[2]["val"][0])))
+    dev = PlacedImages(images.val.images, images.val.labels, places)
+    return Dataset(images.name, images.classes, ("accuracy",), images.train, {"": dev})
+
+
 def labelled_data(args, run, source=None, seed=0):
     """The labelled texts or images that the options describe, few of them if asked for -> Dataset."""
     if run.tokenizer is None:
         source = source or run.settings.data
-        try:
-            images = load_images(source, run.model.config.size)
-        except BadInput:
-            images = load_images(source)  # of a prepared set, say: each batch is resized when it is read
-        if len(np.unique(images.train.labels)) < 2:
-            raise BadInput(f"{source} has training images of one class only: nothing to tell apart")
-        data = Dataset(images.name, images.classes, ("accuracy",), images.train, {"": images.val})
+        data = labelled_images(source, run.model.config.size)
     elif source in (None, "pydoc"):
-        data = pydoc_dataset()
-    elif source in TASKS:
-        data = glue_dataset(args.glue_dir, source)
+        data = glue.pydoc_dataset()
+    elif glue.task_key(source) in glue.TASKS and not Path(source).is_file():
+        data = glue.glue_dataset(args.glue_dir, glue.task_key(source))
     else:
-        data = table_dataset(source, args.dev, getattr(args, "regression", False), args.text_column,
-                             args.text_column_b, args.label_column)
-    chosen = label_subset(data.train.labels, args.label_fraction, args.labels_per_class, seed)
-    return replace(data, train=at_most(data.train.only(chosen), args.max_train),
+        data = glue.table_dataset(source, args.dev, getattr(args, "regression", False), args.text_column,
+                                  args.text_column_b, args.label_column)
+    chosen = glue.label_subset(data.train.labels, args.label_fraction, args.labels_per_class, seed)
+    data = replace(data, train=at_most(data.train.only(chosen), args.max_train),
                    dev={suffix: at_most(part, args.max_test) for suffix, part in data.dev.items()})
+    known = np.unique(data.train.labels)
+    if len(known) < 2:
+        raise BadInput(f"{source} has only one label among its training examples: nothing to tell apart")
+    unknown = sum((~np.isin(part.labels, known)).sum() for part in data.dev.values())
+    if data.classes is not None and unknown:
+        glue.note(f"{source}: {unknown:,} dev examples are of classes that no training example has")
+    return data
 
 
 def at_most(part, count):
@@ -65,7 +91,7 @@ def at_most(part, count):
     if count is None or count >= total:
         return part
     if isinstance(part, ImageSet):
-        return part.only(label_subset(part.labels, count / total))
+        return part.only(glue.label_subset(part.labels, count / total))
     return part.only(np.sort(np.random.default_rng(0).permutation(total)[:count]))
 
 
@@ -181,6 +207,8 @@ def frozen_features(run, prepared, pool, causal, layer=None, autocast=PLAIN):
             states = {layer: states[layer]}
         for key, state in states.items():
             pooled = pool_features(state, batch, pool).cpu()
+            if not pooled.isfinite().all():
+                raise BadInput(f"{run.name} has features that are not finite numbers: its training diverged")
             found = features.setdefault(key, pooled.new_empty(len(prepared), pooled.shape[1]))
             found[torch.from_numpy(rows)] = pooled
     return features
@@ -277,7 +305,7 @@ def figures(predicted, train_y, test_y, **settings):
     accuracy = sum(correct) / len(correct)
     return {"accuracy": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / len(correct)),
             "majority": float((test_y == train_y.bincount().argmax()).double().mean()), **settings,
-            "train": len(train_y), "test": len(test_y), "correct": correct}
+            "train": len(train_y), "test": len(test_y), "correct": correct, "predictions": predicted.tolist()}
 
 
 # ---------------------------------------------------------------------------- commands
@@ -297,7 +325,7 @@ def probe(args, run, autocast, source):
     if args.pixels:
         layers["pixels"] = fit(raw_pixels(run, data.train), y, raw_pixels(run, dev), test_y, args.seed)
     return {"data": data.name + suffix, "classes": data.classes, "classifier": args.classifier, "pool": pool,
-            "attention": attention, "layers": layers}
+            "attention": attention, "layers": layers, "places": dev.places}
 
 
 def percent(found):
@@ -311,9 +339,10 @@ def probe_command(args):
     results = probe(args, run, autocast, args.data)
     if args.json != "-":
         *_, last = results["layers"].values()
-        print(f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, {results['pool']} "
-              f"pooling, {results['attention']} attention; {len(results['classes'])} classes, "
-              f"{last['train']:,} training and {last['test']:,} dev examples\n")
+        print(printable(f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, "
+                        f"{results['pool']} pooling, {results['attention']} attention\n"
+                        f"{len(results['classes'])} classes: {glue.listed(results['classes'])}; "
+                        f"{last['train']:,} training and {last['test']:,} dev examples\n"))
         rows = [[name, percent(found)] for name, found in results["layers"].items()]
         print(table([["layer", "accuracy, %"], *rows, ["largest class", f"{100 * last['majority']:.1f}"]]))
     return {"results": results}, run
@@ -328,12 +357,12 @@ def transfer_command(args):
         found = probe(args, run, autocast, source)
         *_, last = found["layers"].values()
         sets.append({"data": found["data"], "classes": len(found["classes"]),
-                     "size": run.model.config.size, **last})
+                     "size": run.model.config.size, "places": found["places"], **last})
     mean = sum(row["accuracy"] for row in sets) / len(sets)
     if args.json != "-":
         rows = [[row["data"], str(row["classes"]), f"{row['train']:,}", f"{100 * row['majority']:.1f}",
                  percent(row)] for row in sets]
-        print(table([["", "classes", "training", "largest class", "accuracy, %"], *rows,
-                     ["mean", "", "", "", f"{100 * mean:.1f}"]]))
+        print(printable(table([["", "classes", "training", "largest class", "accuracy, %"], *rows,
+                               ["mean", "", "", "", f"{100 * mean:.1f}"]])))
     results = {"pool": found["pool"], "attention": found["attention"], "sets": sets, "mean": mean}
     return {"results": results}, run

@@ -46,8 +46,9 @@ def test_fine_tuning_learns_classes_on_a_copy(run, attention, pool):
     labels = np.array([2 if "a" in text else int("e" in text) for text in words])
     before = [parameter.clone() for parameter in run.model.parameters()]
     protocol = dataclasses.replace(QUICK, attention=attention, pool=pool, epochs=8)
-    predict, loss = finetune.fine_tune(run, prepared, labels, range(3), protocol, 0)
-    assert np.bincount(labels).max() < 100 and np.mean(predict(prepared) == labels) > 0.85
+    model, loss = finetune.fine_tune(run, prepared, labels, range(3), protocol, 0)
+    assert np.bincount(labels).max() < 100
+    assert np.mean(finetune.predict(model, run, prepared) == labels) > 0.85
     assert loss < 0.7 and all(map(torch.equal, before, run.model.parameters()))
     assert all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
 
@@ -55,8 +56,8 @@ def test_fine_tuning_learns_classes_on_a_copy(run, attention, pool):
 def test_fine_tuning_learns_scores_of_any_size(run):
     words, prepared = texts(run, 200)
     scores = np.array([100 + 7.5 * text.count("a") / len(text) for text in words])
-    predict, _ = finetune.fine_tune(run, prepared, scores, None, dataclasses.replace(QUICK, epochs=8), 0)
-    predicted = predict(prepared)
+    model, _ = finetune.fine_tune(run, prepared, scores, None, dataclasses.replace(QUICK, epochs=8), 0)
+    predicted = finetune.predict(model, run, prepared)
     assert glue.pearson(predicted, scores) > 0.85
     assert abs(predicted.mean() - scores.mean()) < 0.3 * scores.std()
 
@@ -78,6 +79,11 @@ def test_divergence_is_reported(run):
     _, prepared = texts(run, 16)
     with pytest.raises(BadInput, match="smaller --lr than 1e"):
         loss_of(run, prepared, np.arange(16) % 3, lr=1e30)
+    model, _ = finetune.fine_tune(run, prepared, np.arange(16) % 3, range(3), QUICK, 0)
+    with torch.no_grad():
+        model.head[1].bias.fill_(math.nan)
+    with pytest.raises(BadInput, match="not finite"):
+        finetune.predict(model, run, prepared)
 
 
 # ---------------------------------------------------------------------------- images
@@ -103,8 +109,8 @@ def test_fine_tuning_of_images_learns_with_mixing():
 
     def tune(seed=0, **changes):
         changed = dataclasses.replace(protocol, **changes)
-        predict, loss = finetune.fine_tune(run, train, train.labels, "abc", changed, seed)
-        return np.mean(predict(val) == val.labels), loss
+        model, loss = finetune.fine_tune(run, train, train.labels, "abc", changed, seed)
+        return np.mean(finetune.predict(model, run, val) == val.labels), loss
 
     accuracy, loss = tune()
     assert accuracy > 0.9 and tune(lr=1e-9, epochs=1)[0] < 0.7
@@ -118,7 +124,7 @@ def test_fine_tuning_of_images_learns_with_mixing():
 
 def test_every_parameter_has_the_rate_of_its_layer():
     protocol = dataclasses.replace(QUICK, lr=1.0, layer_decay=0.5, weight_decay=0.3)
-    model, found = finetune.Classifier(image_run(), 3, protocol, 0), {}
+    model, found = finetune.Classifier(image_run(), "abc", protocol, 0), {}
     for group in model.groups():
         found |= {id(parameter): (group["lr"], group["weight_decay"]) for parameter in group["params"]}
     shares = {"head": 1, "encoder.norm": 1, "encoder.blocks.2": 1 / 2, "encoder.blocks.1": 1 / 4,
@@ -141,7 +147,7 @@ def test_drop_path_leaves_out_whole_samples_and_keeps_the_expectation():
 
 def test_drop_path_rises_with_depth_and_the_classifier_is_the_encoder_and_a_head():
     run = image_run()
-    model = finetune.Classifier(run, 3, dataclasses.replace(QUICK, drop_path=0.4, dropout=0.0), 0)
+    model = finetune.Classifier(run, "abc", dataclasses.replace(QUICK, drop_path=0.4, dropout=0.0), 0)
     assert [block.dropout.rate for block in model.encoder.blocks] == pytest.approx([0, 0.2, 0.4])
     assert all(isinstance(block.dropout, torch.nn.Dropout) for block in run.model.blocks)  # of a copy
     x, block = torch.randn(6, 9, 16), model.encoder.blocks[2].train()
@@ -163,6 +169,32 @@ def test_finetune_of_text_and_few_labels(trained, reviews, tmp_path):
     assert found["protocol"]["batch_size"] == 8 and results["train"] == 32 and results["dev"] == 32
     assert accuracy["seeds"] == [np.mean(correct) for correct in results["correct"]]
     assert np.array_equal(np.array(results["predictions"]) == results["labels"], results["correct"])
+    assert results["classes"] == ["neg", "pos"] and accuracy["interval"] is None
+    rows = reviews.read_text().splitlines()[1:]
+    assert [rows[k].endswith("pos") for k in results["places"]] == results["labels"]
+
+
+def test_what_finetune_says_of_its_scores(trained, tmp_path):
+    """The largest class, an interval over examples for one seed, who was taken for whom."""
+    run, train, dev = trained("vl --mask 0.15,0.3"), tmp_path / "train.tsv", tmp_path / "dev.tsv"
+    for path, count, every in ((train, 30, 3), (dev, 20, 4)):
+        rows = [f"{path.stem} {k}\t{'b' if k % every else 'a' + chr(27)}" for k in range(count)]
+        path.write_text("\n".join(["text\tlabel", *rows]))
+    line = f"evaluate.py finetune {run} --data {train} --dev {dev} --epochs 1"
+    results, shown = call_json(line)["results"], call(line)
+    accuracy, predicted, true = results["accuracy"], results["predictions"][0], results["labels"]
+    low, high = accuracy["interval"]
+    assert accuracy["majority"] == 0.75 and results["matthews"]["majority"] == 0
+    assert low < accuracy["mean"] < high
+    assert f"{100 * low:.1f} to {100 * high:.1f}" in shown and "largest class 75.0" in shown
+    assert "2 classes: a\\x1b, b" in shown and "\x1b" not in shown
+    for name, k in (("a\\x1b", 0), ("b", 1)):
+        cells = [sum(p == j for p, t in zip(predicted, true) if t == k) for j in range(2)]
+        assert [name, *map(str, cells)] in [row.split() for row in shown.splitlines()]
+
+
+def test_finetune_of_pairs_with_scores(trained, tmp_path):
+    run = trained("vl --mask 0.15,0.3")
     table = tmp_path / "pairs.tsv"
     table.write_text("a\tb\tscore\n" + "".join(f"one {k}\ttwo\t{k / 4}\n" for k in range(20)))
     shown = call(f"evaluate.py finetune {run} --data {table} --text-column a --text-column-b b "
@@ -175,4 +207,5 @@ def test_finetune_of_images(trained):
     found = call_json(f"evaluate.py finetune {run} --data shapes --epochs 1 --max-train 96 --max-test 48 "
                       "--batch-size 16")
     assert found["protocol"]["lr"] == 2e-3 * 16 / 256 and found["protocol"]["attention"] == "causal"
+    assert found["results"]["places"] == sorted(found["results"]["places"])
     assert found["results"]["train"] == 96 and len(found["results"]["correct"][0]) == found["results"]["dev"]

@@ -95,8 +95,8 @@ def test_malformed_rows_are_left_out_of_qqp_and_refused_elsewhere(tmp_path):
     ("c.jsonl", '{"label": "no", "text": "so \\"bad\\", so\\nlong"}\n\n{"text": "good", "label": "yes"}\n')])
 def test_tables_of_ones_own(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    data = glue.table_dataset(tmp_path / name, dev=tmp_path / name)
-    assert data.classes == ("no", "yes") and data.train.texts == [('so "bad", so\nlong',), ("good",)]
+    found = glue.read_table(tmp_path / name, ("text",), "label")
+    assert found.labels == ["no", "yes"] and found.texts == [('so "bad", so\nlong',), ("good",)]
 
 
 def test_classes_scores_and_the_held_out_fifth(tmp_path):
@@ -112,7 +112,50 @@ def test_classes_scores_and_the_held_out_fifth(tmp_path):
         for (text, _), label in zip(both, [*data.train.labels, *data.dev[""].labels]):
             assert label == (float(rows[text]) if kind == "f" else sorted(labels).index(rows[text]))
     path.write_text("text\tlabel\na\t1\nb\t2\n")
-    assert glue.table_dataset(path, dev=path, regression=True).train.labels.tolist() == [1.0, 2.0]
+    table = glue.read_table(path, ("text",), "label")
+    assert glue.numbered(table, glue.classes_of(table, regression=True)).labels.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name, rows, line", [
+    ("a.tsv", b"text\tlabel\nx\ta\ny\t \n", 3),                          # empty
+    ("a.jsonl", b'{"text": "x", "label": "a"}\n\n{"text": "y", "label": null}\n', 3),
+    ("a.csv", b'text,label\n"x\ny",1.5\nz,2\nw,n/a\n', 5),                 # no score
+    ("a.tsv", b"text\tlabel\nx\t1.5\ny\tinf\n", 3),
+    ("a.tsv", b"text\tlabel\nx\t1\ny\tNaN\nz\t2\n", 3),
+    ("a.tsv", "text\tlabel\nx\tsí\ny\tsó\n".encode("latin-1"), 2),         # not UTF-8
+    ("a.jsonl", b'{"text": ["x"], "label": "a"}\n', 1),
+    ("a.jsonl", b'{"text": "x", "label": "a"}\n["x", "a"]\n', 2)])
+def test_wrong_cells_are_refused_with_their_line(tmp_path, name, rows, line):
+    (tmp_path / name).write_bytes(rows)
+    with pytest.raises(BadInput, match=f"{name}, line {line}\\b"):
+        glue.table_dataset(tmp_path / name)
+
+
+def test_labels_that_say_the_same_are_one_class(tmp_path):
+    rows = ['{"text": "x", "label": ' + label + "}" for label in ("1", '"1"', "1.0", '" 10"', "2")]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    table = glue.read_table(tmp_path / "a.jsonl", ("text",), "label")
+    assert table.labels == ["1", "1", "1", "10", "2"] and glue.classes_of(table) == ("1", "2", "10")
+
+
+def test_texts_that_are_not_utf8_are_told_with_their_number(tmp_path, capsys):
+    (tmp_path / "a.csv").write_bytes("text,label\nniño,a\nplain,b\nöl,a\n".encode("cp1252"))
+    assert glue.read_table(tmp_path / "a.csv", ("text",), "label").texts[0] == ("ni\ufffdo",)
+    assert "2 hold U+FFFD" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud83d"}\n{"text": "\\ud83d\\ude00"}')
+    assert glue.read_table(tmp_path / "a.jsonl", ("text",)).texts == [("half \ufffd",), ("\U0001f600",)]
+
+
+def test_a_dev_table_of_training_texts_tests_nothing(tmp_path, capsys):
+    train, dev = tmp_path / "train.tsv", tmp_path / "dev.tsv"
+    train.write_text("text\tlabel\n" + "".join(f"{k}\t{'ab'[k % 2]}\n" for k in range(10)))
+    dev.write_text("text\tlabel\n3\tb\n4\ta\n")
+    for same in (train, dev):
+        with pytest.raises(BadInput, match="all texts"):
+            glue.table_dataset(train, dev=same)
+    dev.write_text("text\tlabel\n3\tb\nnew\ta\n")
+    assert len(glue.table_dataset(train, dev=dev).dev[""].texts) == 2
+    assert "1 of 2 dev texts" in capsys.readouterr().err
 
 
 def test_label_subset_is_of_each_class_alike():
@@ -145,6 +188,19 @@ def test_authors_dataset_keeps_a_novel_of_each_author_for_dev(tmp_path):
         {"emma", "america"}, {"persuasion", "trial"}]
 
 
+def test_tasks_are_named_as_people_write_them_and_all_are_those_that_are_there(tmp_path, capsys):
+    for name in ("cola", "sst2", "mnli"):
+        write_glue(tmp_path, name)
+    assert glue.choose_tasks("CoLA, SST-2,mnli,sst_2", tmp_path) == ["cola", "sst2", "mnli"]
+    (tmp_path / "MNLI" / "dev_mismatched.tsv").unlink()
+    assert glue.choose_tasks("all", tmp_path) == ["sst2", "cola"]
+    told = capsys.readouterr().err
+    assert "MNLI (dev_mismatched.tsv)" in told and "STS-B (train.tsv)" in told and "SST-2" not in told
+    for text, folder in (("all,mnli", tmp_path), ("all", tmp_path / "none"), ("cola,ax", tmp_path)):
+        with pytest.raises(BadInput):
+            glue.choose_tasks(text, folder)
+
+
 # ---------------------------------------------------------------------------- metrics and Table 2
 
 def test_metrics_against_scikit_learn_and_scipy():
@@ -162,6 +218,22 @@ def test_metrics_against_scikit_learn_and_scipy():
         assert all(ours == pytest.approx(theirs) for ours, theirs in pairs)
     one = np.zeros(300, int)
     assert glue.matthews(one, t) == glue.f1(one, one) == glue.pearson(one, t) == glue.pearson(t, one) == 0
+
+
+@pytest.mark.parametrize("metric, share", [("accuracy", 0.5), ("accuracy", 0.97), ("matthews", 0.7)])
+def test_intervals_over_examples_cover(metric, share):
+    """19 times of 20, what the metric is on very many examples."""
+    rng = np.random.default_rng(0)
+
+    def draw(n):
+        true = rng.integers(2, size=n)
+        return np.where(rng.random(n) < share, true, 1 - true), true
+
+    truth, covered = glue.METRICS[metric](*draw(1_000_000)), 0
+    for _ in range(200):
+        low, high = glue.interval(metric, *draw(60), draws=100)
+        covered += low <= truth <= high
+    assert 0.88 <= covered / 200 <= 0.995
 
 
 def test_the_papers_row_of_table2():

@@ -1,6 +1,7 @@
 """Features of texts and images against plain computations; probes against their optimum and scikit-learn."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +173,33 @@ def test_probe_of_text(trained, reviews):
     assert list(few["layers"]) == ["0", "1", "2"] and few["classes"] == ["neg", "pos"]
     assert few["layers"]["2"]["train"] == 10 and few["layers"]["2"]["test"] == 20
     assert "largest class" in call(f"{line} --labels-per-class 2")
+    labels = np.array([row.endswith("pos") for row in reviews.read_text().splitlines()[1:]])
+    predicted = np.array(few["layers"]["2"]["predictions"])
+    assert np.array_equal(predicted == labels[few["places"]], few["layers"]["2"]["correct"])
+
+
+def test_probes_refuse_what_they_cannot_learn(trained, tmp_path, run):
+    """One class only, and features that are not finite."""
+    (tmp_path / "two.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    with pytest.raises(BadInput, match="only one label"):
+        call(f"evaluate.py probe {trained('mlm --mask 0.3')} --data {tmp_path / 'two.tsv'}")
+    with torch.no_grad():
+        run.model.embedding.weight.fill_(torch.inf)
+    with pytest.raises(BadInput, match="diverged"):
+        probe.frozen_features(run, probe.prepare(run, Part(some_texts(3))), "mean", False)
+
+
+def test_predictions_of_images_name_their_files(trained, tmp_path):
+    pil = pytest.importorskip("PIL.Image")
+    for k in range(40):
+        path = tmp_path / "data" / ("dark", "light")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pil.new("RGB", (32, 32), (k + 200 * (k % 2),) * 3).save(path)
+    run = trained("mlm --mask 0.5", data="shapes")
+    found = call_json(f"evaluate.py probe {run} --data {tmp_path / 'data'}")["results"]
+    layer, classes = found["layers"]["last"], [Path(place).parent.name for place in found["places"]]
+    right = [found["classes"].index(name) == k for name, k in zip(classes, layer["predictions"])]
+    assert len(right) == 4 and right == list(map(bool, layer["correct"]))
 
 
 def test_probe_and_transfer_of_images(trained):
