@@ -206,7 +206,7 @@ def hub_texts(source, streaming):
     except Exception as error:  # noqa: BLE001  depends on the network and on the kind of its files
         raise BadInput(f"{source} could not be read: {type(error).__name__}: {error}") from None
     if empty:
-        note(f"{empty:,} rows of {source} are null and left out")
+        note(f"{source}: null rows left out: {empty:,}")
 
 
 @functools.cache  # parsing all sources takes seconds
@@ -303,11 +303,12 @@ def split(sources, val, fraction, max_bytes=None):
             if source == "pydoc" and not name.startswith("topics."):
                 name = name.partition(".")[0]
             held = zlib.crc32(name.encode("utf-8", "surrogateescape")) < share * 2 ** 32
-            yield "val" if held and text else "train", text
+            empty = share < 1 and not text.strip()  # is no validation text
+            yield "val" if held and not empty else "train", text
         if replaced:
             note(f"{source} is not all UTF-8: {replaced:,} characters of it are read as U+FFFD")
         if twice:
-            note(f"{twice:,} documents of {source} are in --val, too, and are not trained on")
+            note(f"{source}: documents left out of the training, as --val has them: {twice:,}")
 
 
 def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_bytes=None):

@@ -154,7 +154,7 @@ def find_images(root, val_fraction=0.1):
     taken = set().union(*(files for files, _ in found.values()))
     for kind, left in (("images", images), ("files of other kinds", set(files) - set(images))):
         if left := sorted(set(left) - taken):
-            note(f"{root}: {len(left):,} {kind} are left out, such as {left[0]}")
+            note(f"{root}: {kind} left out: {len(left):,}, such as {left[0]}")
     return tuple(printable(name) for name in train if name), 224, found
 
 

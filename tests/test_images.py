@@ -111,7 +111,7 @@ def test_class_folders_directly_and_prepared(tmp_path, monkeypatch, capsys, trai
             assert part.labels.tolist() == [0] * sizes[f"{side}/cat"] + [1] * sizes[f"{side}/dog"]
         assert np.allclose(found.mean, found.train.images.mean(axis=(0, 1, 2)) / 255)
     told = capsys.readouterr().err
-    assert "1 files of other kinds" in told and ("1 images" in told) == (other != "test")
+    assert "other kinds left out: 1," in told and ("images left out: 1," in told) == (other != "test")
     monkeypatch.setattr(images, "IN_MEMORY", 1000)
     with pytest.raises(BadInput, match="too many for memory.*python data.py images .* --size 8"):
         load_images(str(raw), 8)
