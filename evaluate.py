@@ -1,15 +1,18 @@
 """Evaluate a checkpoint of train.py: likelihood, and the front end of all evaluation.
 
-    python evaluate.py perplexity CKPT [--by-length]             P(x_{k+1} | x_1 .. x_k), Eq. 2
-    python evaluate.py bound CKPT                                the any-order bound beside it
-    python evaluate.py curves RUN [RUN ...]                      loss, learning rate, speed as a picture
-    python evaluate.py generate CKPT --prompt TEXT               samples
-    python evaluate.py reconstruct CKPT [CKPT ...]               images completed patch by patch (Table 8)
-    python evaluate.py connectivity CKPT [CKPT ...]              similarity of features (Figure 2)
-    python evaluate.py probe|finetune|glue|transfer CKPT ...     classification
+    python evaluate.py perplexity CKPT [--by-length]     P(x_{k+1} | x_1 .. x_k), Eq. 2
+    python evaluate.py bound CKPT                        the any-order bound beside it
+    python evaluate.py curves RUN [RUN ...]              loss, learning rate and speed as a picture
+    python evaluate.py generate CKPT --prompt TEXT       a text continued, or a gap in it filled
+    python evaluate.py reconstruct CKPT [CKPT ...]       images completed patch by patch, Table 8
+    python evaluate.py connectivity CKPT [CKPT ...]      similarity of features, Figure 2
+    python evaluate.py probe CKPT --data DATA            linear classification of frozen features
+    python evaluate.py finetune CKPT --data DATA         classification by the whole network
+    python evaluate.py glue CKPT --glue-dir DIR          fine-tuning on the tasks of GLUE, Table 2
+    python evaluate.py transfer CKPT --data A B C        probes on several sets of images, Table 6
 
-CKPT is a run folder, a checkpoint file, untrained:RUN, or hf:PATH for a model of the transformers package.
-What the last four lines do stands in tasks/.
+CKPT is a run folder, a checkpoint file, untrained:RUN (the network before its first step), or hf:PATH (a
+model of the transformers package). From `generate` on the commands stand in tasks/.
 """
 
 import itertools
@@ -68,16 +71,6 @@ def scored_by(run, sequences, passes, tokens_at_once):
 
 
 @torch.no_grad()
-def weighted_nll(run, tokens, groups, queries, tokens_at_once=1 << 14):
-    """sum_p weight_p * -log P(x_p | context of p) of rows of tokens and f (R, S), Queries -> double (R,)."""
-    rows, device, found = max(1, tokens_at_once // tokens.shape[1]), run.model.query.device, []
-    for *inputs, weight in zip(*(x.split(rows) for x in (tokens, groups, *queries))):
-        ids, f, targets, cuts = (x.to(device) for x in inputs)
-        nll = target_nll(run.model, ids, f, targets, run.path, not f.all(), cuts)
-        found.append((nll.cpu().double() * weight).sum(1))
-    return torch.cat(found)
-
-
 def any_order(run, sequences, draws=8, seed=0):
     """An upper bound of -log P(x_2 .. x_S | x_1) in nats a token, unbiased -> double (N,).
 
@@ -90,10 +83,13 @@ def any_order(run, sequences, draws=8, seed=0):
         raise BadInput(f"{describe(run.objective)} is not trained to predict in any order, so it has no "
                        "any-order bound; see evaluate.py perplexity")
     for tokens in tqdm(sequences, unit=" sequences", leave=False, delay=2, mininterval=1):
-        f, weight = run.objective.bound(draws, S, generator)
-        queries = queries_of(f, weight, int((weight > 0).sum(1).max()))
-        nll.append(weighted_nll(run, tokens.expand(draws, -1), f, queries).mean())
-    return torch.stack(nll) / (S - 1)
+        f, weight = run.objective.bound(draws, S, generator)                              # (draws, S)
+        targets, cuts, weight = queries_of(f, weight, int((weight > 0).sum(1).max()))     # (draws, n)
+        inputs = (x.to(run.model.query.device) for x in (tokens.expand(draws, -1), f, targets, cuts))
+        ids, groups, targets, cuts = inputs
+        found = target_nll(run.model, ids, groups, targets, run.path, not f.all(), cuts).cpu().double()
+        nll.append((found * weight).sum(1).mean() / (S - 1))
+    return torch.stack(nll)
 
 
 def unigram_nll(corpus, sequences):

@@ -4,7 +4,6 @@
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import plots
-from objectives import describe, draw_batch
+from objectives import draw_batch
 from run import evaluation_sequences, held_out_text
 from tasks.hub import about, open_run
 from util import BadInput, positive, table
@@ -47,19 +46,15 @@ def features_of(run, corpus, count, seed=0):
     return features[pick], texts[pick]
 
 
-def top_pairs(x, texts, count=100_000, block=2048):
-    """The `count` largest inner products x_i . x_j of pairs from different texts, descending.
-
-    x (N, D), texts (N,). Block by block: memory is that of a few blocks and of `count`, whatever N.
-    """
+def top_pairs(x, texts, count=100_000, block=256):
+    """The `count` largest inner products x_i . x_j of pairs from different texts, descending: x (N, D), texts
+    (N,). A block of rows at a time, so that memory grows with N and not with its square."""
     best = x.new_empty(0)
     for i in range(0, len(x), block):
-        for j in range(i, len(x), block):
-            product = x[i:i + block] @ x[j:j + block].T
-            row, column = (product > (best[-1] if len(best) == count else -math.inf)).nonzero(as_tuple=True)
-            pair = (i + row < j + column) & (texts[i + row] != texts[j + column])
-            best = torch.cat([best, product[row[pair], column[pair]]])
-            best = best.topk(min(count, len(best))).values
+        product = x[i:i + block] @ x[i:].T                                       # (block, N - i)
+        pairs = (texts[i:i + block, None] != texts[i:]).triu(1)                  # each pair once
+        best = torch.cat([best, product[pairs]])
+        best = best.topk(min(count, len(best))).values
     return best
 
 
@@ -96,7 +91,7 @@ def similarities(features, texts, count=100_000):
 # ---------------------------------------------------------------------------- command
 
 def connectivity_command(args):
-    rows, corpus, cuts = [], None, set()
+    rows, corpus = [], None
     for checkpoint in args.checkpoints:
         run, autocast = open_run(args, checkpoint)
         if args.data or corpus is None:
@@ -107,13 +102,9 @@ def connectivity_command(args):
         with autocast:
             features, texts = features_of(run, corpus, args.features, args.seed)
         device = run.model.query.device
-        rows.append({"checkpoint": checkpoint, "label": describe(run.objective), **about(run),
-                     **similarities(features.to(device), texts.to(device), args.top)})
-        cuts.add((run.tokenizer.to_json(), run.settings.length))
-    labels = [row["label"] for row in rows]
-    for row in rows:
-        if labels.count(row["label"]) > 1 or row["checkpoint"].startswith("hf:"):
-            row["label"] = f"{Path(row['checkpoint']).name} {row['label']}"
+        rows.append({"checkpoint": checkpoint, "label": str(checkpoint),
+                     **about(run), **similarities(features.to(device), texts.to(device), args.top)})
+    results = {"data": corpus.name, "checkpoints": rows}
     if args.json != "-":
         x = rows[0]
         print(f"{x['features']:,} features f(X) of {x['texts']:,} sequences of {corpus.name}; "
@@ -122,9 +113,6 @@ def connectivity_command(args):
             cells = [[row["label"], *(f"{row[name][key]:.4g}" for key in ("mean_of_all", "mean", "least"))]
                      for row in rows]
             print("\n" + table([[name.replace("_", " "), "all pairs", "top pairs", "least"], *cells]))
-        if len(cuts) > 1:
-            print("\nTokenizers or lengths differ: the sequences are different cuts of the same text.")
-    results = {"data": corpus.name, "same_sequences": len(cuts) == 1, "checkpoints": rows}
     if args.plot:
         plots.ranks(args.plot, results)
     return results, None

@@ -39,48 +39,49 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
     if suffix and len(prompt) + count + len(suffix) > S:
         raise BadInput(f"{count} tokens between {len(prompt)} and {len(suffix)} others are more than the "
                        f"model's {S}; a gap is filled within one sequence")
-
-    def choose(logits):
-        """Scores (n, vocab) of the tokens asked for -> which of them is kept, and its id."""
-        if order == "random":
-            row = torch.rand(len(logits), generator=generator).argmax()
-        else:
-            row = logits.softmax(-1).amax(-1).argmax()
-        scores = logits[row]
-        if top_k:
-            scores = scores.masked_fill(scores < scores.topk(min(top_k, len(scores))).values[-1], -math.inf)
-        if temperature < 1e-6:
-            return row, scores.argmax()
-        return row, torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[0]
-
     while len(ids) < len(prompt) + count:
-        known = ids if len(ids) < S else ids[-(S // 2):]
-        new = min(S - len(known), len(prompt) + count - len(ids))
-        ids += fill(run, known, new, list(suffix), next_step, choose)
+        before = ids if len(ids) < S else ids[-(S // 2):]
+        P, given = len(before), len(before) + len(suffix)
+        new = min(S - P, len(prompt) + count - len(ids))
+        tokens = torch.zeros(S, dtype=torch.long)            # what stands at a missing one is not read
+        tokens[:P], tokens[P + new:given + new] = torch.tensor(before), torch.tensor(suffix, dtype=torch.long)
+        known = torch.zeros(given + new, dtype=torch.long)   # 1, 2, .. as they became known; 0 missing
+        known[:P], known[P + new:] = torch.arange(1, P + 1), torch.arange(P + 1, given + 1)
+        for k in tqdm(range(new), unit=" tokens", leave=False, delay=2, mininterval=1):
+            f, targets = next_step(known, given)
+            scores = scores_of(run, tokens, f, targets)                                          # (n, vocab)
+            if order == "random":
+                row = torch.rand(len(scores), generator=generator).argmax()
+            else:
+                row = scores.softmax(-1).amax(-1).argmax()
+            tokens[targets[row]] = sample(scores[row], temperature, top_k, generator)
+            known[targets[row]] = given + k + 1
+        ids += tokens[P:P + new].tolist()
     return ids[len(prompt):]
 
 
-def fill(run, before, new, after, next_step, choose):
-    """The `new` ids between `before` and `after`, at most a sequence together."""
-    P, given = len(before), len(before) + len(after)
-    tokens = torch.zeros(run.settings.length, dtype=torch.long)    # what stands at a missing one is not read
-    tokens[:P], tokens[P + new:given + new] = torch.tensor(before), torch.tensor(after, dtype=torch.long)
-    known = torch.zeros(given + new, dtype=torch.long)             # 1, 2, .. as they became known; 0 missing
-    known[:P], known[P + new:] = torch.arange(1, P + 1), torch.arange(P + 1, given + 1)
-    for k in tqdm(range(new), unit=" tokens", leave=False, delay=2, mininterval=1):
-        f, targets = next_step(known, given)
-        length = int(f.nonzero()[-1]) + 1
-        inputs = (x[None].to(run.model.query.device) for x in (tokens[:length], f[:length], targets))
-        logits = run.model.logits(run.model(*inputs, run.path)[0]).float().cpu()                  # (n, vocab)
-        if not logits.isfinite().all():
-            raise BadInput(f"{run.name} gives scores that are not finite: its training diverged")
-        row, token = choose(logits)
-        tokens[targets[row]], known[targets[row]] = token, given + k + 1
-    return tokens[P:P + new].tolist()
+def scores_of(run, tokens, f, targets):
+    """The scores (n, vocab) of the positions `targets` of one sequence under f."""
+    length = int(f.nonzero()[-1]) + 1                        # nothing after the last f > 0 is read
+    inputs = (x[None].to(run.model.query.device) for x in (tokens[:length], f[:length], targets))
+    scores = run.model.logits(run.model(*inputs, run.path)[0]).float().cpu()
+    if not scores.isfinite().all():
+        raise BadInput(f"{run.name} gives scores that are not finite: its training diverged")
+    return scores
+
+
+def sample(scores, temperature, top_k, generator):
+    """One id from scores (vocab,)."""
+    if temperature < 1e-6:
+        return scores.argmax()
+    if top_k:
+        scores = scores.masked_fill(scores < scores.topk(min(top_k, len(scores))).values[-1], -math.inf)
+    return torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[0]
 
 
 def rule(run, order, suffix):
-    """One step of an order: known (L,), given, as for `Objective.decoding` -> f, the positions asked for."""
+    """The order as a function (known (L,), given), as for `Objective.decoding` -> f, the positions asked
+    for."""
     objective, name = run.objective, describe(run.objective)
     if order != "left":
         if objective.decoding(torch.tensor([1, 0]), 1) is None:
@@ -133,8 +134,7 @@ def reconstruct(run, patches, hidden):
     """
     model, path, (N, S) = run.model, run.path, patches.shape[:2]
     patches, hidden = patches.to(model.query.device), hidden.to(model.query.device)
-    row = torch.arange(N, device=patches.device)[:, None]
-    known = torch.ones(N, S, dtype=torch.bool, device=patches.device).scatter(1, hidden, False)
+    row, known = torch.arange(N, device=patches.device)[:, None], visible(patches, hidden)
     filled = patches.masked_fill(~known[..., None], 0)
     regimes = run.objective.left_to_right(S, path) if run.objective.one_stream != "mask" else None
     if regimes:
@@ -151,13 +151,18 @@ def reconstruct(run, patches, hidden):
     return filled.cpu()
 
 
+def visible(patches, hidden):
+    """Which patches (N, S) are not among `hidden` (N, n)."""
+    known = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+    return known.scatter(1, hidden, False)
+
+
 def with_mean(patches, hidden):
     """The baseline: every hidden patch becomes the mean colour of the image's known patches."""
-    N, S, values = patches.shape
-    known = torch.ones(N, S, dtype=torch.bool).scatter(1, hidden, False)
-    colour = (patches * known[..., None]).sum(1) / known.sum(1, keepdim=True)                # (N, values)
-    colour = colour.view(N, 3, -1).mean(2, keepdim=True).expand(-1, -1, values // 3).reshape(N, 1, values)
-    return torch.where(known[..., None], patches, colour)
+    known = visible(patches, hidden)[..., None]                                              # (N, S, 1)
+    mean = (patches * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)               # (N, 1, values)
+    colour = mean.unflatten(2, (3, -1)).mean(3, keepdim=True).expand(-1, -1, -1, mean.shape[2] // 3)
+    return torch.where(known, patches, colour.flatten(2))
 
 
 def measures(config, patches, filled, hidden, perceptual=None):
@@ -172,9 +177,7 @@ def measures(config, patches, filled, hidden, perceptual=None):
     results = {"l2": (filled - patches)[row, hidden].square().mean(dim=(1, 2)),
                "psnr": -10 * (x - y).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()}
     if perceptual:
-        with torch.no_grad():
-            results["lpips"] = torch.cat([perceptual(a * 2 - 1, b * 2 - 1).flatten()
-                                          for a, b in zip(x.split(100), y.split(100))])
+        results["lpips"] = perceptual(x * 2 - 1, y * 2 - 1).detach().flatten()
     return results
 
 
@@ -184,23 +187,22 @@ def to_pictures(config, patches):
     return (unpatchify(patches, config.patch) * std + mean).clamp(0, 1)
 
 
-def complete(source, hidden, fill, rows, perceptual, autocast):
-    """Complete the first images of `source` (Patches), 250 at a time, by fill(patches, hidden).
-    -> means and standard errors of `measures` with the values of each image, the first `rows` pictures."""
+def complete(source, hidden, fill, perceptual):
+    """Complete the first images of `source` (Patches), 100 at a time, by fill(patches, hidden) -> means and
+    standard errors of `measures` with the values of each image; the first 100 images."""
     found, pictures = [], []
-    for start in range(0, len(hidden), 250):
-        part = hidden[start:start + 250]
+    for start in range(0, len(hidden), 100):
+        part = hidden[start:start + 100]
         patches = source.batch(start, len(part))
-        with autocast:
-            filled = fill(patches, part)
+        filled = fill(patches, part)
         found.append(measures(source.config, patches, filled, part, perceptual))
-        pictures.append(to_pictures(source.config, filled[:max(0, rows - start)]))
+        pictures = pictures if start else to_pictures(source.config, filled)
     results = {}
     for name in found[0]:
         x = torch.cat([part[name] for part in found])
         results |= {name: x.mean().item(), f"{name}_stderr": x.std().item() / math.sqrt(len(x)),
                     f"{name}_of_images": x.tolist()}
-    return results, torch.cat(pictures)
+    return results, pictures
 
 
 # ---------------------------------------------------------------------------- commands
@@ -226,8 +228,7 @@ def generate_command(args):
 def reconstruct_command(args):
     perceptual = import_optional("lpips").LPIPS(net=args.lpips, verbose=False).eval() if args.lpips else None
     runs = [open_run(args, checkpoint) for checkpoint in args.checkpoints]
-    first, autocast = runs[0]
-    config, data = first.model.config, args.data or first.settings.data
+    first, config = runs[0][0], runs[0][0].model.config
     for run, _ in runs:
         own = run.model.config
         if run.tokenizer:
@@ -235,20 +236,22 @@ def reconstruct_command(args):
         if (own.size, own.patch) != (config.size, config.patch):
             raise BadInput(f"{run.name} cuts images of {own.size} pixels into patches of {own.patch}, "
                            f"{first.name} of {config.size} into {config.patch}: compare those that see alike")
+    data = args.data or first.settings.data
     images = load_images(data, config.size).val
     hidden = hidden_patches(min(args.max_images, len(images)), config.length, args.hide, args.seed)
     source = Patches(images, config, args.seed)
-    results, pictures = complete(source, hidden, with_mean, args.rows, perceptual, autocast)
+    results, pictures = complete(source, hidden, with_mean, perceptual)
     rows = [{"checkpoint": None, "label": "mean colour", **results}]
     columns = [to_pictures(config, source.batch(0, len(pictures))), pictures]
     for checkpoint, (run, autocast) in zip(args.checkpoints, runs):
         label = "untrained " * checkpoint.startswith("untrained:") + f"{describe(run.objective)} ({run.path})"
-        source, fill = Patches(images, run.model.config, args.seed), functools.partial(reconstruct, run)
-        results, pictures = complete(source, hidden, fill, args.rows, perceptual, autocast)
+        source = Patches(images, run.model.config, args.seed)
+        with autocast:
+            results, pictures = complete(source, hidden, functools.partial(reconstruct, run), perceptual)
         rows.append({"checkpoint": checkpoint, "label": label, **about(run), **results})
         columns.append(pictures)
     if args.picture:
-        pixels = torch.stack(columns, dim=1).permute(0, 1, 3, 4, 2)               # (rows, columns, H, W, 3)
+        pixels = torch.stack(columns, dim=1)[:8].permute(0, 1, 3, 4, 2)           # (rows, columns, H, W, 3)
         write_png(args.picture, (pixels * 255).round().byte().numpy())
     if args.json != "-":
         print(f"{len(hidden):,} validation images of {data}, {hidden.shape[1]} of {config.length} patches "
@@ -284,5 +287,5 @@ def add_commands(command):
     sub.add_argument("--max-images", type=positive, default=1000, help="the same for every checkpoint")
     sub.add_argument("--seed", type=int, default=0, help="of the images and the hidden patches")
     sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network")
-    sub.add_argument("--rows", type=positive, default=8, help="images in the picture")
-    sub.add_argument("--picture", metavar="FILE", help="original, mean colour, each reconstruction")
+    sub.add_argument("--picture", metavar="FILE", help="of 8 images the original, with the mean colour, and "
+                     "each reconstruction")

@@ -16,14 +16,14 @@ Weights are read from safetensors only, and no code that comes with a model is e
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import cut_at_lines, token_type
+from data import TrainedTokenizer, token_type
 from model import gather_rows
 from objectives import describe
 from run import Run, Settings, choose_autocast, choose_device, load_run
@@ -36,13 +36,10 @@ def open_run(args, checkpoint=None):
     name -> Run, autocast context."""
     name, length = str(checkpoint or args.checkpoint), getattr(args, "length", None)
     device = choose_device(args.device)
-    if name.startswith("hf:"):
-        run = load_hub_model(name, device, length)
-    elif length is not None:
+    if length is not None and not name.startswith("hf:"):
         raise BadInput(f"--length {length} is for hf: models; {name} is evaluated at the length of its "
                        "training")
-    else:
-        run = load_run(name, device)
+    run = load_hub_model(name, device, length) if name.startswith("hf:") else load_run(name, device)
     autocast, _ = choose_autocast(device, args.dtype)
     return run, autocast()
 
@@ -54,7 +51,7 @@ def about(run):
 
 # ---------------------------------------------------------------------------- tokenizer
 
-class HubTokenizer:
+class HubTokenizer(TrainedTokenizer):
     """A tokenizer of the transformers package as data.py's are used. `vocab` is the number of scores of its
     model."""
 
@@ -67,42 +64,35 @@ class HubTokenizer:
             needed = "an end-of-text token" if causal else "[SEP] and [MASK]"
             raise BadInput(f"{name} has no tokenizer, or one without {needed}; save the tokenizer into the "
                            "same folder")
-        self.special = self.around("a"), self.around("a", "a")
-        if causal:  # most of them have no layout for a pair
-            self.special = [[self.special[0][0], *[[self.separator]] * n] for n in (1, 2)]
+        self.layouts = [self.layout("a"), self.layout("a", "a")]
+        if causal:  # prefix a separator b separator: the last token has seen everything
+            prefix = self.layouts[0][0]
+            self.layouts = [[prefix] + [[self.separator]] * texts for texts in (1, 2)]
 
-    def around(self, *texts):
-        """The special tokens before, between and behind texts, each of which is "a" -> lists of ids."""
-        text, ids, found = self.encode("a").tolist(), self.tokenizer(*texts)["input_ids"], [[]]
-        while ids:
-            if ids[:len(text)] == text:
-                found.append([])
-                ids = ids[len(text):]
+    def layout(self, *texts):
+        """The special tokens before, between and behind texts -> lists of ids."""
+        x, found = self.tokenizer(*texts, return_special_tokens_mask=True), [[]]
+        tokens = zip(x["special_tokens_mask"], x["input_ids"])
+        for special, run in itertools.groupby(tokens, key=lambda token: token[0]):
+            if special:
+                found[-1] = [i for _, i in run]
             else:
-                found[-1].append(ids[0])
-                ids = ids[1:]
+                found.append([])
         return found
 
     def pair(self, a, b=None):
-        """Ids of one text or of two -> ids with the model's special tokens: [CLS] a [SEP] b [SEP] for BERT.
-        For causal models prefix a separator b separator, so that the last token has seen everything."""
-        first, *behind = self.special[b is not None]
+        """Ids of one text or of two -> ids with the model's special tokens: [CLS] a [SEP] b [SEP] for BERT,
+        a separator behind each text for causal models."""
+        first, *behind = self.layouts[b is not None]
         ids = list(first)
         for text, special in zip([a] if b is None else [a, b], behind):
             ids += [*map(int, text), *special]
         return ids
 
-    def encode(self, text):
-        """str -> array of ids, without special tokens; "[SEP]" written in a text is text."""
-        pieces = list(cut_at_lines(text, 1 << 14))
-        ids = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True,
-                             verbose=False)["input_ids"] if pieces else []
-        return np.fromiter(itertools.chain.from_iterable(ids), dtype=token_type(self.vocab))
-
-    def decode(self, ids):
-        """Ids -> str; each separator becomes an empty line."""
-        parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
-        return "".join("\n\n" if cut else self.tokenizer.decode(list(part)) for cut, part in parts)
+    def encode_all(self, texts):
+        """[str] -> [array of ids], without special tokens; "[SEP]" written in a text is text."""
+        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [np.array(one, token_type(self.vocab)) for one in ids["input_ids"]]
 
     def to_json(self):
         """Only a name: no token folder of data.py belongs to this tokenizer."""
@@ -111,22 +101,15 @@ class HubTokenizer:
 
 # ---------------------------------------------------------------------------- model
 
-@dataclass(frozen=True)
-class HubConfig:
-    vocab: int
-    length: int  # most positions, special tokens included
-    width: int   # of what `encode` returns
-
-
 class HubModel(nn.Module):
     """A model with a language-model head as model.Transformer is used. Features are what enters its output
     layer."""
 
-    def __init__(self, network, config, tokenizer, headless):
+    def __init__(self, network, config, tokenizer):
         super().__init__()
-        self.network, self.config, self.name, self.headless = network, config, tokenizer.name, headless
+        self.network, self.config, self.name = network, config, tokenizer.name
         self.causal, self.mask = tokenizer.causal, tokenizer.mask
-        self.prefix, self.suffix = tokenizer.special[0]
+        self.prefix, self.suffix = tokenizer.layouts[0]
         self.suffix = [] if self.causal else self.suffix
         self.embedding = network.get_output_embeddings()
         self.embedding.forward = lambda x: x  # the network's `logits` are now what enters its output layer
@@ -135,9 +118,6 @@ class HubModel(nn.Module):
     def forward(self, tokens, groups, targets, path, cuts=None, blank=None, padded=True, given=None):
         """As model.Transformer.forward, for the one path that the model was trained for. tokens (B, S)
         without special tokens -> (B, n, D)."""
-        if self.headless:
-            raise BadInput(f"{self.name} has no trained language-model head, so it predicts nothing; probe "
-                           "or fine-tune it, or give a checkpoint with the head")
         if path == "mask":
             tokens = torch.where(groups > 1 if blank is None else blank, self.mask, tokens)
         before, after = (tokens.new_tensor(x).expand(len(tokens), -1) for x in (self.prefix, self.suffix))
@@ -166,7 +146,7 @@ class HubModel(nn.Module):
 def load_hub_model(name, device="cpu", length=None):
     """hf:FOLDER or hf:NAME as a Run whose sequences are `length` tokens long, or what special tokens leave of
     the positions that it has (None: 128, as ours)."""
-    network, tokenizer, causal, headless = read_hub_model(name)
+    network, tokenizer, causal = read_hub_model(name)
     vocab, config = network.get_output_embeddings().weight.shape[0], network.config.get_text_config()
     tokenizer = HubTokenizer(tokenizer, name, vocab, causal)
     positions = getattr(config, "max_position_embeddings", None) or math.inf
@@ -180,7 +160,8 @@ def load_hub_model(name, device="cpu", length=None):
     if causal and not torch.allclose(scores[0, :-1], scores[1, :-1], atol=1e-5 * largest):
         raise BadInput(f"{name} is not causal: its scores of a token depend on later ones, so they are no "
                        "likelihood")
-    model = HubModel(network, HubConfig(vocab, room, config.hidden_size), tokenizer, headless)
+    sizes = SimpleNamespace(vocab=vocab, length=room, width=config.hidden_size)
+    model = HubModel(network, sizes, tokenizer)
     if not torch.allclose(scores, model.logits(network(input_ids=ids).logits), atol=1e-3 * largest):
         raise BadInput(f"{name} changes its scores after the output layer; such models are not supported")
     length = min(length or 128, room - len(model.prefix) - len(model.suffix))
@@ -189,8 +170,7 @@ def load_hub_model(name, device="cpu", length=None):
 
 
 def read_hub_model(name):
-    """-> (network in evaluation mode, the library's tokenizer, whether it is causal, whether it lacks a
-    trained head)."""
+    """-> (network in evaluation mode, the library's tokenizer, whether it is causal)."""
     transformers, source = import_optional("transformers"), name.removeprefix("hf:")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -207,9 +187,8 @@ def read_hub_model(name):
         raise BadInput(f"{name} cannot be loaded: {reason} (It takes a folder, or a name on the hub, of a "
                        "causal or masked language model, with config.json, tokenizer and safetensors "
                        "weights, and without code of its own)") from None
-    missing = [key for key in report["missing_keys"] if key.startswith(network.base_model_prefix + ".")]
-    if missing:
-        raise BadInput(f"{name} lacks weights of its network, such as {missing[0]}")
+    if report["missing_keys"]:  # which the library has filled with random numbers
+        raise BadInput(f"{name} lacks weights of a language model, such as {min(report['missing_keys'])}")
     network = network.float().eval()
     network.config.use_cache = False
-    return network, tokenizer, causal, bool(report["missing_keys"])
+    return network, tokenizer, causal

@@ -74,18 +74,6 @@ def test_dar_takes_each_target_where_it_is_first_in_its_group(make_run):
         assert torch.allclose(ours[:, p - 1].double(), nll, atol=1e-5)
 
 
-def test_an_f_with_a_hole_is_not_cut_short(make_run, monkeypatch):
-    """One token has f = 0 and the last f > 0: the pass reaches up to the last and never sees the hole."""
-    run, a = make_run(from_options("mlm", mask=0.3), "mask"), some_tokens(2)
-    holes = torch.tensor([[1, 0, 1, 2, 2, 2, 2, 2]])
-    monkeypatch.setattr(type(run.objective), "left_to_right", lambda self, S, path: {"padded": holes})
-    monkeypatch.setattr(evaluate, "scores_next", lambda f: f > 1)
-    found = evaluate.left_to_right(run, a)["padded"][:, 2:]
-    features = run.model(a, holes.expand(2, -1), torch.arange(3, 8).expand(2, -1), "mask")
-    nll = -run.model.logits(features).log_softmax(-1).gather(2, a[:, 3:, None])[..., 0]
-    assert torch.allclose(found.double(), nll, atol=1e-5)
-
-
 def test_what_has_no_exact_likelihood_or_bound_is_refused(make_run):
     with pytest.raises(BadInput, match="spans"):
         evaluate.left_to_right(make_run(from_options("spans"), "two-stream"), some_tokens(2))
