@@ -2,8 +2,7 @@
 
     python spectral.py theorem4.3
 
-As printed: the loss on prefixes is at most a mean over k of w_k^2 / (k-1)^6 + w_k ||W||^2 eta, halved, plus
-delta + 1. That does not hold. What does hold is `corrected_bound`, which says nothing wherever lengths
+The printed bound does not hold. What does hold is `corrected_bound`, which says nothing wherever lengths
 differ. The paper's encoder is linear attention (Sec. 4.2), which can be followed term by term. Here are both
 bounds, the steps of the printed proof one by one, and an experiment on the toy model.
 """
@@ -21,10 +20,8 @@ from util import BadInput
 
 
 class LinearAttention:
-    """f(X) = sum_u sum_v (x_u W^Q)(x_v W^K)^T x_v W^V over visible one-hot tokens (Sec. 4.2); scores W f(X).
-
-    Pooled over u, Q K^T V is a double sum: over two positions, not the three of A.4. n tokens give n^2 terms.
-    """
+    """f(X) = sum_u sum_v (x_u W^Q)(x_v W^K)^T x_v W^V over visible one-hot tokens (Sec. 4.2): a double sum of
+    n^2 terms on n tokens, not the triple one of A.4. Scores W f(X)."""
 
     def __init__(self, Q, K, V, W):
         self.Q, self.K, self.V, self.W = Q, K, V, W                            # (vocab, d) each
@@ -63,9 +60,7 @@ def misalignment(s_m, k, power):
 def printed_bound(s_m, delta, norm, eta):
     """Theorem 4.3 as printed: the term of each k = 2 .. s_m + 1, whose mean is the bound.
 
-    At k = 1 it divides by zero, which is left out here, and beyond s_m + 1 w_k is negative. It rests on
-    ||W f|| = 1 at two lengths at once (Eq. 10, 12, 20, 21), a triangle inequality without its factor 2
-    (Eq. 11) and ||eps||^2 <= w eta for (w eta)^2 (Eq. 16, 18).
+    At k = 1 it divides by zero, which is left out here, and beyond s_m + 1 w_k is negative.
     """
     k = np.arange(2, s_m + 2)
     w = misalignment(s_m, k, 3)
@@ -114,8 +109,8 @@ def measure_attention(model, tokens, s_m):
 def proof_steps(model, tokens, s_m):
     """The steps of A.4 in numbers -> {step: (left, right)} for the sequence and k where it is most wrong.
 
-    X_m is the prefix X_<k and as many of the last tokens as make s_m; x_k is hidden. Powers are 2, those of a
-    double sum, so that only the step itself is tested: ratio = (s_m / (k - 1))^2. "here" is what does hold.
+    X_m is the prefix X_<k and as many of the last tokens as make s_m; x_k is hidden. Powers are those of a
+    double sum, so that only the step itself is tested. "here" is what does hold.
     """
     found, eta, (N, s) = {}, model.eta(tokens, 2), tokens.shape
     for k in range(2, s_m + 1):
@@ -153,11 +148,9 @@ def fails(step, left, right):
 
 
 def broken_model(c=60.0):
-    """A model that breaks the printed bound: one class, three tokens, two visible, f = 0 on every pair.
-
-    So delta = 0, while the score of the second token after the first is -c: the loss grows as c^2 and the
-    printed bound as c. -> the model, its only sequence (1, 3), the number of visible tokens.
-    """
+    """A model that breaks the printed bound: one class, three tokens, two visible, f = 0 on every pair, so
+    that delta = 0. The score of the second token after the first is -c: the loss grows as c^2 and the printed
+    bound as c. -> the model, its only sequence (1, 3), the number of visible tokens."""
     weights = torch.tensor([[c, -c, -c], [1, 1, 1], [1, 1, -1], [0, -1, 0]], dtype=torch.float64)
     return LinearAttention(*weights[..., None]), torch.arange(3)[None], 2
 

@@ -5,8 +5,6 @@ marginals, and sigma_j is the j-th singular value of Abar = P_M / sqrt(P_C P_G) 
 D_sim (Sec. 4.1.2) has r classes, s positions and T values for each class and position; given the class,
 tokens are independent and uniform. There everything follows from q(S, p), how often the positions S are the
 context of position p, and q follows from the f that training draws: no objective needs a theory of its own.
-
-Nothing here imports an objective; they come as arguments.
 """
 
 import itertools
@@ -26,8 +24,8 @@ DRAWS = 100_000         # of f, where nobody wrote down its distribution: Object
 def pairs(objective, s, told=False):
     """All pairs -> contexts S, bool (n, s), and q (n, s): how often S is the context of position p, sum 1.
 
-    `told` is for networks that are told the position they predict: p belongs to the
-    context, which then has 2 s columns. BadInput: too many f to list.
+    `told` is for networks that are told the position they predict: p belongs to the context, which then has
+    2 s columns. BadInput: too many f to list.
     """
     objective.check(s)
     outcomes = objective.outcomes(s)
@@ -50,23 +48,19 @@ def pairs_of(objective, f, probability, told=False):
     q = np.zeros((len(first), s))
     np.add.at(q, (which.reshape(-1), p), mass)
     if sampled(objective) and f.max() > 2:
-        check_draws(objective, draw, which.reshape(-1), q, probability.numpy())
+        # Of a context that came up once, draws show one of its targets: the spectrum would look flat.
+        # (Where all f are 1 or 2 one draw shows all targets.)
+        met = np.unique(np.stack([which.reshape(-1), draw]), axis=1)
+        times = np.bincount(met[0], DRAWS * probability.numpy()[met[1]])      # how often each context came up
+        if q[times < 1.5].sum() > 0.001 * q.sum():
+            raise BadInput(f"draws of {objective} meet too many contexts only once at s = {s}; use a smaller "
+                           "s, or write its outcomes()")
     return contexts[first], q
 
 
 def sampled(objective):
     """Whether the distribution of f is that of many draws."""
     return type(objective).outcomes is Objective.outcomes
-
-
-def check_draws(objective, draw, which, q, probability):
-    """Refuse draws that meet too many contexts only once. Of such a context they show one target, where it
-    has several, so that the spectrum would look flat. (Where all f are 1 or 2 one draw shows all targets.)"""
-    met = np.unique(np.stack([which, draw]), axis=1)
-    times = np.bincount(met[0], DRAWS * probability[met[1]])                  # how often each context came up
-    if q[times < 1.5].sum() > 0.001 * q.sum():
-        raise BadInput(f"draws of {objective} meet too many contexts only once at s = {q.shape[1]}; use a "
-                       "smaller s, or write its outcomes()")
 
 
 # ---------------------------------------------------------------------------- the s x s position matrix
@@ -153,7 +147,7 @@ def dar_tail(s, t):
     return (6 * (2 * t * t + 1) * s - 13 * t ** 3 - 6 * t * t - 8 * t - 9) / (18 * t ** 3)
 
 
-def ar_form(objective, s):
+def ones_form(objective, s):
     return form("all 1: each context has one target", np.ones(s - 1))
 
 
@@ -166,7 +160,7 @@ def dar_form(objective, s):
     """Eq. 6. The proofs for t = 2 and t = s - 1 are in THEORY.md."""
     t = objective.t
     if t == 1:
-        return ar_form(objective, s)
+        return ones_form(objective, s)
     if t == 2:
         return form("cos(pi j/(2s-3)), j = 0..s-2", np.cos(np.pi * np.arange(s - 1) / (2 * s - 3)))
     if t == s - 1:
@@ -174,10 +168,6 @@ def dar_form(objective, s):
     if isinstance(t, int) and s >= 2 * t - 1:
         return "tail (6(2t^2+1)s - 13t^3 - 6t^2 - 8t - 9)/(18t^3)", None, dar_tail(s, t)
     return NO_FORM
-
-
-def mtp_form(objective, s):
-    return ar_form(objective, s) if objective.t == 1 else NO_FORM
 
 
 def masked_form(objective, s):
@@ -202,16 +192,16 @@ def segments_form(objective, s):
                 np.append(any_order(s // area, 1), np.zeros(s // area * (area - 1))))
 
 
-CLOSED = {"ar": ar_form, "prefix": ar_form, "spans": spans_form, "dar": dar_form, "mlm": masked_form,
+CLOSED = {"ar": ones_form, "prefix": ones_form, "spans": spans_form, "dar": dar_form, "mlm": masked_form,
           "vl": masked_form, "permutation": permutation_form, "blocks": blocks_form, "diffusion": blocks_form,
-          "segments": segments_form, "mtp": mtp_form}
+          "segments": segments_form,
+          "mtp": lambda objective, s: ones_form(objective, s) if objective.t == 1 else NO_FORM}
 
 
 # ---------------------------------------------------------------------------- the toy model, token by token
 
 def hidden_of(rho, s):
-    """round(rho s), where it leaves at least one visible and one hidden token of s; else BadInput. The
-    samplers of training would bend any other ratio until it does, which is the theory of another ratio."""
+    """round(rho s), where it leaves at least one visible and one hidden token of s; else BadInput."""
     hidden = round(rho * s) if math.isfinite(rho) else -1
     if s < 2 or not 1 <= hidden <= s - 1:
         raise BadInput(f"--rho {rho:g} of {s} tokens does not leave at least one hidden and one visible; use "

@@ -3,18 +3,15 @@
     python spectral.py toy [--quick] [--plot FILE.png]
 
 Noisy toy model. D_sim (Sec. 4.1.2: r classes, s positions, T values for each class and position), but the
-class of each token is redrawn uniformly with probability eps, independently. Given the class y, a token is
-of class c with probability (1 - eps) [c = y] + eps / r. Write pi_y = P(y | x_S) for the posterior of a
-context of m = |S| tokens; it depends on how many of them are of each class alone.
+class of each token is redrawn uniformly with probability eps, independently. pi_y = P(y | x_S) is the
+posterior of a context of m = |S| tokens; it depends on how many of them are of each class alone.
 
-The split of the spectrum. Let R(m) = (r E sum_y pi_y^2 - 1) / (r - 1) and Q = q(S,p) / sqrt(q_C(S) q_G(p)),
-whose singular values are those of the position matrix (position_matrix). The non-zero singular values of Abar
-are those of Q, once, and those of Q with row S times (1 - eps) sqrt(R(|S|)), r - 1 times.
+The split of the spectrum. Let R(m) = (r E sum_y pi_y^2 - 1) / (r - 1) and Q = q(S,p) / sqrt(q_C(S) q_G(p)).
+The non-zero singular values of Abar are those of Q, once, and those of Q with row S times
+(1 - eps) sqrt(R(|S|)), r - 1 times.
 
 The sector rule. The class survives a bottleneck of t features once t >= #{position sigma_j > sigma_1 of the
-class part} + r - 1, where contexts and targets are connected through q. Where they fall into components, as
-for ar, each has its own largest class value, and the least of these must be kept. The tail of Theorem 4.1
-counts the directions that carry positions alone as well. THEORY.md has the proofs.
+class part} + r - 1, where contexts and targets are connected through q. THEORY.md has the proofs.
 """
 
 import contextlib
@@ -105,8 +102,8 @@ def merged(model, contexts, q):
     kinds = {m: model.kinds(m) for m in set(sizes)}
     rows = sum(len(kinds[m][0]) for m in sizes)
     if rows > LIMIT:
-        raise BadInput(f"r = {model.r}, s = {model.s} give {rows} kinds of contexts, the limit is {LIMIT}; "
-                       "use a smaller --r or --s")
+        raise BadInput(f"--r {model.r} --s {model.s} give {rows} kinds of contexts and the limit is {LIMIT}; "
+                       "use smaller ones")
     P = []
     for m, targets in zip(sizes, q):
         probability, pi = kinds[m]
