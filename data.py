@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from images import example, files_in, new_folder, note, prepare_images, read_manifest
-from util import BadInput, Parser, command_line, import_optional, positive
+from images import example, files_in, new_folder, prepare_images, read_manifest
+from util import BadInput, Parser, command_line, import_optional, note, positive
 
 SEPARATOR, UNKNOWN = "[SEP]", "[UNK]"
 LONGEST = 100  # characters of a word; trained tokenizers cut a longer one, whose time would be quadratic

@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 import struct
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import BadInput, import_optional, printable
+from util import BadInput, import_optional, note, printable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what a file may be, whatever its name says
@@ -121,11 +120,6 @@ def files_in(folder, above=()):
 
 
 @functools.cache
-def note(text):
-    """Tell the user something, once."""
-    print("note:", printable(text), file=sys.stderr)
-
-
 def find_images(root, val_fraction=0.1):
     """Images as they come -> class names, their size, {side: (files, or pixels of CIFAR; labels (N,))}."""
     if cifar_files(root):

@@ -152,13 +152,16 @@ class Objective:
         """How the model computes P(x_p | x_1 .. x_{p-1}), p = 2..S (Eq. 2), the way it was trained.
 
         Returns {regime: f (passes, length)}: every p has its whole prefix and nothing else as its context in
-        a pass of each regime, of which the first counts. None where there is no exact left-to-right
-        likelihood.
+        a pass of each regime, of which the first counts. None where there is no exact likelihood.
         """
 
+    def chain(self, length):
+        """The positions (length,) in the order of `left_to_right`, which may be another one, such as from
+        right to left. The first is given."""
+        return torch.arange(length)
+
     def bound(self, batch, length, generator=None):
-        """Draw f and weights (B, S) with E sum_p weight_p * -log P(x_p | context) >= -log P(x_2 .. x_S |
-        x_1)."""
+        """Draw f and weights (B, S) with E sum_p weight_p * -log P(x_p | context) >= -log P(x_2.. | x_1)."""
 
     def decoding(self, order, given):
         """One step of generation in the objective's own way. order (L,): 1, 2, .. as the tokens became known,
@@ -217,11 +220,14 @@ def show(value):
 
 # ---------------------------------------------------------------------------- drawn as text
 
-def draw(groups, queries):
-    """f (S,) and both masks as text: rows attend, columns are attended to. `queries` is [(position, cut,
-    weight), ..]."""
+def draw(groups, queries, words=None):
+    """f (S,) and both masks as text: rows attend, columns are attended to.
+
+    `queries` is [(position, cut, weight), ..]; `words`, one for each token, stand behind the rows.
+    """
     def row(i, seen, note=""):
-        return f"{i + 1:3d} " + " ".join("■" if cell else "·" for cell in seen) + note
+        word = f"  {words[i]}" if words else ""
+        return f"{i + 1:3d} " + " ".join("■" if cell else "·" for cell in seen) + word + note
 
     lines = ["position i  " + " ".join(f"{i:2d}" for i in range(1, len(groups) + 1)),
              "group f(i)  " + " ".join(f"{g:2d}" for g in groups.tolist()),

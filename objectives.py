@@ -17,11 +17,13 @@ what it may say, and beyond.py for seven of them. Its fields become flags of eve
 objective. Draw it: python objectives.py NAME
 """
 
+import importlib.util
 import inspect
 import itertools
 import math
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -44,7 +46,7 @@ from masks import (
     show,
 )
 from model import LinearCrossEntropy, gather_rows, rows_at_once
-from util import BadInput, Parser, command_line, numbers, positive
+from util import BadInput, Parser, command_line, note, numbers, positive
 
 # ---------------------------------------------------------------------------- the paper's four
 
@@ -185,8 +187,22 @@ PAPER = {"ar": Autoregressive, "dar": DiversityEnhanced, "mlm": Masked, "vl": Va
 OBJECTIVES = {**PAPER, **BEYOND}
 
 
+def load_objective(flag):
+    """Register FILE.py:Class under that flag: an objective from a file of one's own."""
+    path, _, name = flag.rpartition(":")
+    spec = importlib.util.spec_from_file_location(f"objective_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        OBJECTIVES[flag] = getattr(module, name)
+    except (OSError, SyntaxError, ImportError, AttributeError) as error:
+        raise BadInput(f"{flag} cannot be loaded: {error}") from None
+
+
 def options_of(flag):
     """The names of an objective's options. BadInput where its class is not written as it must be."""
+    if flag not in OBJECTIVES and ".py:" in flag:
+        load_objective(flag)
     if flag not in OBJECTIVES:
         raise BadInput(f"there is no objective {flag!r}; choose one of {', '.join(OBJECTIVES)}")
     cls = OBJECTIVES[flag]
@@ -200,8 +216,12 @@ def options_of(flag):
     return {f.name for f in fields(cls)}
 
 
-def add_options(parser):
-    """One flag for each option of the registered objectives; objectives that share a name share the flag."""
+def add_options(parser, argv=None):
+    """One flag for each option of the registered objectives, and of those in files that `argv` names, such as
+    my.py:Backward. Objectives that share a name share the flag."""
+    for word in sys.argv[1:] if argv is None else argv:
+        if ".py:" in word:
+            options_of(word)
     for name in dict.fromkeys(f.name for cls in OBJECTIVES.values() for f in fields(cls)):
         owners = {flag: f for flag, cls in OBJECTIVES.items() for f in fields(cls) if f.name == name}
         text = "; ".join(f"{flag}: {f.metadata.get('help', name)} (default: {show(f.default)})"
@@ -234,9 +254,10 @@ def flag(objective):
 
 
 def describe(objective):
-    """The flag and the options: 'vl 0.15,0.3', 'dar t=2'."""
+    """The flag and the options: 'vl 0.15,0.3', 'dar t=2'; of an objective from a file its class."""
+    name = flag(objective).rpartition(":")[2]
     options = [(f.name, show(getattr(objective, f.name))) for f in fields(objective)]
-    return " ".join([flag(objective)] + [x if name == "mask" else f"{name}={x}" for name, x in options])
+    return " ".join([name, *(x if option == "mask" else f"{option}={x}" for option, x in options)])
 
 
 def choose_path(objective, streams=None, images=False):
@@ -365,10 +386,11 @@ def target_nll(model, tokens, groups, targets, path, padded=True, cuts=None):
     return torch.cat(nll).view(targets.shape)
 
 
-def scores_next(groups):
-    """groups (S,) -> bool (S,): which targets have exactly the tokens before them as their context."""
-    before = torch.ones(len(groups), len(groups), dtype=torch.bool).tril(-1)
-    return (groups > 1) & (query_mask(groups) == before).all(-1)
+def scores_next(groups, chain=None):
+    """groups (S,) -> bool (S,): which targets have exactly the tokens before them as their context; before
+    in the order of `chain`, by default from left to right."""
+    rank = torch.arange(len(groups)) if chain is None else chain.argsort()
+    return (groups > 1) & (query_mask(groups) == (rank < rank[:, None])).all(-1)
 
 
 def spectral_loss(scores, targets, target_marginal):
@@ -401,37 +423,64 @@ def typical_draws(objective, path, length, samples, seed):
     return [(torch.tensor(f), rows) for f, rows in chosen]
 
 
+def report_checks(objective, path):
+    """Print what experiments/check.py finds on short sequences. BadInput where something does not hold."""
+    from experiments.check import check
+    length, wrong = next((S for S in (6, 9, 16) if fits(objective, S)), 16), []
+    print(f"{describe(objective)}, on {length} tokens of 3 kinds")
+    for name, holds, sentence in check(objective, path, length, draw_batch):
+        print(f"{'missing' if holds is None else 'ok' if holds else 'WRONG':8s}{name}: {sentence}")
+        wrong += [name] if holds is False else []
+    if wrong:
+        raise BadInput(f"{describe(objective)} is wrong in: {'; '.join(wrong)}")
+
+
+def fits(objective, length):
+    try:
+        objective.check(length)
+    except BadInput:
+        return False
+    return True
+
+
 def main(argv=None):
     parser = Parser(description="Draw the group index of objectives, their attention masks and spectra.")
-    parser.add_argument("objectives", nargs="*", metavar="NAME", help=f"of {', '.join(OBJECTIVES)}")
+    parser.add_argument("objectives", nargs="*", metavar="NAME",
+                        help=f"of {', '.join(OBJECTIVES)}, or one of your own, FILE.py:Class")
     parser.add_argument("--all", action="store_true", help=f"the paper's: {', '.join(PAPER)}")
     parser.add_argument("--length", type=positive, default=16, help="sequence length S")
     parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--text", help="words to draw it on, in place of --length")
     parser.add_argument("--plot", metavar="FILE", help="a picture instead, with spectra")
-    add_options(parser)
+    parser.add_argument("--check", action="store_true", help="check what the objective says, instead")
+    add_options(parser, argv)
     args = parser.parse_args(argv)
     names = list(dict.fromkeys([*args.objectives, *PAPER] if args.all else args.objectives))
     if not names:
         raise BadInput(f"name an objective, {' or '.join(OBJECTIVES)}; or give --all for the paper's")
     if args.plot:
         plots.check(args.plot)
-    sheets, S = [], args.length
+    words = args.text.split() if args.text else None
+    sheets, S = [], len(words) if words else args.length
     for name, objective in zip(names, several(names, vars(args))):
         objective.check(S)
         path = choose_path(objective, images=objective.images_only)
+        if args.check:
+            report_checks(objective, path)
+            continue
         draws = typical_draws(objective, path, S, args.samples, args.seed)
         if hasattr(objective, "mask") and objective.max_targets(S) == 1:
-            print(f"note: {describe(objective)} hides one of {S} tokens, so that each context has one target "
-                  "and the spectrum is flat; a larger --length shows more", file=sys.stderr)
+            note(f"{describe(objective)} hides one of {S} tokens, so that each context has one target and "
+                 "the spectrum is flat; a larger --length shows more")
         if args.plot:
             from experiments.spectrum import spectrum
             values = spectrum(objective, S, flag=name)["singular_values"]
             sheets.append({"title": describe(objective), "paper": objective.paper, "length": S,
-                           "draws": draws, "singular_values": values})
+                           "draws": draws, "singular_values": values, "words": words})
         else:
             print(f"{describe(objective)}: {objective.paper}\n")
-            print("\n\n".join(draw(f, queries) for f, queries in draws) + "\n")
+            print("\n\n".join(draw(f, queries, words) for f, queries in draws) + "\n")
     if args.plot:
         plots.objectives(args.plot, sheets)
 

@@ -49,7 +49,7 @@ def command_line(main):
     except (BadInput, OSError) as error:
         if os.environ.get("TRACEBACK", "0") != "0":
             traceback.print_exc()
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -115,6 +115,11 @@ def write_text(path, text):
 def printable(text):
     """Control characters as \\x1b and the like: names and texts of other people are shown, not obeyed."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def note(text):
+    """A line on standard error that nobody should miss: what is left out, or read in another way."""
+    print("note:", printable(text), file=sys.stderr)
 
 
 def table(rows, align=">"):

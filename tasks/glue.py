@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import sys
 import zipfile
 import zlib
 from collections import defaultdict
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import pydoc_texts
-from util import BadInput, Parser, command_line, positive, printable, write_text
+from util import BadInput, Parser, command_line, note, positive, write_text
 
 ADDRESS = "https://gluebenchmark.com/tasks"
 MISSING = {"n/a", "na", "nan", "none", "null", "-", "?"}  # among numbers these are no class
@@ -213,10 +212,6 @@ def numbered(table, classes):
 def listed(names):
     """The first ten names."""
     return ", ".join(itertools.islice(names, 10)) + ", ..." * (len(names) > 10)
-
-
-def note(text):
-    print(printable(text), file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- data sets

@@ -84,7 +84,7 @@ def call_json(line):
 
 # ---------------------------------------------------------------------------- data and runs
 
-WORDS = "the cat sat on a mat while rain fell and nobody saw how quiet streets turned to light under old trees"
+WORDS = "the cat sat on a mat while rain fell and nobody saw how quiet streets turned to light under trees"
 
 
 def sentence(rng, count):
@@ -106,7 +106,8 @@ def books(tmp_path_factory):
 def reviews(tmp_path_factory):
     """A table of 160 texts, half of them with the label pos."""
     path, rng = tmp_path_factory.mktemp("data") / "reviews.csv", random.Random(8)
-    rows = [f'"{sentence(rng, 5)} {("dreadful", "lovely")[i % 2]}",{("neg", "pos")[i % 2]}' for i in range(160)]
+    ends = ('dreadful",neg', 'lovely",pos')
+    rows = [f'"{sentence(rng, 5)} {ends[i % 2]}' for i in range(160)]
     path.write_text("\n".join(["text,label", *rows]) + "\n")
     return path
 
@@ -123,9 +124,10 @@ def trained(books, tmp_path_factory):
         key = (flags, data, extra)
         if key not in folders:
             out = tmp_path_factory.mktemp("runs") / "run"
-            size = "--size 32 --patch 8" if data == "shapes" else "" if str(data).startswith("toy") else "--length 32"
-            call(f"train.py --objective {flags} --data {data or books} {size} --steps 20 --batch-size 8 --seed 3 "
-                 f"--device cpu --dtype fp32 --threads 1 --no-report {extra} --out {out}")
+            size = "--size 32 --patch 8" if data == "shapes" else "--length 32"
+            size = "" if str(data).startswith("toy") else size
+            call(f"train.py --objective {flags} --data {data or books} {size} --steps 20 --batch-size 8 "
+                 f"--seed 3 --device cpu --dtype fp32 --threads 1 --no-report {extra} --out {out}")
             folders[key] = out
         return folders[key]
 

@@ -1,0 +1,84 @@
+"""Objectives from a file of one's own: loaded by their name, checked; their chain may have another order."""
+
+import pytest
+import torch
+from conftest import call
+
+from experiments.check import check
+from objectives import describe, draw_batch, from_options, scores_next
+from util import BadInput
+
+BACKWARD = """
+from dataclasses import dataclass
+
+import torch
+
+from masks import Objective
+
+
+@dataclass(frozen=True)
+class Backward(Objective):
+    skip: int = 0
+    paper = "from right to left"
+    attention = "causal"
+
+    def groups(self, batch, length, generator=None):
+        return torch.arange(length, 0, -1).repeat(batch, 1)
+
+    def chain(self, length):
+        return torch.arange(length - 1, -1, -1)
+
+    def left_to_right(self, length, path):
+        return {"from right to left": self.groups(1, length)}
+"""
+
+
+@pytest.fixture
+def my(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(BACKWARD)
+    return f"{path}:Backward"
+
+
+def test_it_is_named_by_its_file_and_has_its_options(my):
+    assert describe(from_options(my, skip=2)) == "Backward skip=2"
+    assert "Backward skip=3: from right to left" in call(f"objectives.py {my} --skip 3 --text 'the cat sat'")
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        from_options(my + "s")
+
+
+def test_every_check_holds_or_names_what_is_missing(way, my):
+    found = {name: holds for name, holds, _ in check(*way, 6, draw_batch)}
+    assert False not in found.values() and {"queries", "generator", "leaks"} <= found.keys()
+    out = call(f"objectives.py {my} --check")
+    assert "ok      left_to_right, from right to left" in out and "missing bound" in out
+    assert "WRONG" not in out
+
+
+def test_scores_next_in_another_order():
+    f = torch.tensor([4, 3, 2, 1])
+    assert scores_next(f).tolist() == [False] * 4
+    assert scores_next(f, torch.tensor([3, 2, 1, 0])).tolist() == [True, True, True, False]
+
+
+WRONG = {
+    "generator": """def groups(self, batch, length, generator=None):
+        return 1 + (torch.rand(batch, length).argsort(1) > 0).long()""",
+    "left_to_right": """def chain(self, length):
+        return torch.arange(length)""",
+    "outcomes": """def outcomes(self, length, limit=0):
+        f = self.groups(2, length).clone()
+        f[1, 0] -= 1
+        return f, torch.tensor([0.5, 0.5])""",
+    "counts": """def min_targets(self, length):
+        return length""",
+    "decoding": """def decoding(self, order, given):
+        return order"""}
+
+
+@pytest.mark.parametrize("name, method", WRONG.items(), ids=WRONG)
+def test_what_is_wrong_is_named(tmp_path, name, method):
+    path = tmp_path / "wrong.py"
+    path.write_text(f"{BACKWARD}\n    {method}\n")
+    with pytest.raises(BadInput, match=f"wrong in.*{name}"):
+        call(f"objectives.py {path}:Backward --check")
