@@ -21,11 +21,10 @@ A claim is a difference that the paper, or where marked [ours] this project, say
 paper's numbers is the effect that ours is judged against (experiments/verdicts.py).
 """
 
-import contextlib
+import itertools
 import json
 import os
 import platform
-import queue
 import shlex
 import subprocess
 import sys
@@ -92,76 +91,64 @@ def hardware():
     """The machine in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def run_all(stages, jobs):
-    """Run what is missing of stages, `jobs` at a time. The stages stand in order of need."""
-    gpus, slots, started, failed = torch.cuda.device_count(), queue.SimpleQueue(), {}, []
+    """Run what is missing of stages, `jobs` at a time: what needs nothing, then what needs only that, ..."""
+    gpus, failed = torch.cuda.device_count(), []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    for k in range(jobs):
-        one_thread = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if jobs > 1 else {}
-        slots.put({"CUDA_VISIBLE_DEVICES": visible[k % gpus]} if gpus > 1 else one_thread)
-
-    def run_one(stage, needs):
-        for need in needs:  # these have started, so that they end
-            need.result()
-        if not stage.done() and not failed:
-            slot = slots.get()
-            try:
-                run(stage, slot)
-            except BaseException:
-                failed.append(stage)  # begin no other
-                raise
-            slots.put(slot)
+    places = [{"CUDA_VISIBLE_DEVICES": name} for name in visible] if gpus > 1 else [
+        {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if jobs > 1 else {}]
 
     def depth(stage):
         return 1 + max(map(depth, stage.needs), default=0)
 
+    def run_one(stage, environment):
+        if not failed:
+            try:
+                run(stage, environment)
+            except BaseException:
+                failed.append(stage)  # begin no other
+                raise
+
     with ThreadPoolExecutor(jobs) as pool:
-        for stage in stages if jobs == 1 else sorted(stages, key=depth):
-            started[stage.out] = pool.submit(run_one, stage, [started[need.out] for need in stage.needs])
-        for one in started.values():
-            one.result()
+        for _, level in itertools.groupby(sorted(stages, key=depth), depth):
+            missing = [stage for stage in level if not stage.done()]
+            list(pool.map(run_one, missing, itertools.cycle(places)))
 
 
 # ---------------------------------------------------------------------------- command line
 
-def missing(place, stages):
-    """Paths inside --data-dir that the stages read and that are not there."""
-    return sorted({word for stage in stages for word in stage.argv
-                   if word.startswith(f"{place.data}{os.sep}") and not Path(word).exists()})
-
-
 def main(argv=None):
     parser = Parser(description="Every table and figure of the paper, its numbers beside ours.")
-    parser.add_argument("target", choices=(*TARGETS, "all", "report"), help="report: the page of all that "
-                        "is in --out")
-    parser.add_argument("--scale", choices=SCALES, default="smoke", help="the budget of every model")
-    parser.add_argument("--seeds", type=positive, help="pretraining runs of each model (or the scale's)")
-    parser.add_argument("--tokens", type=float, help="that each text model reads (or the scale's)")
-    parser.add_argument("--epochs", type=float, help="of each image model (or the scale's)")
-    parser.add_argument("--data-dir", default="DATA", help="folder of text/, images/ and what else is needed")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands that are not done")
-    parser.add_argument("--jobs", type=positive, default=max(1, torch.cuda.device_count()), help="at a time")
-    parser.add_argument("--work", type=Path, help="folder of the stages (or runs/reproduce/SCALE)")
-    parser.add_argument("--out", type=Path, default=Path("results-mine"), help="folder of the tables")
-    parser.add_argument("--readme", help="report: a file to write the verdicts into, between its markers")
+    add = parser.add_argument
+    add("target", choices=(*TARGETS, "all", "report"), help="report: the page of all that is in --out")
+    add("--scale", choices=SCALES, default="smoke", help="the budget of every model")
+    add("--seeds", type=positive, help="pretraining runs of each model (or the scale's)")
+    add("--tokens", type=float, help="that each text model reads (or the scale's)")
+    add("--epochs", type=float, help="of each image model (or the scale's)")
+    add("--data-dir", default="DATA", help="folder of text/, images/ and what else is needed")
+    add("--dry-run", action="store_true", help="print the commands that are not done")
+    add("--jobs", type=positive, default=max(1, torch.cuda.device_count()), help="stages at a time")
+    add("--work", type=Path, help="folder of the stages (or runs/reproduce/SCALE)")
+    add("--out", type=Path, default=Path("results-mine"), help="folder of the tables")
+    add("--readme", help="report: a file to write the verdicts into, between its markers")
     args = parser.parse_args(argv)
     if args.target == "report":
         return write_report(args.out, TARGETS, args.readme)
-    given = {name: x for name in ("tokens", "epochs") if (x := getattr(args, name)) is not None}
-    for name, value in given.items():
+    budgets = {name: x for name in ("tokens", "epochs") if (x := getattr(args, name)) is not None}
+    for name, value in budgets.items():
         if not value > 0:
             raise BadInput(f"--{name} {value:g} is not a positive number")
-    scale = SCALES[args.scale] | given
+    scale, plans, left_out = SCALES[args.scale] | budgets, {}, 0
     work = args.work or Path("runs", "reproduce", args.scale)
-    place, plans, left_out = Place(args.scale, Path(args.data_dir).absolute(), work, scale), {}, 0
+    place = Place(args.scale, Path(args.data_dir).absolute(), work, scale)
     for name in TARGETS if args.target == "all" else [args.target]:
         table, seeds = TARGETS[name](place), args.seeds or scale["seeds"]
         if all(model.hub for model in table.rows.values()):  # public models; the theory has seeds of its own
@@ -172,7 +159,8 @@ def main(argv=None):
         print("\n".join(readable(command(stage)) for stage in stages if not stage.done()))
         return 0
     for name, (table, seeds, stages) in plans.items():
-        if absent := missing(place, stages):
+        read = {word for stage in stages for word in stage.argv if word.startswith(f"{place.data}{os.sep}")}
+        if absent := sorted(word for word in read if not Path(word).exists()):
             text = f"{name} at {place.name} scale reads {', '.join(absent)}, which is not there"
             if args.target != "all":
                 raise BadInput(f"{text}; give the folder that holds it as --data-dir DIR")

@@ -26,7 +26,7 @@ PAPER_TEXT = "hf:monology/pile-uncopyrighted"  # the Pile itself is no longer di
 
 # All models of one kind, text or images, get the same flags, the same data and the same budget.
 #   seeds             pretraining runs of each model
-#   tokens, epochs    what a text model reads, and passes over the images; None: the preset's
+#   tokens, epochs    what a text model reads, and passes over the images
 #   curve             shares of the epochs after which `dose` probes, each a training of its own
 #   prepare, train    {kind of data: flags of data.py, of train.py}
 #   evaluate          {command, or command and kind: flags of evaluate.py}
@@ -63,7 +63,7 @@ SCALES = {
                      "glue": "--seeds 1 --max-train 60000"}},
     "paper": {
         "about": "the paper's settings",
-        "seeds": 1, "tokens": None, "epochs": None, "curve": (1,),
+        "seeds": 1, "tokens": 100_000 * 8192 * 128, "epochs": 200, "curve": (1,),
         "prepare": {"text": "--tokenizer wordpiece --vocab 32768 --val-fraction 0.001 "
                             "--max-bytes 330000000000",
                     "images": "--size 224", "images100": "--size 224"},
@@ -161,19 +161,16 @@ def source(place, kind):
 
 
 def budget_of(place, model, flags):
-    """The flags of train.py that say how long a model trains; () for the budget of its preset."""
+    """The flags of train.py that say how long a model trains."""
     given = dict(zip(flags[::2], flags[1::2]))
     preset = PRESETS[given["--preset"]]
-    tokens, epochs = place.scale["tokens"], place.scale["epochs"]
-    if model.budget == 1 and (tokens if model.kind == "text" else epochs) is None:
-        return ()
     if model.kind == "text":
-        each = int(given.get("--batch-size", preset["batch_size"]))
-        each *= int(given.get("--length", preset["length"]))  # tokens of a step
-        return "--steps", str(max(1, round(model.budget * (tokens or preset["steps"] * each) / each)))
-    # the paper's 10 epochs of warm-up remain 10
-    warmup = ("--warmup", f"{preset['warmup'] / model.budget:g}") if epochs is None else ()
-    return "--epochs", f"{model.budget * (epochs or preset['epochs']):g}", *warmup
+        batch, length = (int(given.get(flag, preset[name])) for flag, name in
+                         (("--batch-size", "batch_size"), ("--length", "length")))
+        return "--steps", str(max(1, round(model.budget * place.scale["tokens"] / (batch * length))))
+    # the paper's 10 epochs of warm-up remain 10 in half the budget
+    warmup = ("--warmup", f"{preset['warmup'] / model.budget:g}") if place.name == "paper" else ()
+    return "--epochs", f"{model.budget * place.scale['epochs']:g}", *warmup
 
 
 def pretrain(place, model, seed):
@@ -261,9 +258,8 @@ def regime_of(x, name):
 
 
 def perplexity(regime, data="", bits=False):
-    """Left-to-right perplexity in a regime, judged as a factor; or bits per byte, which models of two
-    vocabularies share. They are of the text that the tokenizer keeps. The row 'counts' is that of
-    unigrams."""
+    """Left-to-right perplexity in a regime, judged as a factor; or bits per byte of the text that the
+    tokenizer keeps, which models of two vocabularies share. The row 'counts' is that of unigrams."""
     def read(model, x):
         found = x["results"]["unigram"] if model.instead == "counts" else regime_of(x, regime)
         scale = found["bits_per_byte"] / found["nll"] if bits else 1
@@ -286,7 +282,7 @@ def gain_share(regime, prefixes, reference):
         nll = np.stack([mean_nll(found, x["results"]["length"]) for found in three])  # (3, sequences)
 
         def share(rows):
-            unigram, masked, ar = nll[:, rows].mean(1)
+            unigram, masked, ar = nll[:, rows].mean(-1)
             return (unigram - masked) / (unigram - ar)
 
         return Cell(share, nll.shape[1], "text")
@@ -364,7 +360,7 @@ def glue_columns(place):
             def score(rows):  # the mean over fine-tuning seeds
                 return 100 * np.mean([metric(one[rows], true[rows]) for one in predicted])
 
-            return Cell(score, len(true), name + suffix)
+            return Cell(lambda rows: np.apply_along_axis(score, -1, rows), len(true), name + suffix)
 
         return Column("glue", read, f"{folder} --tasks {name}", ("untrained",))
 
@@ -395,8 +391,8 @@ def few_labels(place, passages=80):
 
     def read(model, x):  # passages of one novel are alike, so that novels are the examples
         cell = column.read(model, x)
-        return mean_cell([cell.value_of(rows) for rows in np.arange(cell.n).reshape(-1, passages)],
-                         cell.test) if cell.n else cell
+        novels = np.arange(cell.n).reshape(-1, passages)
+        return mean_cell(cell.value_of(novels), cell.test) if cell.n else cell
 
     return {"author, few labels": replace(column, read=read)}
 

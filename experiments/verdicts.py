@@ -31,16 +31,11 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What one pretraining seed scores in one column, on the scale on which claims are judged.
+    """What one pretraining seed scores in one column, on the scale on which claims are judged."""
 
-    value_of  takes row numbers of the n test examples, any choice of them, and gives the score on these
-    n         0: nothing is known of examples
-    test      names the examples: cells with one name have the same examples in the same order
-    """
-
-    value_of: Callable
-    n: int = 0
-    test: str = ""
+    value_of: Callable  # (numbers of test examples, any choice of them (..., n)) -> the scores on these (...)
+    n: int = 0          # test examples; 0: nothing is known of them
+    test: str = ""      # names them: cells with one name have the same examples in the same order
 
     @property
     def value(self):
@@ -50,7 +45,7 @@ class Cell:
 def mean_cell(values, test="", scale=1.0):
     """The Cell of one number for each example, `scale` times their mean."""
     values = np.asarray(values, float)
-    return Cell(lambda rows: scale * values[rows].mean(), len(values), test)
+    return Cell(lambda rows: scale * values[rows].mean(-1), len(values), test)
 
 
 class Estimate(NamedTuple):
@@ -63,16 +58,14 @@ class Estimate(NamedTuple):
 
 def bootstrap(contrast, cells, draws):
     """The contrast of every seed with test examples drawn anew, the same for all cells -> (draws, seeds)."""
-    rng, rows = np.random.default_rng(0), {}
+    rng, drawn = np.random.default_rng(0), {}
     total = np.zeros((draws, len(cells[next(iter(contrast))])))
     for key, weight in contrast.items():
         for seed, cell in enumerate(cells[key]):
-            if cell.n == 0:
-                continue
-            if (cell.test, cell.n) not in rows:  # in the order of the keys, which the numbers hang on
-                rows[cell.test, cell.n] = rng.integers(cell.n, size=(draws, cell.n))
-            scores = [cell.value_of(drawn) for drawn in rows[cell.test, cell.n]]
-            total[:, seed] += weight * np.array(scores)
+            if cell.n and (cell.test, cell.n) not in drawn:
+                drawn[cell.test, cell.n] = rng.integers(cell.n, size=(draws, cell.n))
+            if cell.n:
+                total[:, seed] += weight * cell.value_of(drawn[cell.test, cell.n])
     return total
 
 
@@ -137,21 +130,15 @@ def holm(p_values):
 
 @dataclass(frozen=True)
 class Claim:
-    """A contrast that the paper, or this project, says is positive.
-
-    effect     its size in the paper's numbers, on the judged scale; None where the paper gives none
-    untrained  {key of a cell that classifies: that of the untrained network}; one that is not there makes
-               the claim not measured
-    unit       "points", "factor" (the contrast is a logarithm) or "" for what has none
-    """
+    """A contrast that the paper, or this project, says is positive."""
 
     text: str
-    contrast: dict
-    effect: float = None
+    contrast: dict          # {key of a cell: weight}
+    effect: float = None    # its size in the paper's numbers, on the judged scale, where it gives any
     ours: bool = False
     primary: bool = False
-    unit: str = ""
-    untrained: dict = None
+    unit: str = ""          # of the contrast: points, factor (it is a logarithm), dB
+    untrained: dict = None  # {key of a cell that classifies: that of the untrained network}
 
 
 def judge(claim, cells, draws=1000):

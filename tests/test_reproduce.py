@@ -115,7 +115,8 @@ def test_budgets_are_equal_and_the_papers(tmp_path):
     steps = int(settings(cpu, Model("ar"))["--steps"])
     assert steps * 16 * 128 == pytest.approx(1_500_000, rel=1e-3)
     assert int(settings(cpu, Model("ar", budget=0.25))["--steps"]) == pytest.approx(steps / 4, abs=1)
-    assert not {"--steps", "--epochs", "--lr"} & settings(paper, Model("dar --t 2")).keys()  # the preset's
+    assert settings(paper, Model("dar --t 2"))["--steps"] == "100000"  # of the preset's batch and length
+    assert not {"--batch-size", "--length", "--lr"} & settings(paper, Model("dar --t 2")).keys()
     half = settings(paper, Model("dar --t 2", "images", 0.5))
     assert (half["--epochs"], half["--warmup"]) == ("100", "0.1")
 
@@ -273,7 +274,8 @@ def test_cells_are_metrics_of_what_is_written(tmp_path):
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("scale, names", [("cpu", list(reproduce.TARGETS)), ("paper", ["table1"])])
 def test_every_target_makes_its_page(scale, names, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pages.plots, "dots", lambda path, results: path.touch())
+    for picture in ("dots", "ranks", "by_length", "forest"):
+        monkeypatch.setattr(pages.plots, picture, lambda path, results: path.touch())
     monkeypatch.setattr(reproduce, "run", pretend)
     monkeypatch.setattr(pages, "judge", functools.partial(pages.judge, draws=10))
     for name in ("text", "glue", "images", "wikitext2", "other", *(f"transfer/{name}" for name in NINE)):

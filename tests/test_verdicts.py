@@ -104,7 +104,11 @@ def test_the_bootstrap_of_a_metric_is_its_spread_over_test_sets(metric):
         predicted = np.where(rng.random(400) < 0.75, true, 1 - true)
         if metric == "pearson":
             true, predicted = x, x + rng.normal(size=400)
-        return Cell(lambda rows: glue.METRICS[metric](predicted[rows], true[rows]), 400, "t")
+
+        def score(rows):
+            return glue.METRICS[metric](predicted[rows], true[rows])
+
+        return Cell(lambda rows: np.apply_along_axis(score, -1, rows), 400, "t")
 
     spread = np.std([one().value for _ in range(600)])
     found = np.median([estimate({A: 1}, {A: [one()]}, draws=200).variance for _ in range(15)])
