@@ -132,24 +132,21 @@ def resolve(**given):
         options.setdefault("mask", IMAGE_MASKS[settings.objective])
     objective, path = replace(settings, options=options).task()
 
-    text, this = not settings.images, f"{describe(objective)} runs as {path}"
-    for name, ignored, why in (
-            ("length", toy and settings.length != POSITIONS, f"the toy model has {POSITIONS} tokens"),
-            ("length", not text, "images have --size and --patch"),
-            ("size", text, "it is for images, and this is text"),
-            ("patch", text, "it is for images, and this is text"),
-            ("crop", text, "it is for images, and this is text"),
-            ("mask_rule", path != "mask", f"it is for [MASK]s in one stream, and {this}"),
-            ("blind", settings.blind and path != "two-stream", f"it is for --streams 2, and {this}"),
-            ("epochs", "steps" in given, "--steps sets the budget, too")):
-        if name in given and ignored:
+    this = f"{describe(objective)} runs as {path}"
+    ignored = {
+        "length": toy and settings.length != POSITIONS and f"the toy model has {POSITIONS} tokens",
+        "epochs": "steps" in given and "--steps sets the budget, too",
+        "mask_rule": path != "mask" and f"it is for [MASK]s in one stream, and {this}",
+        "blind": settings.blind and path != "two-stream" and f"it is for --streams 2, and {this}",
+        **({"length": "images have --size and --patch"} if settings.images else
+           dict.fromkeys(("size", "patch", "crop"), "it is for images, and this is text"))}
+    for name in given:
+        if why := ignored.get(name):
             raise BadInput(f"--{name.replace('_', '-')} {given[name]} would be ignored: {why}")
 
-    unused = set() if path == "mask" else {"mask_rule"}
-    if "steps" in given or "epochs" in given:
-        unused |= {"steps", "epochs"}
-    from_preset = {name: x for name, x in preset.items() if name not in unused}
-    settings = Settings(**{**from_preset, **given, "options": asdict(objective)})
+    budget = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
+    rule = {} if path == "mask" else {"mask_rule": None}
+    settings = Settings(**{**preset, **budget, **rule, **given, "options": asdict(objective)})
     check_ranges(settings)
     objective.check(settings.positions)
     return settings

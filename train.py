@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+from argparse import BooleanOptionalAction
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -292,13 +293,10 @@ def open_run_folder(out, config, step):
     return metrics
 
 
-def open_board(out, step):
-    """A TensorBoard writer into the run folder."""
-    import_optional("tensorboard")
-    return import_optional("torch.utils.tensorboard").SummaryWriter(str(out), purge_step=step + 1)
-
-
 # ---------------------------------------------------------------------------- FLOPs
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250, "RTX 4090": 165}  # dense bf16
+
 
 def flops_per_sequence(config, path, length, targets, given=None):
     """FLOPs of the matrix products of one training step for one sequence: forward once, backward twice.
@@ -323,15 +321,6 @@ def flops_per_sequence(config, path, length, targets, given=None):
         macs = stack(D, [inner] * (config.layers - 1) + [last], S, 0.5 if half else 1.0)
     macs += n * width * config.values + S * D * config.values if config.patch else n * D * config.vocab
     return 2 * 3 * macs
-
-
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250, "RTX 4090": 165}  # dense bf16
-
-
-def peak_flops(device):
-    """Dense bf16 FLOP/s of a known GPU, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
 # ---------------------------------------------------------------------------- a run
@@ -406,12 +395,16 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
             tqdm.write(text, file=sys.stderr)
 
     # what is written: from here on the folder is this run's
-    board = open_board(out, step) if tensorboard and is_main else contextlib.nullcontext()
+    board = contextlib.nullcontext()
+    if tensorboard and is_main:
+        import_optional("tensorboard")
+        board = import_optional("torch.utils.tensorboard").SummaryWriter(str(out), purge_step=step + 1)
     config_json = {**asdict(settings), "steps": steps, "path": path}
     metrics = open_run_folder(out, config_json, step) if is_main else os.devnull
     unit, each = ("images", 1) if settings.images else ("tokens", S)
     flops = flops_per_sequence(config, path, S, objective.max_targets(S), S - objective.min_targets(S))
-    peak = peak_flops(device) if precision == "bf16" else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
+    peak = next((tera * 1e12 for name, tera in PEAK_TFLOPS.items() if name in gpu), None)
     say(f"{describe(objective)} ({path}), {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{train_set.total:,} training {unit}; {world} x {device.type} {precision}; {steps - step:,} steps")
 
@@ -493,8 +486,7 @@ def main(argv=None):
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
     add("--threads", type=positive, help="on a CPU (default: as PyTorch chooses)")
-    add("--compile", dest="compiled", action="store_true", default=None, help="default: on CUDA")
-    add("--no-compile", dest="compiled", action="store_false")
+    add("--compile", dest="compiled", action=BooleanOptionalAction, help="default: on CUDA")
     add("--fsdp", action="store_true", help="torchrun: shard weights and optimizer over the processes")
     add("--tensorboard", action="store_true", help="also log for TensorBoard, into the run folder")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")

@@ -26,25 +26,27 @@ MACHINE = ("--steps 8 --log-every 1 --eval-every 4 --save-every 4 --device cpu -
            "--no-report")
 
 SCRIPT = f"""
-import os, shutil, sys
-sys.path.insert(0, {str(ROOT)!r})
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import model
 model.SIZES["tiny"] = {LITTLE}
-import torch.distributed as dist
-import train
-save, leave = train.save_checkpoint, dist.destroy_process_group
-
-def save_twice(path, content):
-    save(path, content)
-    if content["step"] == 4:
-        shutil.copy(path, path.with_name("half.pt"))
-
-train.save_checkpoint, dist.destroy_process_group = save_twice, lambda: None  # one group for all commands
-for line in sys.argv[1:]:
-    train.main(line.split())
-if dist.is_initialized():
-    leave()
+import test_distributed
+test_distributed.train_all(sys.argv[1:])
 """
+
+
+def train_all(lines):
+    """Run command lines of train.py in this process. Their checkpoints at step 4 stay, as half.pt."""
+    def keep(path, content, save=train.save_checkpoint):
+        save(path, content)
+        if content["step"] == 4:
+            shutil.copy(path, path.with_name("half.pt"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", keep)
+        patch.setattr(dist, "destroy_process_group", lambda: None)  # one group for all lines
+        for line in lines:
+            train.main(line.split())
 
 
 def half_way(source, out):
@@ -55,23 +57,19 @@ def half_way(source, out):
     return out
 
 
-def start(*command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{name: folder}: each case by one process, by two with DDP and with FSDP, and across their numbers."""
     base = tmp_path_factory.mktemp("distributed")
     (base / "text.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(800)))
-    script = base / "several.py"
-    script.write_text(SCRIPT)
+    (base / "several.py").write_text(SCRIPT)
     data, resume = f"--data {base}/text.txt {MACHINE} --out {base}", f"{MACHINE} --resume --out"
-    start(script, f"{MUON} {data}/muon", f"{ADAMW} {data}/adamw")
+    train_all([f"{MUON} {data}/muon", f"{ADAMW} {data}/adamw"])
     lines = [f"{MUON} {data}/muon-ddp", f"{ADAMW} --fsdp {data}/adamw-fsdp",
              f"--fsdp {resume} {half_way(base / 'muon', base / 'muon-one-fsdp')}"]
-    start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *lines)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, base / "several.py", *lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     for name in ("muon-ddp", "adamw-fsdp"):
         call(f"train.py {resume} {half_way(base / name, base / f'{name}-one')}")
     return base

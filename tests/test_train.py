@@ -64,14 +64,11 @@ def text(tmp_path):
 
 # ---------------------------------------------------------------------------- learning
 
-@pytest.mark.parametrize("options", [
-    {"objective": "ar"}, {"objective": "dar"}, {"objective": "vl", "mask": (0.2, 0.5)}],
-    ids=lambda options: options["objective"])
-def test_a_period_is_learned(options, text, tmp_path):
+@pytest.mark.parametrize("objective, steps", [("ar", 60), ("dar", 100), ("vl", 140)])
+def test_a_period_is_learned(objective, steps, text, tmp_path):
     """Whoever sees any other token knows this one; the unigram entropy is log 7 = 1.95."""
-    steps = 80 if options["objective"] == "ar" else 200
-    settings = resolve(data=text, **{**SMALL, "batch_size": 16, "steps": steps, "lr": 2e-2}, **options)
-    assert train(settings, tmp_path / "run") < 0.5
+    settings = resolve(objective=objective, data=text, length=16, batch_size=16, steps=steps, lr=2e-2)
+    assert train(settings, tmp_path / "run") < 1
 
 
 def test_flat_images_are_learned(tmp_path):
@@ -82,20 +79,18 @@ def test_flat_images_are_learned(tmp_path):
         (tmp_path / "flat" / side).mkdir(parents=True)
         for i, colour in enumerate(part):
             image.new("RGB", (8, 8), tuple(colour.tolist())).save(tmp_path / "flat" / side / f"{i}.png")
-    settings = resolve(objective="vl", data=str(tmp_path / "flat"), size=8, patch=4, steps=150, batch_size=32,
-                       lr=5e-3)
-    assert train(settings, tmp_path / "run") < 0.1
+    settings = resolve(objective="vl", data=str(tmp_path / "flat"), size=8, patch=4, steps=80, batch_size=16,
+                       lr=1e-2)
+    assert train(settings, tmp_path / "run") < 0.2
 
 
-def test_the_command_line_end_to_end(text, tmp_path):
-    """As a user starts it: it trains, reports, and leaves a run folder."""
-    line = "--objective vl --mask 0.15,0.3 --steps 5 --length 16 --batch-size 8 --threads 1 --data"
-    done = subprocess.run([sys.executable, ROOT / "train.py", *line.split(), text], cwd=tmp_path,
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "validation loss" in done.stderr and "perplexity" in done.stdout
+def test_the_command_line_end_to_end(text, tmp_path, monkeypatch, capsys):
+    """It trains, reports, and leaves a run folder."""
+    monkeypatch.chdir(tmp_path)
+    shown = call(f"train.py --objective vl --steps 5 --length 16 --batch-size 8 --threads 1 --data {text}")
+    assert "validation loss" in capsys.readouterr().err and "perplexity" in shown
     folder = tmp_path / "runs" / "vl-0.15,0.3"
-    assert {"config.json", "metrics.jsonl", "ckpt.pt"} <= {path.name for path in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "ckpt.pt"} == {path.name for path in folder.iterdir()}
     assert json.loads((folder / "config.json").read_text())["steps"] == 5
 
 
@@ -316,8 +311,7 @@ def test_muon_makes_steps_orthogonal_and_leaves_the_rest_to_adamw(make_model):
             assert torch.allclose(change.abs(), torch.ones_like(change), atol=1e-3), name
 
 
-@pytest.mark.parametrize("name, path, images", [("ar", "causal", False), ("vl", "mask", False),
-                                                ("mtp", "two-stream", False), ("vl", "mae", True)])
+@pytest.mark.parametrize("name, path, images", [("mtp", "two-stream", False), ("vl", "mae", True)])
 def test_one_graph_for_each_shape(name, path, images):
     """A ramped batch in micro-batches: as many graphs as its chunks have sizes, none anew, and no break."""
     graphs = []
@@ -332,14 +326,14 @@ def test_one_graph_for_each_shape(name, path, images):
     loss_module = LossModule(model, torch.compile(loss_sum, dynamic=False, fullgraph=True, backend=backend))
     optimizer, autocast = make_optimizer(model, resolve()), choose_autocast(CPU, "fp32")[0]
     generator = torch.Generator().manual_seed(0)
-    for size in (4, 5, 4):
+    for size in (2, 3, 2):
         tokens = (torch.rand(size, 9, 48, generator=generator) if images
                   else torch.randint(11, (size, 9), generator=generator))
         batch = draw_batch(from_options(name), path, tokens, 11, generator)
-        batches = [batch.part(*chunk) for chunk in chunks(size, 3)]
+        batches = [batch.part(*chunk) for chunk in chunks(size, 2)]
         loss, norm = update(loss_module, optimizer, batches, batch.total[0].item(), path, autocast, 0.5, 1e-3)
         assert loss > 0 and norm.isfinite()
-    assert len(graphs) == 3  # chunks of 3, 1 and 2
+    assert len(graphs) == 2  # chunks of 2 and 1
     torch._dynamo.reset()
 
 
