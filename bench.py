@@ -330,6 +330,8 @@ def main(argv=None):
     add("--json", metavar="FILE", help="the results as one JSON object; - for standard output")
     add_options(parser)
     args = parser.parse_args(argv)
+    if args.json and not Path(args.json).absolute().parent.is_dir():  # complain before the work, not after it
+        raise BadInput(f"{args.json}: there is no such folder")
 
     device = choose_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())

@@ -6,6 +6,8 @@ chooses the format: .png, .pdf or .svg. Needs matplotlib, but no display.
 
 import itertools
 import math
+import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ def check(path):
     import_optional("matplotlib")
     if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise BadInput(f"{path} is no picture: end its name in .png, .pdf or .svg")
+    if not os.access(Path(path).absolute().parent, os.W_OK):
+        raise BadInput(f"{path}: there is no such folder, or it cannot be written")
 
 
 def new_figure(path, width, height):
@@ -28,6 +32,13 @@ def new_figure(path, width, height):
     check(path)
     Figure = import_optional("matplotlib.figure").Figure
     return Figure(figsize=(width, height), layout="constrained", dpi=130)
+
+
+def save(figure, path):
+    """Write the picture so that a whole one is there at every moment: temporary file, rename."""
+    partial = f"{path}.partial"
+    figure.savefig(partial, format=Path(path).suffix[1:].lower())
+    os.replace(partial, path)
 
 
 def style(axes, **labels):
@@ -56,15 +67,15 @@ def colours(rows):
 
 
 def plain_log(axes, which):
-    """Plain numbers at the logarithmic "x" or "y" axis: 1, 3, 10, ..., or round steps where it is short."""
+    """Plain numbers at the logarithmic "x" or "y" axis, at least four: 1, 10, .. or closer."""
     axis, (low, high) = getattr(axes, f"{which}axis"), getattr(axes, f"get_{which}lim")()
-    if high > 5 * low:
-        digits = (1, 3) if high < 300 * low else (1,)
-        ticks = [digit * 10.0 ** k for k in range(-6, 8) for digit in digits]
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [tick for k in range(-6, 8) for d in digits if low <= (tick := d * 10.0 ** k) <= high]
+        if len(ticks) >= 4:
+            break
     else:
-        MaxNLocator = import_optional("matplotlib.ticker").MaxNLocator
-        ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
-    ticks = [tick for tick in ticks if low <= tick <= high]
+        steps = import_optional("matplotlib.ticker").MaxNLocator(6, steps=[1, 2, 5, 10])
+        ticks = [tick for tick in steps.tick_values(low, high) if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:,.6g}" for tick in ticks])
     axis.set_ticks([], minor=True)
 
@@ -120,7 +131,7 @@ def objectives(path, sheets):
         axes["s"].plot(range(1, len(values) + 1), values, "o-", color=RED)
         style(axes["s"], ylim=(0, 1.08), xlabel="j", ylabel=r"singular value $\sigma_j$")
         axes["s"].set_xticks(range(1, len(values) + 1, 1 + (len(values) - 1) // 12))
-    figure.savefig(path)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------- runs
@@ -153,7 +164,7 @@ def curves(path, runs):
         panel.locator_params(axis="x", nbins=7)
         panel.xaxis.set_major_formatter(engineering)
     legend(figure, [losses], 4)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def by_length(path, results):
@@ -178,7 +189,7 @@ def by_length(path, results):
     axes.set_xticks(*[[first for first, _ in bins]] * 2)
     axes.set_xticks([], minor=True)
     legend(figure, [axes], 3)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def ranks(path, results):
@@ -191,7 +202,7 @@ def ranks(path, results):
         style(panel, xlabel="rank of the pair", ylabel=f"{name.replace('_', ' ')} of features", xscale="log")
         panel.xaxis.set_major_formatter("{x:,.0f}")
     legend(figure, panels, 3)
-    figure.savefig(path)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------- theory
@@ -217,7 +228,12 @@ def spectra(path, results):
     axes.set_yticks(range(len(rows)), names)
     axes.set(ylim=(len(rows) - 0.4, -1.3), xlim=(-0.04, 1.28), xticks=np.arange(0, 1.01, 0.2))
     axes.grid(axis="y", visible=False)
-    figure.savefig(path)
+    save(figure, path)
+
+
+def of_noise(rows, eps):
+    """The rows of one noise, the largest tail first."""
+    return sorted((row for row in rows if row["eps"] == eps), key=lambda row: -row["tail"])
 
 
 def against_tail(axes, rows, colour):
@@ -229,41 +245,43 @@ def against_tail(axes, rows, colour):
         how = {"color": colour[name], "markeredgecolor": "black", "markeredgewidth": 0.5}
         axes.plot([x, x], [min(errors), max(errors)], color=colour[name], linewidth=1.2)
         axes.plot(x, np.mean(errors), "o", label=name, **how, zorder=4)
-    style(axes, xlabel=r"tail sum $\sum_{j>1} \sigma_j^4$ per class", xscale="log")
+    style(axes, xlabel=r"tail sum $\sum_{j>r} \sigma_j^4$, r classes", xscale="log")
     axes.margins(x=0.1)
     plain_log(axes, "x")
 
 
 def toy(path, results):
-    """A column for each loss. Above: excess error against t at the largest noise, a lane for each objective.
+    """A column for each loss. Above: excess error against t at the largest noise, a panel for each objective.
     Below: excess error with few labels against the tail at the least noise."""
-    x, ts = results, results["bottlenecks"][:-1]  # the last is none
-    noises = sorted({row["eps"] for row in x["rows"]})
-    noisy, clean = (sorted((row for row in x["rows"] if row["eps"] == eps), key=lambda row: -row["tail"])
-                    for eps in (noises[-1], noises[0]))
-    colour, every, lane = colours(noisy), np.arange(1, max(ts) + 1), 1.2 * (1 - 1 / x["classes"])
-    figure = new_figure(path, 12, 6.5 + 0.6 * len(noisy))
-    panels = figure.subplots(2, 2, sharey="row", height_ratios=[0.6 * len(noisy), 5])
-    for above, below, kind in zip(*panels, x["losses"]):
-        style(above, title=f"{kind}, eps = {noises[-1]:g}, all labels: excess error over Bayes", xticks=every,
-              xlabel=f"bottleneck t (line exact, dots networks, | rule's t; a lane is {lane:g} high)")
-        for base, row in zip(itertools.count(0, lane), noisy):
-            how, errors = {"color": colour[row["objective"]]}, np.array(row[kind]["all"])  # (seeds, n)
-            above.axhline(base, color="0.85", linewidth=0.8, zorder=0)
-            above.plot(every, base + np.array(row["exact"])[every - 1], **how)
-            above.plot(ts, base + errors[:, :-1].T, ".", markersize=4, alpha=0.5, **how)
-            above.plot(ts, base + errors[:, :-1].mean(0), "o", markeredgecolor="black", **how)
+    ts, losses = results["bottlenecks"][:-1], results["losses"]  # the last bottleneck is none
+    noises, colour = sorted({row["eps"] for row in results["rows"]}), colours(results["rows"])
+    clean, noisy = (of_noise(results["rows"], eps) for eps in (noises[0], noises[-1]))
+    height, every = 0.8 * (1 + len(noisy)), np.arange(1, max(ts) + 1)
+    figure = new_figure(path, 12, height + 5.7)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 5.7])
+    lanes = upper.subplots(len(noisy), len(losses), sharex=True, sharey=True, squeeze=False)
+    for row, lane in zip(noisy, lanes):
+        how = {"color": colour[row["objective"]]}
+        for panel, kind in zip(lane, losses):
+            errors = np.array(row[kind]["all"])[:, :-1]  # (seeds, n)
+            style(panel, xticks=every)
+            panel.plot(every, np.array(row["exact"])[every - 1], **how)
+            panel.plot(ts, errors.T, ".", markersize=4, alpha=0.5, **how)
+            panel.plot(ts, errors.mean(0), "o", markeredgecolor="black", **how)
             if row["needs"] <= max(ts):
-                above.plot(row["needs"], base, "k|", markersize=9, markeredgewidth=1.5)
-        few = [(row["objective"], row["tail"], row[kind]["own"][-1]) for row in clean]
-        against_tail(below, few, colour)
-        below.set_title(f"{kind}, eps = {noises[0]:g}, {x['labels']} labels a class (lines: range)")
-    names = [f"{row['objective']}\ntail {row['tail']:.2f}, needs {row['needs']}" for row in noisy]
-    panels[0, 0].set_yticks((np.arange(len(noisy)) + 0.3) * lane, names, fontsize=8)
-    panels[0, 0].set_ylim(-0.2 * lane, len(noisy) * lane)
-    panels[1, 0].set_ylabel("excess error over Bayes")
-    legend(figure, panels[1], 5)
-    figure.savefig(path)
+                panel.axvline(row["needs"], color="black", linewidth=1, linestyle=":")
+        name = f"{row['objective']}\nneeds {row['needs']}"
+        lane[0].set_ylabel(name, rotation=0, ha="right", va="center", size=8)
+    for first, last, kind in zip(lanes[0], lanes[-1], losses):
+        first.set_title(f"{kind}, eps = {noises[-1]:g}, all labels: excess error over Bayes")
+        last.set_xlabel("bottleneck t (line: exact, dots: networks, dotted: the rule's t)")
+    panels = lower.subplots(1, len(losses), sharey=True)
+    for panel, kind in zip(panels, losses):
+        against_tail(panel, [(row["objective"], row["tail"], row[kind]["own"][-1]) for row in clean], colour)
+        panel.set_title(f"{kind}, eps = {noises[0]:g}, {results['labels']} labels a class (lines: range)")
+    panels[0].set_ylabel("excess error over Bayes")
+    legend(lower, panels, 5)
+    save(figure, path)
 
 
 def bridge(path, results):
@@ -272,7 +290,7 @@ def bridge(path, results):
     figure = new_figure(path, 12, 1.4 + 4.2 * len(noises))
     panels = figure.subplots(len(noises), 2, sharex=True, sharey="row", squeeze=False)
     for (eps, pair), (k, way) in itertools.product(zip(noises, panels), enumerate(("blind", "told"))):
-        rows = sorted((row for row in results["rows"] if row["eps"] == eps), key=lambda row: -row["tail"])
+        rows = of_noise(results["rows"], eps)
         order = next(y[way] for y in results["orders"] if (y["eps"], y["place"]) == (eps, "common"))
         against_tail(pair[k], [(row["objective"], row["tail"], row[way]["common"]) for row in rows], colour)
         pair[k].axhline(np.mean([row[way]["untrained common"] for row in rows]), color="grey", linestyle=":",
@@ -282,39 +300,56 @@ def bridge(path, results):
         pair[k].set_ylabel("excess error, 5 labels a class")
         pair[k].label_outer()
     legend(figure, panels.flat, 5)
-    figure.savefig(path)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------- tables
 
 def dots(path, results):
-    """A table of reproduce.py: a panel for each column, with every seed of every row, mean and deviation."""
+    """A table of reproduce.py: a panel for each column, with every seed of every row, mean and deviation. A
+    row far from all others is written, so that these keep their axis."""
     rows, columns = results["rows"], list(results["rows"][0]["cells"])
-    figure = new_figure(path, 2.4 + 2.3 * len(columns), 1.5 + 0.42 * len(rows))
+    figure = new_figure(path, 2.4 + 2.3 * len(columns), 1.8 + 0.42 * len(rows))
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns):
-        for y, row in enumerate(rows):
-            cell = row["cells"][column]
-            panel.plot(cell["seeds"], [y] * len(cell["seeds"]), "o", color=BLUE, alpha=0.4, label="one seed")
-            if cell["mean"] is not None:
-                panel.errorbar(cell["mean"], y, xerr=cell["std"], fmt="|", color="black", markersize=14,
-                               capsize=3, label="mean and standard deviation over seeds")
-        style(panel, xlabel=column)
+        cells = [row["cells"][column] for row in rows]
+        far = far_row([cell["seeds"] for cell in cells])
+        for y, cell in enumerate(cells):
+            mean, seeds = cell["mean"], cell["seeds"]
+            if y == far:
+                panel.annotate(f"{mean:.{cell['digits']}f}, off the axis", (0.5, y), ha="center", va="center",
+                               xycoords=panel.get_yaxis_transform(), size="small")
+                continue
+            panel.plot(seeds, [y] * len(seeds), "o", color=BLUE, alpha=0.4, label="one seed")
+            if mean is not None:
+                panel.errorbar(mean, y, xerr=cell["std"], fmt="|", color="black", markersize=14, capsize=3,
+                               label="mean and standard deviation over seeds")
+        # the regimes of left-to-right evaluation are columns of their own
+        style(panel, xlabel=f"perplexity, {column}" if column in ("padded", "truncated") else column)
         panel.locator_params(axis="x", nbins=4)
     panels[0].set_yticks(range(len(rows)), [row["row"] for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle(results["title"], size=11)
     legend(figure, panels, 2)
-    figure.savefig(path)
+    save(figure, path)
+
+
+def far_row(seeds):
+    """The row without which all others span less than a fifth of the axis, or None. seeds: a list a row."""
+    for k, row in enumerate(seeds):
+        rest = [x for other in seeds[:k] + seeds[k + 1:] for x in other]
+        if row and rest and 0 < 5 * np.ptp(rest) < np.ptp(rest + row):
+            return k
 
 
 def forest(path, claims):
     """Judged claims, each on an axis in its own unit: our difference, its interval, the paper's effect."""
-    figure = new_figure(path, 9, 0.9 + 0.85 * len(claims))
+    figure = new_figure(path, 9, 0.9 + 0.9 * len(claims))
     panels = figure.subplots(len(claims), 1, squeeze=False)[:, 0]
     for panel, c in zip(panels, claims):
         factor = c["unit"] == "factor"
         scale = np.exp if factor else np.array  # a factor is judged by its logarithm
-        style(panel, xscale="log" if factor else "linear")
+        style(panel, xscale="log" if factor else "linear", yticks=[])
         if c["interval"]:
             panel.plot(scale(c["interval"]), [0, 0], color=BLUE, linewidth=2.5, label="95% interval")
         panel.plot(scale(c["difference"]), 0, "o", color=BLUE, label="here, mean over seeds")
@@ -327,8 +362,9 @@ def forest(path, claims):
         else:
             panel.locator_params(axis="x", nbins=7)
             panel.xaxis.set_major_formatter("{x:+g}")
-        panel.set_yticks([0], [f"{c['short']}\n{c['verdict']}; axis: {c['unit'] or 'share'}"], fontsize=9)
+        panel.set_title(textwrap.fill(f"{c['short']}: {c['verdict']}", 110), loc="left", size=9)
+        panel.set_ylabel(c["unit"] or "share", rotation=0, ha="right", va="center", size=9)
         panel.tick_params(axis="x", labelsize=8)
     panels[-1].set_xlabel("difference; right of the black line is as the paper has it", size=9)
     legend(figure, panels, 3)
-    figure.savefig(path)
+    save(figure, path)

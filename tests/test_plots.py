@@ -53,7 +53,8 @@ def toy():
 
 
 def claims():
-    return [{**claim, "short": claim["claim"]} for claim in committed("table1")["claims"]]
+    return [{**claim, "short": claim["claim"]} for name in ("table1", "figure3")
+            for claim in committed(name)["claims"]]
 
 
 PICTURES = {"curves": lambda: [curve("ar"), curve("mlm $0.15")],
@@ -64,26 +65,50 @@ PICTURES = {"curves": lambda: [curve("ar"), curve("mlm $0.15")],
 
 
 def is_drawn(path):
-    """Whether the file is a PNG with lines or dots in colour on white."""
+    """Whether the file is a PNG with lines or dots in colour on white, and nothing else is beside it."""
     pixels = plots.import_optional("matplotlib.image").imread(path)[..., :3]  # (H, W, 3) in 0..1
     coloured = pixels.max(-1) - pixels.min(-1) > 0.3
-    return (pixels == 1).all(-1).mean() > 0.5 and 2e-4 < coloured.mean() < 0.5
+    whole = list(path.parent.iterdir()) == [path]
+    return whole and (pixels == 1).all(-1).mean() > 0.5 and 2e-4 < coloured.mean() < 0.5
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_drawn(name, tmp_path):
+def test_a_picture_is_drawn_and_its_words_are_not_cut(name, tmp_path, monkeypatch):
+    figures, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     path = tmp_path / "picture.png"
     getattr(plots, name)(path, PICTURES[name]())
     assert is_drawn(path)
+    [figure] = figures
+    x0, y0, x1, y1 = figure.get_tightbbox().extents  # inches
+    width, height = figure.get_size_inches()
+    assert min(x0, y0) > -0.02 and x1 < width + 0.02 and y1 < height + 0.02
 
 
 def test_the_demo_draws_objectives_with_masks_and_spectra(tmp_path):
     path = tmp_path / "picture.png"
-    call(f"objectives.py ar dar mtp diffusion --t 2 --plot {path}")
+    call(f"objectives.py dar mtp --t 2 --plot {path}")
     assert is_drawn(path)
 
 
-def test_other_endings_are_refused_before_anything_is_drawn(tmp_path):
-    with pytest.raises(BadInput, match=r"x\.gif"):
-        plots.ranks(tmp_path / "x.gif", None)
+@pytest.mark.parametrize("low, high", [(1, 2), (30, 60), (40, 250), (35, 400), (0.01, 12)])
+def test_a_logarithmic_axis_has_enough_numbers(low, high):
+    axes = plots.new_figure("x.png", 4, 3).subplots()
+    axes.set(yscale="log", ylim=(low, high))
+    plots.plain_log(axes, "y")
+    ticks = axes.get_yticks()
+    assert 4 <= len(ticks) <= 9 and low <= min(ticks) and max(ticks) <= high
+
+
+def test_a_row_far_from_all_others_does_not_squeeze_them():
+    rows = committed("table7")["rows"]
+    assert plots.far_row([row["cells"]["padded"]["seeds"] for row in rows]) == 0  # the unigrams
+    assert plots.far_row([[10.0, 11.0], [12.0], [15.0, 14.0]]) is None
+    assert plots.far_row([[1.0], [2.0]]) is None
+
+
+@pytest.mark.parametrize("name", ["x.gif", "picture", "none/x.png"])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(name, tmp_path):
+    with pytest.raises(BadInput, match=name):
+        plots.ranks(tmp_path / name, None)
     assert not list(tmp_path.iterdir())
