@@ -82,41 +82,37 @@ def plain_log(axes, which):
 
 # ---------------------------------------------------------------------------- objectives
 
-def cells(axes, values, title, colour, names, aspect="equal"):
+def cells(axes, values, title, colour, names):
     """A matrix of values in 0..1 as cells: columns are positions 1, 2, ..., rows have these names."""
-    columns = len(values[0])
-    axes.imshow(values, cmap=colour, vmin=0, vmax=1.2, aspect=aspect)
+    columns, lines = len(values[0]), {"edgecolors": "white", "linewidth": min(1.5, 20 / len(values[0]))}
+    axes.pcolormesh(values, cmap=colour, vmin=0, vmax=1.2, **lines)
+    across, down = 1 + (columns - 1) // 8, 1 + (len(names) - 1) // 12
+    axes.set_xticks(np.arange(0, columns, across) + 0.5, range(1, columns + 1, across))
+    axes.set_yticks(np.arange(0, len(names), down) + 0.5, names[::down])
     axes.set_title(title, size=11)
-    across, down = (1 + (n - 1) // 12 for n in (columns, len(names)))
-    axes.set_xticks(range(0, columns, across), range(1, columns + 1, across))
-    axes.set_yticks(range(0, len(names), down), names[::down])
-    if columns <= 24:
-        axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
-        axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="both", length=0, labelsize=9)
+    axes.invert_yaxis()
+    axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_visible(False)
 
 
 def objectives(path, sheets):
     """A column for each objective: draws of f, the masks M_h and M_g of the middle draw, singular values.
 
-    sheets  dicts {"title", "paper", "length", "draws": [(f, rows)], "singular_values"}, where rows are the
-            queries (position, cut, weight) of f
+    sheets  dicts {"title", "length", "draws": [(f, rows)], "singular_values"}, where rows are the queries
+            (position, cut, weight) of f
     """
     figure = new_figure(path, max(6, 3.6 * len(sheets)), 7.5)
     for part, sheet in zip(figure.subfigures(1, len(sheets), squeeze=False, wspace=0.04)[0], sheets):
         axes = part.subplot_mosaic([["f", "f"], ["h", "g"], ["s", "s"]], height_ratios=[1, 1.1, 1])
-        paper = f"\n{sheet['paper']}" if len(sheets) == 1 else ""
-        part.suptitle(sheet["title"] + paper, size=13, color=INK)
+        part.suptitle(sheet["title"], size=13, color=INK)
         groups, middle = np.array([f for f, _ in sheet["draws"]]), len(sheet["draws"]) // 2  # (draws, S)
         shades = np.where(groups < 2, 0.1 * groups, 0.35 + 0.5 * (groups - 2) / max(1, groups.max() - 2))
-        names = [f"draw {k + 1}" for k in range(len(groups))]
-        aspect = "equal" if sheet["length"] <= 24 else "auto"
-        cells(axes["f"], shades, "group index f of position i", "Blues", names, aspect)
+        cells(axes["f"], shades, "group index f of position i", "Blues",
+              [f"draw {k + 1}" for k in range(len(groups))])
         for (row, i), group in np.ndenumerate(groups) if sheet["length"] <= 16 else ():
             colour = "white" if shades[row, i] > 0.6 else INK
-            axes["f"].text(i, row, group, ha="center", va="center", size=10, color=colour)
+            axes["f"].text(i + 0.5, row + 0.5, group, ha="center", va="center", size=10, color=colour)
+
         which = f"\nof draw {middle + 1}" if len(groups) > 1 else ""
         f, rows = groups[middle], sheet["draws"][middle][1]
         cells(axes["h"], (0 < f) & (f <= f[:, None]), "$M_h$, content" + which, "Blues", range(1, len(f) + 1))
@@ -125,8 +121,8 @@ def objectives(path, sheets):
             rows = [(p, cut, own.get(p, 0)) for p, cut in enumerate(f)]
         heaviest = max(weight for *_, weight in rows)
         seen = [(0 < f) * (f < cut) * (weight / heaviest) for _, cut, weight in rows]
-        cells(axes["g"], seen, "$M_g$, queries" + which, "Oranges", [p + 1 for p, *_ in rows],
-              "equal" if len(rows) == len(f) else "auto")
+        cells(axes["g"], seen, "$M_g$, queries" + which, "Oranges", [p + 1 for p, *_ in rows])
+
         values = sheet["singular_values"]
         axes["s"].plot(range(1, len(values) + 1), values, "o-", color=RED)
         style(axes["s"], ylim=(0, 1.08), xlabel="j", ylabel=r"singular value $\sigma_j$")
@@ -256,7 +252,8 @@ def toy(path, results):
     ts, losses = results["bottlenecks"][:-1], results["losses"]  # the last bottleneck is none
     noises, colour = sorted({row["eps"] for row in results["rows"]}), colours(results["rows"])
     clean, noisy = (of_noise(results["rows"], eps) for eps in (noises[0], noises[-1]))
-    height, every = 0.8 * (1 + len(noisy)), np.arange(1, max(ts) + 1)
+    height, most = 0.8 * (1 + len(noisy)), max(ts, default=1)
+    every = np.arange(1, most + 1)
     figure = new_figure(path, 12, height + 5.7)
     upper, lower = figure.subfigures(2, 1, height_ratios=[height, 5.7])
     lanes = upper.subplots(len(noisy), len(losses), sharex=True, sharey=True, squeeze=False)
@@ -268,7 +265,7 @@ def toy(path, results):
             panel.plot(every, np.array(row["exact"])[every - 1], **how)
             panel.plot(ts, errors.T, ".", markersize=4, alpha=0.5, **how)
             panel.plot(ts, errors.mean(0), "o", markeredgecolor="black", **how)
-            if row["needs"] <= max(ts):
+            if row["needs"] <= most:
                 panel.axvline(row["needs"], color="black", linewidth=1, linestyle=":")
         name = f"{row['objective']}\nneeds {row['needs']}"
         lane[0].set_ylabel(name, rotation=0, ha="right", va="center", size=8)
