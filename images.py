@@ -41,15 +41,16 @@ LARGEST = 1 << 26    # pixels that one image may have
 class ImageSet:
     """Images of one size, in memory or memory-mapped."""
 
-    images: np.ndarray  # uint8 (N, size, size, 3), RGB
-    labels: np.ndarray  # int64 (N,)
+    images: np.ndarray         # uint8 (N, size, size, 3), RGB
+    labels: np.ndarray         # int64 (N,)
+    places: np.ndarray = None  # (N,), the path of each, or its number where it has no file of its own
 
     def __len__(self):
         return len(self.labels)
 
     def only(self, rows):
         """The images with these numbers."""
-        return ImageSet(self.images[rows], self.labels[rows])
+        return ImageSet(*(x if x is None else x[rows] for x in (self.images, self.labels, self.places)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def load_images(source, size=None):
     root = Path(source)
     if source == "shapes":
         classes, size = tuple(SHAPES), size or 32
-        train, val = ImageSet(*shapes(8000, size, seed=0)), ImageSet(*shapes(2000, size, seed=1))
+        train, val = (ImageSet(*shapes(count, size, seed), np.arange(count))
+                      for seed, count in enumerate((8000, 2000)))
     elif read_manifest(root):
         return open_images(root, size)
     else:
@@ -94,10 +96,28 @@ def load_images(source, size=None):
         if total > IN_MEMORY:
             raise BadInput(f"{root} holds {total / 1e9:.1f} GB of pixels, too many for memory; prepare them "
                            f"once and give that folder: python data.py images {root} --size {size} --out DIR")
-        train, val = (ImageSet(np.concatenate([*decoded(found, size)]), labels)
-                      for found, labels in sides.values())
+        train, val = (decode_all(found, labels, size) for found, labels in sides.values())
     counts = sum(map(channel_histogram, np.array_split(train.images, 1 + len(train) // 1000)))
     return Images(str(source), size, classes, *moments(counts), train, val)
+
+
+def load_unlabelled(source, size):
+    """All images of a folder and of those below it, or one file, to predict their classes; of other sources
+    that load_images knows those for validation. Labels are 0 -> ImageSet."""
+    root = Path(source)
+    if source == "shapes" or cifar_files(root) or read_manifest(root):
+        return load_images(source).val
+    files = sorted(files_in(root), key=str) if root.is_dir() else [root]
+    files = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not files:
+        raise BadInput(f"{root} is neither a folder of images (of {', '.join(FORMATS)}) nor one of them")
+    return decode_all(files, np.zeros(len(files), np.int64), size)
+
+
+def decode_all(found, labels, size):
+    """Files, or pixels of CIFAR, and their labels -> ImageSet in memory."""
+    places = np.arange(len(found)) if isinstance(found, np.ndarray) else np.array(list(map(str, found)))
+    return ImageSet(np.concatenate([*decoded(found, size)]), labels, places)
 
 
 # ---------------------------------------------------------------------------- files
@@ -119,7 +139,6 @@ def files_in(folder, above=()):
             raise BadInput(f"{entry.path} is neither a file nor a folder: a link to nothing, or a device")
 
 
-@functools.cache
 def find_images(root, val_fraction=0.1):
     """Images as they come -> class names, their size, {side: (files, or pixels of CIFAR; labels (N,))}."""
     if cifar_files(root):
@@ -253,7 +272,7 @@ def new_folder(out, sources):
         raise BadInput(f"{out} lies inside the input and would be read with it; write to another folder")
     partial = out.with_name(out.name + ".partial")
     if os.path.lexists(partial):  # never removed: it may be of somebody else
-        raise BadInput(f"{partial} exists: data.py is writing it, or was killed; remove it then")
+        raise BadInput(f"{partial} exists: another command is writing it, or was killed; remove it then")
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -298,8 +317,11 @@ def open_images(folder, size=None):
     if size not in (None, own):
         raise BadInput(f"{folder} holds images of {own} x {own} pixels, not {size} x {size}; make another "
                        f"with python data.py images INPUT --size {size} --out DIR")
-    sets = [ImageSet(np.memmap(folder / f"{side}.bin", np.uint8, "r").reshape(-1, own, own, 3),
-                     np.fromfile(folder / f"{side}.labels.bin", np.int64)) for side in ("train", "val")]
+    sets = []
+    for side in ("train", "val"):
+        labels = np.fromfile(folder / f"{side}.labels.bin", np.int64)
+        pixels = np.memmap(folder / f"{side}.bin", np.uint8, "r").reshape(-1, own, own, 3)
+        sets.append(ImageSet(pixels, labels, np.arange(len(labels))))
     return Images(str(folder), own, classes, tuple(manifest["mean"]), tuple(manifest["std"]), *sets)
 
 

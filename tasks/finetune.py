@@ -1,19 +1,28 @@
 """Fine-tuning on labelled text and images, and GLUE; all commands of evaluate.py that need labels.
 
-    python evaluate.py finetune CKPT --data my.csv --label-fraction 0.1 --seeds 3
+    python evaluate.py finetune CKPT --data my.csv --out CLASSIFIER
+    python evaluate.py predict CLASSIFIER --data new.csv --csv classes.csv    or new.txt, or images
     python evaluate.py glue CKPT --glue-dir DIR --tasks all --seeds 3 --submit DIR        Table 2
 
 Text follows the Cramming protocol: all weights, a new linear layer on the pooled features, dropout 0.1,
 AdamW, cosine decay, 5 epochs of batches of 16. Images follow MAE's (He et al. 2021, A.1) without RandAugment
 and random erasing. The last epoch counts: dev labels choose nothing. In --json, `places` says which row of
 its file (from 0, below the names of the columns) or which image file each prediction is of.
+
+A classifier is a folder: classifier.pt, a checkpoint of the fine-tuned weights with the new layer beside
+them, and metrics.jsonl, the mean loss of each epoch and at last the metrics on the dev examples.
 """
 
+import contextlib
 import copy
+import csv
+import io
 import itertools
+import json
 import math
 import statistics
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +31,13 @@ from torch import nn
 from tqdm import tqdm
 
 from data import prefetch
-from images import Patches, mix, patchify, unpatchify
+from images import Patches, load_unlabelled, mix, new_folder, patchify, unpatchify
 from objectives import describe
-from run import warmup_cosine
+from run import choose_autocast, choose_device, load_checkpoint, load_run, save_checkpoint, warmup_cosine
 from tasks import glue, probe
 from tasks.hub import open_run
-from util import BadInput, positive, printable, table
+from tasks.probe import show
+from util import BadInput, positive, printable, table, write_text
 
 # ---------------------------------------------------------------------------- protocols
 
@@ -140,12 +150,12 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------- the loop
 
 def optimise(model, batches, loss, steps, protocol, autocast, title):
-    """Train on batches(epoch), pairs (Inputs, targets), `steps` in all -> the last epoch's mean loss."""
+    """Train on batches(epoch), pairs (Inputs, targets), `steps` in all -> each epoch's mean loss."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.groups(), betas=(0.9, protocol.beta2), eps=protocol.eps,
                                   fused=device.type in ("cuda", "cpu"))
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step = 0
+    step, losses = 0, []
     model.train()
     with tqdm(total=steps, desc=title, unit=" steps", leave=False, mininterval=1) as bar:
         for epoch in range(protocol.epochs):
@@ -165,17 +175,17 @@ def optimise(model, batches, loss, steps, protocol, autocast, title):
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
-            mean_loss = running.item() / (step - first)
-            if not math.isfinite(mean_loss):
-                raise BadInput(f"the loss is {mean_loss} in epoch {epoch + 1}; try a smaller --lr than "
+            losses.append(running.item() / (step - first))
+            if not math.isfinite(losses[-1]):
+                raise BadInput(f"the loss is {losses[-1]} in epoch {epoch + 1}; try a smaller --lr than "
                                f"{protocol.lr:g}")
-            bar.set_postfix_str(f"loss {mean_loss:.3f}")
-    return mean_loss
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    return losses
 
 
 @torch.no_grad()
-def class_scores(model, run, prepared, autocast):
-    """The scores (N, classes) or (N, 1) of all examples, in order."""
+def predict(model, run, prepared, autocast=probe.PLAIN):
+    """-> (class numbers (N,), probabilities (N, classes)), or (scores (N,), None)."""
     model.eval()
     scores = np.empty((len(prepared), model.head[1].out_features), np.float32)
     for rows, batch in probe.every_batch(run, prepared):
@@ -184,13 +194,9 @@ def class_scores(model, run, prepared, autocast):
     if not np.isfinite(scores).all():
         raise BadInput(f"the fine-tuned network's scores are not finite; try a smaller --lr than "
                        f"{model.protocol.lr:g}")
-    return scores
-
-
-def predict(model, run, prepared, autocast=probe.PLAIN):
-    """Class numbers, or scores, (N,)."""
-    scores = class_scores(model, run, prepared, autocast)
-    return scores[:, 0] * model.spread + model.mean if model.classes is None else scores.argmax(1)
+    if model.classes is None:
+        return scores[:, 0] * np.float64(model.spread) + model.mean, None
+    return scores.argmax(1), torch.from_numpy(scores).softmax(1).numpy()
 
 
 # ---------------------------------------------------------------------------- text, images
@@ -223,7 +229,7 @@ def image_training(run, images, classes, protocol, seed, mix_seed):
 
 
 def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLAIN, title=""):
-    """Fine-tune a copy of run.model -> the Classifier, the last epoch's mean loss.
+    """Fine-tune a copy of run.model -> the Classifier, each epoch's mean loss.
 
     prepared  what probe.prepare makes of a part
     labels    class numbers (N,), or where `classes` is None scores (N,), learned in units of their deviation
@@ -251,28 +257,29 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
 
 def fine_tune_seeds(run, data, protocol, seeds, autocast, tests=None):
     """Fine-tune on a Dataset with seeds 0 .. seeds - 1 -> what the commands report: each metric on the dev
-    parts, labels, predictions and where their examples stand; and of each seed its predictions on `tests`
-    {name: prepared}."""
+    parts, labels, predictions and where their examples stand; of each seed its predictions on `tests`
+    {name: prepared}; and the first seed's Classifier."""
     train = probe.prepare(run, data.train)
     dev = {suffix: probe.prepare(run, part) for suffix, part in data.dev.items()}
-    losses, predicted, submitted = [], {suffix: [] for suffix in dev}, []
+    figures, predicted, submitted, first = [], {suffix: [] for suffix in dev}, [], None
     for seed in range(seeds):
-        model, loss = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
-                                printable(f"{data.name} seed {seed}"))
-        losses.append({"train_loss": loss})
-        submitted.append({name: predict(model, run, prepared, autocast)
+        model, losses = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
+                                  printable(f"{data.name} seed {seed}"))
+        first = first or model
+        figures.append({"train_loss": losses[-1], "epochs": losses})
+        submitted.append({name: predict(model, run, prepared, autocast)[0]
                           for name, prepared in (tests or {}).items()})
         for suffix, prepared in dev.items():
-            predicted[suffix].append(predict(model, run, prepared, autocast))
+            predicted[suffix].append(predict(model, run, prepared, autocast)[0])
     results = {"classes": data.classes, "train": len(train), "dev": sum(map(len, dev.values())),
-               "figures": losses}
+               "figures": figures}
     for suffix, part in data.dev.items():
         found, true = predicted[suffix], part.labels
         results |= {metric + suffix: summary(metric, found, true, data) for metric in data.metrics}
         results |= {"labels" + suffix: true, "predictions" + suffix: found, "places" + suffix: part.places}
         if data.classes is not None:
             results["correct" + suffix] = [(one == true).astype(int) for one in found]
-    return results, submitted
+    return results, submitted, first
 
 
 def summary(metric, predicted, true, data):
@@ -286,9 +293,38 @@ def summary(metric, predicted, true, data):
             "interval": glue.interval(metric, predicted[0], true) if one else None}
 
 
+# ---------------------------------------------------------------------------- classifiers as files
+
+def save_classifier(folder, model, run, data, results):
+    """Write a classifier of `fine_tune` and its curve. The weights replace those of a checkpoint of `run`, so
+    that every command can open it; of images what only pretraining needs stays as it was."""
+    new = {"classes": data.classes, "mean": float(model.mean), "spread": float(model.spread),
+           "columns": data.columns, "protocol": asdict(model.protocol), "head": model.head.state_dict(),
+           "checkpoint": run.name, "data": data.name}
+    save_checkpoint(Path(folder, "classifier.pt"), {
+        "settings": asdict(run.settings), "model_config": asdict(run.model.config), "step": run.step,
+        "tokenizer": run.tokenizer and run.tokenizer.to_json(),
+        "model": {**run.model.state_dict(), **model.encoder.state_dict()}, "classifier": new})
+    rows = [{"epoch": k, "loss": loss} for k, loss in enumerate(results["figures"][0]["epochs"], 1)]
+    rows.append({metric: x["seeds"][0] for metric, x in results.items() if isinstance(x, dict)})
+    write_text(Path(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load_classifier(folder, device="cpu"):
+    """-> (Classifier, the Run that `predict` takes with it, columns of text that it was trained on)."""
+    path = Path(folder, "classifier.pt")
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; give a folder that evaluate.py finetune --out wrote")
+    run, saved = load_run(path, device), load_checkpoint(path)["classifier"]
+    protocol = Protocol(**saved["protocol"])
+    model = Classifier(run, saved["classes"], protocol, 0, saved["mean"], saved["spread"])
+    model.head.load_state_dict(saved["head"])
+    return model.to(device), run, saved["columns"]
+
+
 # ---------------------------------------------------------------------------- commands
 
-def print_scores(name, results):
+def print_scores(args, name, results):
     """The metrics of one data set; of at most ten classes how often which was taken for which, all seeds
     together."""
     classes, rows = results["classes"], []
@@ -310,18 +346,56 @@ def print_scores(name, results):
                 np.add.at(counts, (results["labels" + suffix], predicted), 1)
             rows = [["  " + true, *map(str, row)] for true, row in zip(classes, counts)]
             lines.append(table([[f"  true{suffix} \\ predicted", *classes], *rows]))
-    print(printable("\n".join(lines)))
+    show(args, "\n".join(lines))
 
 
 def finetune_command(args):
+    if args.out and args.checkpoint.startswith("hf:"):
+        raise BadInput(f"--out is for checkpoints of train.py; {args.checkpoint} is of another package")
     run, autocast = open_run(args)
-    protocol, data = protocol_of(args, run), probe.labelled_data(args, run, args.data)
-    results, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast)
-    if args.json != "-":
-        print(printable(f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
-                        f"{protocol.attention} attention; scores x 100 on dev examples"))
-        print_scores(data.name, results)
+    with new_folder(args.out, [args.data]) if args.out else contextlib.nullcontext() as folder:
+        protocol, data = protocol_of(args, run), probe.labelled_data(args, run, args.data)
+        results, _, model = fine_tune_seeds(run, data, protocol, args.seeds, autocast)
+        if folder:
+            save_classifier(folder, model, run, data, results)
+    show(args, f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
+               f"{protocol.attention} attention; scores x 100 on dev examples")
+    print_scores(args, data.name, results)
+    if folder:
+        show(args, f"{args.out} is a classifier now: python evaluate.py predict {args.out} --data FILE")
     return {"protocol": asdict(protocol), "results": {"data": data.name, **results}}, run
+
+
+def predict_command(args):
+    device = choose_device(args.device)
+    model, run, columns = load_classifier(args.checkpoint, device)
+    autocast, _ = choose_autocast(device, args.dtype)
+    if args.text_column_b and len(columns) < 2:
+        raise BadInput(f"--text-column-b {args.text_column_b} is for pairs of texts, and {args.checkpoint} "
+                       "was not trained on pairs")
+    if run.tokenizer is None:
+        part, texts = load_unlabelled(args.data, run.model.config.size), {}
+    else:
+        columns = [given or own for given, own in zip((args.text_column, args.text_column_b), columns)]
+        part = glue.read_texts(args.data, columns)
+        texts = dict(zip(columns, zip(*part.texts)))
+    predicted, probabilities = predict(model, run, probe.prepare(run, part), autocast())
+    if model.classes is None:
+        found = {"score": predicted.tolist()}
+    else:
+        found = {"class": [model.classes[k] for k in predicted], "probability": probabilities.max(1).tolist()}
+    content = {"file or row": part.places.tolist(), **texts, **found}
+    rows = [list(content)]
+    for row in zip(*content.values()):
+        rows.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row])
+    if args.csv:
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+        write_text(args.csv, lines.getvalue())
+    short = [[place, *(" ".join(cell.split())[:40] for cell in cells)] for place, *cells in rows[:11]]
+    show(args, table(short) + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
+    return {"results": {"data": args.data, "classes": model.classes, "places": part.places, **found,
+                        "probabilities": probabilities}}, run
 
 
 def glue_command(args):
@@ -333,22 +407,24 @@ def glue_command(args):
     for name in (task for task in tasks if task != "ax"):
         data = glue.glue_dataset(args.glue_dir, name)
         data = replace(data, train=probe.at_most(data.train, args.max_train))
-        by_this = ([name, "ax"] if name == "mnli" and "ax" in tasks else [name]) if args.submit else []
-        task_of = {file: (task, test) for task in by_this for file, test in glue.server_files(task).items()}
-        tests = {file: probe.prepare(run, glue.test_part(args.glue_dir, *of)) for file, of in task_of.items()}
-        done[name], predictions = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
+        by_this = [name] + ["ax"] * (name == "mnli" and "ax" in tasks) if args.submit else []
+        tests = {}
+        for task in by_this:
+            for file, test in glue.server_files(task).items():
+                texts = glue.read_texts(glue.task_file(args.glue_dir, task, test), glue.TASKS[task].text)
+                tests[file] = probe.prepare(run, texts)
+        done[name], predictions, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
         for files, found in zip(submissions, predictions):
-            files |= {file: glue.prediction_file(task_of[file][0], x) for file, x in found.items()}
-        if args.json != "-":
-            print_scores(glue.TASKS[name].folder, done[name])
+            files |= {file: glue.prediction_file(data.classes, x) for file, x in found.items()}
+        print_scores(args, glue.TASKS[name].folder, done[name])
     row = glue.table2_row(done)
     results = {"split": "dev", "tasks": done, "table2": row,
                "average": statistics.fmean(row.values()) if row else None}
-    if args.json != "-" and row:
+    if row:
         cells = {**row, "mean": results["average"]}
         scores = [f"{100 * score:.1f}" for score in cells.values()]
-        print(printable(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of "
-                        f"Table 2's 9\n{table([['', *cells], ['dev', *scores]])}"))
+        show(args, f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's "
+                   f"9\n{table([['', *cells], ['dev', *scores]])}")
     if args.submit:
         paths = [f"{args.submit}/seed{seed}.zip" for seed in range(args.seeds)]
         for path, files in zip(paths, submissions):
@@ -356,9 +432,7 @@ def glue_command(args):
         wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
         missing = [file for file in wanted if file not in submissions[0]]
         results |= {"submissions": paths, "not_in_submission": missing}
-        if args.json != "-":
-            missing = ", ".join(missing) or "a gap"
-            print(printable(f"for the GLUE server: {', '.join(paths)}, without {missing}"))
+        show(args, f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
     return {"protocol": asdict(protocol), "results": results}, run
 
 
@@ -410,3 +484,11 @@ def add_commands(command):
                                      "5e-4 x batch/256, vit-tiny 2e-3 x batch/256)")
         if name == "finetune":
             add("--regression", action="store_true", help="labels are scores (default: if fractions)")
+            add("--out", metavar="DIR", help="keep the classifier (of several seeds the first) for predict")
+    text = "the classes of new texts or images, by a classifier that finetune --out wrote"
+    add = command("predict", predict_command, text).add_argument
+    add("--data", required=True, help="a table as for finetune, a .txt file with one text a line, a folder "
+                                      "of images, or an image")
+    add("--text-column", metavar="NAME", help="default: as in training")
+    add("--text-column-b", metavar="NAME", help="the same")
+    add("--csv", metavar="FILE", help="write file or row, text, class and probability")

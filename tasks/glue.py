@@ -84,6 +84,7 @@ class Dataset:
     metrics: tuple
     train: Part
     dev: dict
+    columns: tuple = ()  # of the file that held the texts
 
 
 # ---------------------------------------------------------------------------- tables
@@ -224,32 +225,32 @@ def task_key(name):
 def choose_tasks(text, glue_dir, submit=None):
     """Names of tasks with commas -> keys of TASKS; all: those of Table 2 whose files are there. What is not
     there is refused or told: better now than after hours."""
-    lacking, names = {name: missing_files(glue_dir, name, submit) for name in TASKS}, []
+    lacking, names = {name: missing_file(glue_dir, name, submit) for name in TASKS}, []
     for name in map(task_key, text.split(",")):
         if name == "all":
-            others = [f"{TASKS[one].folder} ({lacking[one][0].name})" for one in TABLE2 if lacking[one]]
-            if len(others) == len(TABLE2):
-                raise BadInput(f"{glue_dir} has the files of no GLUE task; they are at {ADDRESS}")
+            names += [one for one in TABLE2 if not lacking[one]]
+            others = [f"{TASKS[one].folder} ({lacking[one].name})" for one in TABLE2 if lacking[one]]
             if others:
                 note(f"left out, as files are not in {glue_dir}: {', '.join(others)}")
-            names += [one for one in TABLE2 if not lacking[one]]
         elif name not in TASKS:
             raise BadInput(f"there is no GLUE task {name!r}; choose from all, {', '.join(TASKS)}")
         elif lacking[name]:
-            raise BadInput(f"{lacking[name][0]} is not there; it is part of GLUE's {name}, from {ADDRESS}")
+            raise BadInput(f"{lacking[name]} is not there; it is part of GLUE's {name}, from {ADDRESS}")
         else:
             names.append(name)
+    if not names:
+        raise BadInput(f"{glue_dir} has the files of no GLUE task; they are at {ADDRESS}")
     if "ax" in names and not (submit and "mnli" in names):
         raise BadInput("ax has no training part: the mnli model predicts it, with --submit DIR and mnli "
                        "among the --tasks")
     return list(dict.fromkeys(names))
 
 
-def missing_files(glue_dir, name, submit=None):
-    files = []
-    for _, dev, test in TASKS[name].parts:
-        files += ["train.tsv", dev] * bool(dev) + [test] * bool(submit)
-    return [path for path in (task_file(glue_dir, name, file) for file in files) if not path.is_file()]
+def missing_file(glue_dir, name, submit=None):
+    """The first file of a task that is not there, or None."""
+    files = [file for _, dev, test in TASKS[name].parts
+             for file in (["train.tsv", dev] * bool(dev) + [test] * bool(submit))]
+    return next((path for file in files if not (path := task_file(glue_dir, name, file)).is_file()), None)
 
 
 def task_file(glue_dir, name, file):
@@ -270,7 +271,7 @@ def glue_dataset(glue_dir, name):
 
     train = part("train.tsv")
     dev = {suffix: part(file) for suffix, file, _ in task.parts}
-    return Dataset(name, task.labels, task.metrics, train, dev)
+    return Dataset(name, task.labels, task.metrics, train, dev, task.text)
 
 
 def table_dataset(path, dev=None, regression=False, text="text", text_b=None, label="label", seed=0):
@@ -282,7 +283,8 @@ def table_dataset(path, dev=None, regression=False, text="text", text_b=None, la
                            f"label, pydoc, or a GLUE task: {', '.join(TASKS)}")
     if text_b is None and "text_b" in next(read_rows(path), (0, {}))[1]:
         text_b = "text_b"
-    tables = [read_table(file, (text, text_b) if text_b else (text,), label) for file in (path, dev) if file]
+    columns = (text, text_b) if text_b else (text,)
+    tables = [read_table(file, columns, label) for file in (path, dev) if file]
     classes = classes_of(tables[0], regression)
     parts = [numbered(table, classes) for table in tables]
     if not dev:
@@ -297,7 +299,19 @@ def table_dataset(path, dev=None, regression=False, text="text", text_b=None, la
     if again:
         note(f"{dev or path}: {again:,} of {len(tested):,} dev texts are trained on, too")
     metrics = ("pearson", "spearman") if classes is None else ("accuracy", "matthews")
-    return Dataset(str(path), classes, metrics, parts[0], {"": parts[1]})
+    return Dataset(str(path), classes, metrics, parts[0], {"": parts[1]}, columns)
+
+
+def read_texts(path, columns):
+    """Texts without labels, of a table or of the lines of a .txt file, as a Part."""
+    if Path(path).suffix.lower() != ".txt":
+        texts = read_table(path, tuple(columns)).texts
+    elif len(columns) == 1:
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").removesuffix("\n").split("\n")
+        texts = [(line,) for line in lines]
+    else:
+        raise BadInput(f"{path} has one text a line; pairs are read from a table with columns {columns}")
+    return Part(texts, places=np.arange(len(texts)))
 
 
 def pydoc_dataset(packages=12, size=300):
@@ -323,7 +337,7 @@ def pydoc_dataset(packages=12, size=300):
             texts[dev].extend((passage,) for passage in found)
             labels[dev].extend([k] * len(found))
     train, dev = (Part(texts[side], np.array(labels[side]), np.arange(len(labels[side]))) for side in (0, 1))
-    return Dataset("pydoc", classes, ("accuracy", "matthews"), train, {"": dev})
+    return Dataset("pydoc", classes, ("accuracy", "matthews"), train, {"": dev}, ("text",))
 
 
 def passages(text, size):
@@ -412,15 +426,9 @@ def server_files(name):
     return {f"{TASKS[name].folder}{suffix}.tsv": test for suffix, _, test in TASKS[name].parts}
 
 
-def test_part(glue_dir, name, file):
-    """The texts of a test file, every row of it: a submission counts rows."""
-    return Part(read_table(task_file(glue_dir, name, file), TASKS[name].text).texts)
-
-
-def prediction_file(name, predicted):
-    """Class numbers (N,) or scores (N,) of a test part -> the file that the GLUE server expects."""
-    labels = TASKS[name].labels
-    cells = [f"{min(max(x, 0), 5):.3f}" if labels is None else labels[x] for x in predicted]
+def prediction_file(classes, predicted):
+    """Class numbers (N,) or scores (N,) of a test file -> the file that the GLUE server expects."""
+    cells = [f"{min(max(x, 0), 5):.3f}" if classes is None else classes[x] for x in predicted]
     return "\n".join(["index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells)), ""])
 
 
@@ -455,8 +463,6 @@ def authors_dataset(folder, out, train=16, dev=40, characters=600):
     def cut(path, count):
         """`count` pieces of whole words at random, white space made single."""
         text = " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
-        if "\ufffd" in text:
-            note(f"{path}: {text.count(chr(0xfffd)):,} characters are not UTF-8, and read as U+FFFD")
         margin = len(text) // 20  # neither title page nor index
         starts = rng.integers(margin, max(margin + 1, len(text) - margin - characters), size=count)
         pieces = (text[start:start + characters] for start in sorted(starts))

@@ -12,7 +12,7 @@ averaged over the tokens; of text under causal attention the last token's are ta
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import prefetch
-from images import ImageSet, Patches, cifar_files, find_images, load_images
+from images import ImageSet, Patches, load_images, read_manifest
 from objectives import describe
 from run import warmup_cosine
 from tasks import glue
@@ -38,27 +38,10 @@ FEW = 1000  # examples; with fewer, the strength is chosen on each fifth in turn
 
 # ---------------------------------------------------------------------------- labelled data
 
-@dataclass(frozen=True)
-class PlacedImages(ImageSet):
-    """Images, and the file of each, or its number where it has none of its own."""
-
-    places: np.ndarray
-
-    def only(self, rows):
-        return PlacedImages(self.images[rows], self.labels[rows], self.places[rows])
-
-
 def labelled_images(source, size):
-    """An image set with classes as a Dataset."""
-    try:
-        images = load_images(source, size)
-    except BadInput:
-        images = load_images(source)  # of a prepared set, say: each batch is resized when it is read
-    root, places = Path(source), np.arange(len(images.val))
-    if root.is_dir() and not (root / "manifest.json").exists() and not cifar_files(root):
-        places = np.array(list(map(str, find_images(root)[2]["val"][0])))
-    dev = PlacedImages(images.val.images, images.val.labels, places)
-    return Dataset(images.name, images.classes, ("accuracy",), images.train, {"": dev})
+    """An image set with classes as a Dataset. What is prepared stays as it is: batches are resized."""
+    images = load_images(source, None if read_manifest(source) else size)
+    return Dataset(images.name, images.classes, ("accuracy",), images.train, {"": images.val})
 
 
 def labelled_data(args, run, source=None, seed=0):
@@ -73,15 +56,13 @@ def labelled_data(args, run, source=None, seed=0):
     else:
         data = glue.table_dataset(source, args.dev, getattr(args, "regression", False), args.text_column,
                                   args.text_column_b, args.label_column)
-    chosen = glue.label_subset(data.train.labels, args.label_fraction, args.labels_per_class, seed)
-    data = replace(data, train=at_most(data.train.only(chosen), args.max_train),
+    train, fraction, each = data.train, args.label_fraction, args.labels_per_class
+    rows = glue.label_subset(train.labels, fraction, each, seed)
+    train = train if len(rows) == len(train.labels) else train.only(rows)  # all may stay on disk
+    data = replace(data, train=at_most(train, args.max_train),
                    dev={suffix: at_most(part, args.max_test) for suffix, part in data.dev.items()})
-    known = np.unique(data.train.labels)
-    if len(known) < 2:
+    if len(np.unique(data.train.labels)) < 2:
         raise BadInput(f"{source} has only one label among its training examples: nothing to tell apart")
-    unknown = sum((~np.isin(part.labels, known)).sum() for part in data.dev.values())
-    if data.classes is not None and unknown:
-        glue.note(f"{source}: {unknown:,} dev examples are of classes that no training example has")
     return data
 
 
@@ -310,6 +291,12 @@ def figures(predicted, train_y, test_y, **settings):
 
 # ---------------------------------------------------------------------------- commands
 
+def show(args, text):
+    """Print for people, unless standard output is for --json."""
+    if args.json != "-":
+        print(printable(text))
+
+
 def probe(args, run, autocast, source):
     """A classifier on the features of each layer that was asked for, of one labelled set -> dict."""
     data = labelled_data(args, run, source, args.seed)
@@ -337,14 +324,13 @@ def probe_command(args):
     if args.pixels and run.tokenizer is not None:
         raise BadInput(f"--pixels is for images, and {run.name} was trained on text")
     results = probe(args, run, autocast, args.data)
-    if args.json != "-":
-        *_, last = results["layers"].values()
-        print(printable(f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, "
-                        f"{results['pool']} pooling, {results['attention']} attention\n"
-                        f"{len(results['classes'])} classes: {glue.listed(results['classes'])}; "
-                        f"{last['train']:,} training and {last['test']:,} dev examples\n"))
-        rows = [[name, percent(found)] for name, found in results["layers"].items()]
-        print(table([["layer", "accuracy, %"], *rows, ["largest class", f"{100 * last['majority']:.1f}"]]))
+    *_, last = results["layers"].values()
+    rows = [[name, percent(found)] for name, found in results["layers"].items()]
+    rows = [["layer", "accuracy, %"], *rows, ["largest class", f"{100 * last['majority']:.1f}"]]
+    show(args, f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, {results['pool']} "
+               f"pooling, {results['attention']} attention\n{len(results['classes'])} classes: "
+               f"{glue.listed(results['classes'])}; {last['train']:,} training and {last['test']:,} dev "
+               f"examples\n\n{table(rows)}")
     return {"results": results}, run
 
 
@@ -359,10 +345,9 @@ def transfer_command(args):
         sets.append({"data": found["data"], "classes": len(found["classes"]),
                      "size": run.model.config.size, "places": found["places"], **last})
     mean = sum(row["accuracy"] for row in sets) / len(sets)
-    if args.json != "-":
-        rows = [[row["data"], str(row["classes"]), f"{row['train']:,}", f"{100 * row['majority']:.1f}",
-                 percent(row)] for row in sets]
-        print(printable(table([["", "classes", "training", "largest class", "accuracy, %"], *rows,
-                               ["mean", "", "", "", f"{100 * mean:.1f}"]])))
+    rows = [[row["data"], str(row["classes"]), f"{row['train']:,}", f"{100 * row['majority']:.1f}",
+             percent(row)] for row in sets]
+    show(args, table([["", "classes", "training", "largest class", "accuracy, %"], *rows,
+                      ["mean", "", "", "", f"{100 * mean:.1f}"]]))
     results = {"pool": found["pool"], "attention": found["attention"], "sets": sets, "mean": mean}
     return {"results": results}, run

@@ -1,6 +1,8 @@
 """Fine-tuning learns, repeats, leaves the network alone, and gives each layer its rate."""
 
+import csv
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -35,7 +37,7 @@ def texts(run, count, longest=7):
 
 def loss_of(run, prepared, labels, seed=0, **changes):
     protocol = dataclasses.replace(QUICK, epochs=2, **changes)
-    return finetune.fine_tune(run, prepared, labels, range(3), protocol, seed)[1]
+    return finetune.fine_tune(run, prepared, labels, range(3), protocol, seed)[1][-1]
 
 
 # ---------------------------------------------------------------------------- text
@@ -46,10 +48,10 @@ def test_fine_tuning_learns_classes_on_a_copy(run, attention, pool):
     labels = np.array([2 if "a" in text else int("e" in text) for text in words])
     before = [parameter.clone() for parameter in run.model.parameters()]
     protocol = dataclasses.replace(QUICK, attention=attention, pool=pool, epochs=8)
-    model, loss = finetune.fine_tune(run, prepared, labels, range(3), protocol, 0)
+    model, losses = finetune.fine_tune(run, prepared, labels, range(3), protocol, 0)
     assert np.bincount(labels).max() < 100
-    assert np.mean(finetune.predict(model, run, prepared) == labels) > 0.85
-    assert loss < 0.7 and all(map(torch.equal, before, run.model.parameters()))
+    assert np.mean(finetune.predict(model, run, prepared)[0] == labels) > 0.85
+    assert losses[-1] < 0.7 and all(map(torch.equal, before, run.model.parameters()))
     assert all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
@@ -57,7 +59,7 @@ def test_fine_tuning_learns_scores_of_any_size(run):
     words, prepared = texts(run, 200)
     scores = np.array([100 + 7.5 * text.count("a") / len(text) for text in words])
     model, _ = finetune.fine_tune(run, prepared, scores, None, dataclasses.replace(QUICK, epochs=8), 0)
-    predicted = finetune.predict(model, run, prepared)
+    predicted, _ = finetune.predict(model, run, prepared)
     assert glue.pearson(predicted, scores) > 0.85
     assert abs(predicted.mean() - scores.mean()) < 0.3 * scores.std()
 
@@ -109,8 +111,8 @@ def test_fine_tuning_of_images_learns_with_mixing():
 
     def tune(seed=0, **changes):
         changed = dataclasses.replace(protocol, **changes)
-        model, loss = finetune.fine_tune(run, train, train.labels, "abc", changed, seed)
-        return np.mean(finetune.predict(model, run, val) == val.labels), loss
+        model, losses = finetune.fine_tune(run, train, train.labels, "abc", changed, seed)
+        return np.mean(finetune.predict(model, run, val)[0] == val.labels), losses[-1]
 
     accuracy, loss = tune()
     assert accuracy > 0.9 and tune(lr=1e-9, epochs=1)[0] < 0.7
@@ -193,19 +195,73 @@ def test_what_finetune_says_of_its_scores(trained, tmp_path):
         assert [name, *map(str, cells)] in [row.split() for row in shown.splitlines()]
 
 
-def test_finetune_of_pairs_with_scores(trained, tmp_path):
-    run = trained("vl --mask 0.15,0.3")
-    table = tmp_path / "pairs.tsv"
-    table.write_text("a\tb\tscore\n" + "".join(f"one {k}\ttwo\t{k / 4}\n" for k in range(20)))
-    shown = call(f"evaluate.py finetune {run} --data {table} --text-column a --text-column-b b "
-                 "--label-column score --epochs 1")
-    assert "pearson" in shown and "spearman" in shown
+# ---------------------------------------------------------------------------- classifiers as files
+
+def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path):
+    """Of a table and of lines of text; of two seeds the first one's; its folder is whole, or not there."""
+    run, out, line = trained("vl --mask 0.15,0.3"), tmp_path / "out", "evaluate.py predict"
+    tune = f"evaluate.py finetune {run} --data {reviews} --epochs 2 --lr 1e-3 --seeds 2 --out {out}"
+    results = call_json(tune)["results"]
+    *losses, metrics = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert [row["loss"] for row in losses] == results["figures"][0]["epochs"] and losses[1]["epoch"] == 2
+    assert metrics["accuracy"] == results["accuracy"]["seeds"][0]
+    with pytest.raises(BadInput, match="out exists"):
+        call(tune)
+    found = call_json(f"{line} {out} --data {reviews} --csv {tmp_path / 'new.csv'}")["results"]
+    places, probabilities = results["places"], np.array(found["probabilities"])
+    names = [["neg", "pos"][k] for k in results["predictions"][0]]
+    assert [found["class"][k] for k in places] == names and found["places"] == list(range(160))
+    assert np.allclose(probabilities.sum(1), 1) and probabilities.shape == (160, 2)
+    with open(reviews) as file, open(tmp_path / "new.csv") as new:
+        texts, rows = [row["text"] for row in csv.DictReader(file)], list(csv.DictReader(new))
+    assert [row["text"] for row in rows] == texts and [row["class"] for row in rows] == found["class"]
+    sure = [float(row["probability"]) for row in rows]
+    assert np.allclose(sure, probabilities.max(1), atol=1e-4)
+    (tmp_path / "new.txt").write_text("".join(text + "\n" for text in texts))
+    lines = call_json(f"{line} {out} --data {tmp_path / 'new.txt'}")["results"]
+    assert lines["class"] == found["class"]
+    assert "the first 10 of 160" in call(f"{line} {out} --data {tmp_path / 'new.txt'}")
+    assert "perplexity" in call(f"evaluate.py perplexity {out / 'classifier.pt'} --max-sequences 4")
+    for wrong in (f"{line} {run} --data {reviews}", f"{line} {out} --data {reviews} --text-column-b label",
+                  f"{line} {out} --data {tmp_path / 'none.csv'}",
+                  f"evaluate.py finetune hf:x --data {reviews} --out {tmp_path / 'other'}"):
+        with pytest.raises((BadInput, OSError)):
+            call(wrong)
+    with pytest.raises(BadInput, match="smaller --lr"):
+        call(f"evaluate.py finetune {run} --data {reviews} --lr 1e30 --out {tmp_path / 'other'}")
+    assert not list(tmp_path.glob("other*"))
 
 
-def test_finetune_of_images(trained):
+def test_pairs_with_scores(trained, tmp_path):
+    out, table = tmp_path / "out", tmp_path / "pairs.tsv"
+    table.write_text("a\tb\tscore\n" + "".join(f"one {k}\ttwo\t{50 + k / 4}\n" for k in range(20)))
+    line = (f"evaluate.py finetune {trained('vl --mask 0.15,0.3')} --data {table} --text-column a "
+            f"--text-column-b b --label-column score --epochs 1 --out {out} --json {tmp_path / 'x.json'}")
+    shown = call(line)
+    assert "pearson" in shown and "spearman" in shown and "predict" in shown
+    results = json.loads((tmp_path / "x.json").read_text())["results"]
+    table.write_text(table.read_text().replace("a\tb", "c\tb"))  # another name, and no need of a label
+    found = call_json(f"evaluate.py predict {out} --data {table} --text-column c")["results"]
+    assert [found["score"][k] for k in results["places"]] == pytest.approx(results["predictions"][0])
+    assert found["classes"] is found["probabilities"] is None
+
+
+def test_images_and_their_files(trained, tmp_path):
+    pil, folder, out = pytest.importorskip("PIL.Image"), tmp_path / "data", tmp_path / "out"
+    for k in range(40):
+        path = folder / ("dark", "light")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pil.new("RGB", (40, 32), (k + 200 * (k % 2),) * 3).save(path)
     run = trained("ar --streams 2", data="shapes")
-    found = call_json(f"evaluate.py finetune {run} --data shapes --epochs 1 --max-train 96 --max-test 48 "
-                      "--batch-size 16")
-    assert found["protocol"]["lr"] == 2e-3 * 16 / 256 and found["protocol"]["attention"] == "causal"
-    assert found["results"]["places"] == sorted(found["results"]["places"])
-    assert found["results"]["train"] == 96 and len(found["results"]["correct"][0]) == found["results"]["dev"]
+    tuned = call_json(f"evaluate.py finetune {run} --data {folder} --epochs 1 --batch-size 8 --out {out}")
+    found = call_json(f"evaluate.py predict {out} --data {folder}")["results"]
+    assert tuned["protocol"]["lr"] == 2e-3 * 8 / 256 and tuned["protocol"]["attention"] == "causal"
+    assert len(found["places"]) == 40 and np.allclose(np.sum(found["probabilities"], 1), 1)
+    classes, results = dict(zip(found["places"], found["class"])), tuned["results"]
+    names = [results["classes"][k] for k in results["predictions"][0]]
+    assert results["train"] == 36 and [classes[place] for place in results["places"]] == names
+    assert "light/1.png" in call(f"evaluate.py predict {out} --data {folder / 'light' / '1.png'}")
+    probed = call_json(f"evaluate.py probe {run} --data {folder}")["results"]  # names the files, too
+    right = [place in results["places"] and probed["classes"][k] in place
+             for place, k in zip(probed["places"], probed["layers"]["last"]["predictions"])]
+    assert len(right) == 4 and right == list(map(bool, probed["layers"]["last"]["correct"]))

@@ -20,24 +20,26 @@ MRPC = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
 QQP = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
 COLA = ["source", "label", "mark", "sentence"]
 
+
+
+def layout(columns, *label):
+    """Columns of the three files of a task whose labels stand in the last one."""
+    return {"train.tsv": [*columns, *label], "dev.tsv": [*columns, *label], "test.tsv": columns}
+
+
 # {task: {file: columns}}; of CoLA's train and dev files the columns are not written
 LAYOUTS = {
-    "cola": {"train.tsv": COLA, "dev.tsv": COLA, "test.tsv": ["index", "sentence"]},
-    "sst2": {"train.tsv": ["sentence", "label"], "dev.tsv": ["sentence", "label"],
-             "test.tsv": ["index", "sentence"]},
-    "mrpc": {"train.tsv": MRPC, "dev.tsv": MRPC, "test.tsv": ["index", *MRPC[1:]]},
-    "stsb": {"train.tsv": [*STSB, "score"], "dev.tsv": [*STSB, "score"], "test.tsv": STSB},
-    "qqp": {"train.tsv": QQP, "dev.tsv": QQP, "test.tsv": ["id", "question1", "question2"]},
+    "cola": {**layout(COLA), "test.tsv": ["index", "sentence"]},
+    "sst2": {**layout(["sentence", "label"]), "test.tsv": ["index", "sentence"]},
+    "mrpc": {**layout(MRPC), "test.tsv": ["index", *MRPC[1:]]},
+    "stsb": layout(STSB, "score"),
+    "qqp": {**layout(QQP), "test.tsv": ["id", "question1", "question2"]},
     "mnli": {"train.tsv": [*MNLI, "label1", "gold_label"],
              "dev_matched.tsv": [*MNLI, "label1", "label2", "gold_label"],
              "dev_mismatched.tsv": [*MNLI, "label1", "label2", "gold_label"],
              "test_matched.tsv": MNLI, "test_mismatched.tsv": MNLI},
-    "qnli": {"train.tsv": ["index", "question", "sentence", "label"],
-             "dev.tsv": ["index", "question", "sentence", "label"],
-             "test.tsv": ["index", "question", "sentence"]},
-    "rte": {"train.tsv": [*NLI, "label"], "dev.tsv": [*NLI, "label"], "test.tsv": NLI},
-    "wnli": {"train.tsv": [*NLI, "label"], "dev.tsv": [*NLI, "label"], "test.tsv": NLI},
-    "ax": {"AX.tsv": NLI}}
+    "qnli": layout(["index", "question", "sentence"], "label"),
+    "rte": layout(NLI, "label"), "wnli": layout(NLI, "label"), "ax": {"AX.tsv": NLI}}
 
 
 def write_glue(folder, name, rows=6, mark="", end="\n"):
@@ -63,7 +65,7 @@ def test_official_layouts(tmp_path, name, mark, end):
     texts = [((A, B) if k % 2 else (B, A))[:len(task.text)] for k in range(6)]
     for file, test in glue.server_files(name).items():
         assert file == f"{task.folder}{'-m' * ('_matched' in test)}{'-mm' * ('mis' in test)}.tsv"
-        assert glue.test_part(tmp_path, name, test).texts == texts
+        assert glue.read_texts(glue.task_file(tmp_path, name, test), task.text).texts == texts
     if name == "ax":
         return
     data = glue.glue_dataset(tmp_path, name)
@@ -84,7 +86,7 @@ def test_malformed_rows_are_left_out_of_qqp_and_refused_elsewhere(tmp_path):
     with pytest.raises(BadInput, match="row of 2 cells"):
         glue.glue_dataset(tmp_path, "rte")
     with pytest.raises(BadInput, match="row of 2 cells"):  # a submission counts rows
-        glue.test_part(tmp_path, "qqp", "test.tsv")
+        glue.read_texts(tmp_path / "QQP" / "test.tsv", glue.TASKS["qqp"].text)
 
 
 # ---------------------------------------------------------------------------- tables
@@ -220,7 +222,7 @@ def test_metrics_against_scikit_learn_and_scipy():
     assert glue.matthews(one, t) == glue.f1(one, one) == glue.pearson(one, t) == glue.pearson(t, one) == 0
 
 
-@pytest.mark.parametrize("metric, share", [("accuracy", 0.5), ("accuracy", 0.97), ("matthews", 0.7)])
+@pytest.mark.parametrize("metric, share", [("accuracy", 0.97), ("matthews", 0.7)])
 def test_intervals_over_examples_cover(metric, share):
     """19 times of 20, what the metric is on very many examples."""
     rng = np.random.default_rng(0)
@@ -231,21 +233,9 @@ def test_intervals_over_examples_cover(metric, share):
 
     truth, covered = glue.METRICS[metric](*draw(1_000_000)), 0
     for _ in range(200):
-        low, high = glue.interval(metric, *draw(60), draws=100)
+        low, high = glue.interval(metric, *draw(60), draws=60)
         covered += low <= truth <= high
     assert 0.88 <= covered / 200 <= 0.995
-
-
-def test_the_papers_row_of_table2():
-    """MNLI's two parts count as two in the mean."""
-    columns = ["MNLI-m", "MNLI-mm", "SST-2", "STS-B", "RTE", "QNLI", "QQP", "MRPC", "CoLA"]
-    scores = (78.2, 79.3, 90.3, 82.1, 54.3, 84.7, 85.6, 81.9, 30.9)
-    keys = [("mnli", "accuracy-m"), ("mnli", "accuracy-mm"), ("sst2", "accuracy"), ("stsb", "pearson"),
-            ("rte", "accuracy"), ("qnli", "accuracy"), ("qqp", "f1"), ("mrpc", "f1"), ("cola", "matthews")]
-    results = {"wnli": {"accuracy": {"mean": 0}}}
-    for (task, metric), score in zip(keys, scores):
-        results.setdefault(task, {"accuracy": {"mean": 0}})[metric] = {"mean": score}
-    assert glue.table2_row(results) == dict(zip(columns, scores)) and round(np.mean(scores), 1) == 74.1
 
 
 # ---------------------------------------------------------------------------- the command
@@ -262,6 +252,7 @@ def test_glue_writes_results_and_submissions(tmp_path, trained):
     task = results["tasks"]["stsb"]
     pearson = [glue.pearson(np.array(x), np.array(task["labels"])) for x in task["predictions"]]
     assert task["pearson"]["seeds"] == pearson and task["pearson"]["mean"] == pytest.approx(np.mean(pearson))
+    assert results["table2"]["MNLI-mm"] == results["tasks"]["mnli"]["accuracy-mm"]["mean"]
     assert results["average"] == pytest.approx(np.mean(list(results["table2"].values())))
     assert "RTE.tsv" in results["not_in_submission"]
     for k in range(2):

@@ -1,7 +1,6 @@
 """Features of texts and images against plain computations; probes against their optimum and scikit-learn."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,19 +118,6 @@ def test_logistic_regression_is_at_its_optimum():
         assert gradient.abs().max() < 1e-5 and w.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_logistic_regression_against_scikit_learn(classes):
-    """Its C is 1 / (N l2), and 2 / (N l2) for two classes."""
-    linear_model, rng = pytest.importorskip("sklearn.linear_model"), np.random.default_rng(0)
-    x, y = rng.normal(size=(300, 6)), rng.integers(classes, size=300)
-    x[:, 0] += y
-    for l2 in (0.1, 1e-3):
-        C = (2 if classes == 2 else 1) / (300 * l2)
-        theirs = linear_model.LogisticRegression(C=C, tol=1e-8, max_iter=2000).fit(x, y).predict_proba(x)
-        w = probe.logistic_regression(torch.tensor(x), torch.tensor(y), l2, classes)
-        assert np.allclose(probe.linear(torch.tensor(x), w).softmax(1), theirs, atol=1e-4)
-
-
 def test_probes_on_separable_and_on_random_labels():
     torch.manual_seed(0)
     y, test_y = torch.randint(3, (600,)), torch.randint(3, (400,))
@@ -187,19 +173,6 @@ def test_probes_refuse_what_they_cannot_learn(trained, tmp_path, run):
         run.model.embedding.weight.fill_(torch.inf)
     with pytest.raises(BadInput, match="diverged"):
         probe.frozen_features(run, probe.prepare(run, Part(some_texts(3))), "mean", False)
-
-
-def test_predictions_of_images_name_their_files(trained, tmp_path):
-    pil = pytest.importorskip("PIL.Image")
-    for k in range(40):
-        path = tmp_path / "data" / ("dark", "light")[k % 2] / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pil.new("RGB", (32, 32), (k + 200 * (k % 2),) * 3).save(path)
-    run = trained("mlm --mask 0.5", data="shapes")
-    found = call_json(f"evaluate.py probe {run} --data {tmp_path / 'data'}")["results"]
-    layer, classes = found["layers"]["last"], [Path(place).parent.name for place in found["places"]]
-    right = [found["classes"].index(name) == k for name, k in zip(classes, layer["predictions"])]
-    assert len(right) == 4 and right == list(map(bool, layer["correct"]))
 
 
 def test_probe_and_transfer_of_images(trained):
