@@ -18,7 +18,7 @@ model of the transformers package). From `generate` on the commands stand in tas
 import itertools
 import json
 import math
-import time
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,13 @@ import torch
 from tqdm import tqdm
 
 import plots
+from data import Corpus
 from masks import queries_of
 from objectives import describe, scores_next, target_nll
-from run import evaluation_sequences, held_out_text, load_run
+from run import choose_autocast, choose_device, evaluation_sequences, held_out_text, load_run
+from tasks import connectivity, finetune, generate
 from tasks.hub import about, open_run
-from util import BadInput, Parser, command_line, positive, write_json
+from util import BadInput, Parser, command_line, positive, printable, table, write_json
 
 # ---------------------------------------------------------------------------- likelihood
 
@@ -45,7 +47,7 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14):
     regimes = run.objective.left_to_right(sequences.shape[1], run.path)
     if regimes is None:
         raise BadInput(f"{describe(run.objective)} has no exact left-to-right likelihood: it is not trained "
-                       "to predict a token from its whole prefix and nothing else")
+                       "to predict a token from its whole prefix and nothing else (no `left_to_right`)")
     if regime is not None and regime not in regimes:
         raise BadInput(f"--regime {regime} is for masks in one stream; this {run.path} checkpoint of "
                        f"{describe(run.objective)} knows only {' and '.join(regimes)}")
@@ -81,7 +83,7 @@ def any_order(run, sequences, draws=8, seed=0):
     S, generator, nll = sequences.shape[1], torch.Generator().manual_seed(seed), []
     if run.objective.bound(1, S, generator) is None:
         raise BadInput(f"{describe(run.objective)} is not trained to predict in any order, so it has no "
-                       "any-order bound; see evaluate.py perplexity")
+                       "any-order bound (no `bound`); see evaluate.py perplexity")
     for tokens in tqdm(sequences, unit=" sequences", leave=False, delay=2, mininterval=1):
         f, weight = run.objective.bound(draws, S, generator)                              # (draws, S)
         targets, cuts, weight = queries_of(f, weight, int((weight > 0).sum(1).max()))     # (draws, n)
@@ -102,12 +104,17 @@ def unigram_nll(corpus, sequences):
 
 # ---------------------------------------------------------------------------- results
 
+def exp(x):
+    """e^x, infinite where a float has no room for it: the perplexity of a diverged model."""
+    return math.inf if x > 709 else math.exp(x)
+
+
 def summary(nll, tokens_per_byte):
     """Results from the -log P (N, S - 1) of N sequences. Perplexity is exp of the mean over tokens; the
     standard error takes sequences for independent samples; `sequence_nll` are theirs, to pair checkpoints."""
     mean, stderr = nll.mean().item(), nll.mean(1).std().item() / math.sqrt(len(nll))
     return {"nll": mean, "stderr": stderr, "tokens": nll.numel(), "sequences": len(nll),
-            "perplexity": math.exp(mean), "perplexity_stderr": math.exp(mean) * stderr,
+            "perplexity": exp(mean), "perplexity_stderr": exp(mean) * stderr,
             "bits_per_byte": mean / math.log(2) * tokens_per_byte, "sequence_nll": nll.mean(1).tolist()}
 
 
@@ -125,24 +132,25 @@ def by_length(nll):
 def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False):
     """Left-to-right likelihood of held-out text under a Run -> dict of results per regime, with `lengths`
     also against the length of the prefix; and the loss of the training text's unigram frequencies on the same
-    tokens."""
-    corpus = held_out_text(run, data)
+    tokens. `data` is what --data names, or a Corpus."""
+    corpus = data if isinstance(data, Corpus) else held_out_text(run, data)
     sequences, tokens_per_byte, data = evaluation_sequences(run, corpus, max_sequences)
-    start, regimes = time.perf_counter(), left_to_right(run, sequences, regime)
-    speed = sum(nll.numel() for nll in regimes.values()) / (time.perf_counter() - start)
-    regimes["unigram"] = unigram_nll(corpus, sequences)
+    regimes = left_to_right(run, sequences, regime) | {"unigram": unigram_nll(corpus, sequences)}
     results = {name: summary(nll, tokens_per_byte) for name, nll in regimes.items()}
     for name in regimes if lengths else ():
         results[name]["by_length"] = by_length(regimes[name])
     unigram = results.pop("unigram")
-    return {"data": data, "length": sequences.shape[1], "regimes": results, "tokens_per_second": speed,
-            "unigram": unigram, "unigram_nll": unigram["nll"]}
+    return {"data": data, "length": sequences.shape[1], "regimes": results, "unigram": unigram,
+            "unigram_nll": unigram["nll"]}
 
 
 def bound(run, data=None, max_sequences=200, draws=8, seed=0):
-    """The any-order bound and the exact left-to-right likelihood of one text under one Run -> dict."""
+    """The any-order bound of one text under one Run, and beside it the exact left-to-right likelihood where
+    there is one -> dict."""
     sequences, tokens_per_byte, data = evaluation_sequences(run, data, max_sequences)
-    mixture, exact = any_order(run, sequences, draws, seed), left_to_right(run, sequences)
+    mixture = any_order(run, sequences, draws, seed)
+    chain = run.objective.left_to_right(sequences.shape[1], run.path) is not None
+    exact = left_to_right(run, sequences) if chain else {}
     gaps = {name: mixture - nll.double().mean(1) for name, nll in exact.items()}
     every_token = mixture[:, None].expand(-1, sequences.shape[1] - 1)
     return {"data": data, "length": sequences.shape[1], "sequences": len(sequences), "draws": draws,
@@ -154,35 +162,56 @@ def bound(run, data=None, max_sequences=200, draws=8, seed=0):
 
 def read_curves(folder):
     """metrics.jsonl of a run folder -> its curves over the tokens or images seen, which is the "unit". The
-    last line may be cut off, if the run is still going."""
-    path, rows = Path(folder) / "metrics.jsonl", []
+    last line may be cut off, if the run is still going. Losses that are not finite are only counted."""
+    path, rows, data = Path(folder) / "metrics.jsonl", [], None
     if not path.exists():
         raise BadInput(f"{path} does not exist; give a run folder of train.py")
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.endswith("}"):
             rows.append(json.loads(line))
-    train = [row for row in rows if "loss" in row]
+    if (config := path.with_name("config.json")).exists():
+        data = json.loads(config.read_text(encoding="utf-8")).get("data")
+
+    def finite(key):
+        return [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+
+    train = finite("loss")
     if not train:
-        raise BadInput(f"{path} holds no losses yet; train.py writes them every few steps")
+        raise BadInput(f"{path} holds no finite losses; train.py writes one every few steps")
     unit = "images" if "images" in train[0] else "tokens"
-    seen = {row["step"]: row[unit] for row in train}
-    val = [row for row in rows if "val_loss" in row and row["step"] in seen]
-    return {"name": Path(folder).resolve().name, "unit": unit, "seen": [row[unit] for row in train],
-            "loss": [row["loss"] for row in train], "lr": [row["lr"] for row in train],
-            "speed": [row[f"{unit}_per_second"] for row in train],
+    seen = {row["step"]: row[unit] for row in rows if unit in row}
+    val = [row for row in finite("val_loss") if row["step"] in seen]
+    return {"name": printable(Path(folder).resolve().name), "unit": unit, "data": data,
+            "not_finite": sum("loss" in row for row in rows) - len(train),
+            "seen": [row[unit] for row in train], "loss": [row["loss"] for row in train],
+            "lr": [row["lr"] for row in train], "speed": [row[f"{unit}_per_second"] for row in train],
             "val_seen": [seen[row["step"]] for row in val], "val_loss": [row["val_loss"] for row in val]}
 
 
 # ---------------------------------------------------------------------------- commands
 
-def title(run, results):
+WHAT = {  # the rows of perplexity and bound in words
+    "next": "each token from all before it",
+    "padded": "all later tokens are [MASK], as in training",
+    "truncated": "the sequence ends at the [MASK]",
+    "bound": "any order: the mixture over orders has at most this",
+    "unigram": "the training text's token counts, for comparison"}
+
+
+def shortly(x):
+    return f"{x:.2f}" if x < 1e6 else f"{x:.3g}"
+
+
+def show(run, results, rows, loss="left-to-right loss"):
+    """Print one line for each of `rows`, {name: what `summary` returned}."""
     trained = f", step {run.step:,}" if run.step else ""
-    return f"{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}"
-
-
-def line_of(name, r, sign=""):
-    return (f"{name:10s} perplexity {sign:2s}{r['perplexity']:9.2f} ± {r['perplexity_stderr']:.2f}   "
-            f"nll {r['nll']:.4f} ± {r['stderr']:.4f}   {r['bits_per_byte']:.3f} bits/byte")
+    count = next(iter(rows.values()))["sequences"]
+    print(printable(f"{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}: "
+                    f"{count:,} sequences of {results['length']} tokens\n"))
+    cells = [[name, f"{shortly(r['perplexity'])} ± {shortly(r['perplexity_stderr'])}",
+              f"{r['nll']:.4f} ± {r['stderr']:.4f}", f"{r['bits_per_byte']:.3f}", WHAT.get(name, "")]
+             for name, r in rows.items()]
+    print(table([["", "perplexity", loss, "bits/byte", ""], *cells], align="<"))
 
 
 def perplexity_command(args):
@@ -191,15 +220,13 @@ def perplexity_command(args):
         lengths = args.by_length or bool(args.plot)
         results = perplexity(run, args.data, args.max_sequences, args.regime, lengths)
     if args.json != "-":
-        print(title(run, results))
-        for name, r in results["regimes"].items():
-            print(line_of(name, r) + f"   {r['tokens']:,} tokens")
-        print(f"a unigram model of the training text has nll {results['unigram_nll']:.4f} on these tokens")
-        for name, r in results["regimes"].items() if args.by_length else ():
-            print(f"\nprefix      {name}")
-            for b in r["by_length"]["bins"]:
-                lengths = f"{b['first']}-{b['last']}" if b["last"] > b["first"] else str(b["first"])
-                print(f"{lengths:12s}{math.exp(np.mean(b['sequence_nll'])):.2f}")
+        show(run, results, results["regimes"] | {"unigram": results["unigram"]})
+        if args.by_length:
+            regimes = results["regimes"]
+            bins = zip(*(r["by_length"]["bins"] for r in regimes.values()))
+            rows = [[f"{same[0]['first']}-{same[0]['last']}",
+                     *(shortly(exp(np.mean(b['sequence_nll']))) for b in same)] for same in bins]
+            print("\n" + table([["tokens in the prefix", *regimes], *rows]))
     if args.plot:
         plots.by_length(args.plot, results)
     return {"results": results}, run
@@ -210,14 +237,9 @@ def bound_command(args):
     with autocast:
         results = bound(run, args.data, args.max_sequences, args.draws, args.seed)
     if args.json != "-":
-        print(f"{title(run, results)}, {results['sequences']:,} sequences of {results['length']} tokens")
-        print("\nThe mixture over orders of the same network, P = E_o P_o(x_2 .. x_S | x_1): at most")
-        mixture = line_of("bound", results["any_order"]["bound"], "<=")
-        print(f"{mixture}   from {args.draws} contexts a sequence")
-        print("\nThe chain from left to right, another distribution: exactly")
-        for name, r in results["left_to_right"].items():
-            print(line_of(name, r, "="))
-        print()
+        show(run, results, results["any_order"] | results["left_to_right"], "loss")
+        print(f"\nThe bound is of P = E_o P_o(x_2 .. x_S | x_1) over orders o, from {args.draws} contexts a "
+              "sequence. The chain from left to right is another distribution of the same network.")
         for name, gap in results["difference"].items():
             print(f"bound - {name}: {gap['nll']:+.4f} ± {gap['stderr']:.4f} nats a token, paired by sequence")
         if run.path == "mask" and run.objective.generation == "left":
@@ -227,35 +249,54 @@ def bound_command(args):
 
 def curves_command(args):
     runs, first = [read_curves(folder) for folder in args.checkpoints], Path(args.checkpoints[0])
+    differ = len({run["data"] for run in runs}) > 1
+    if differ:
+        for run in runs:
+            run["name"] += f", {printable(str(run['data']))}"
     picture = args.plot or first / ("curves.png" if len(runs) == 1 else "compared.png")
     plots.curves(picture, runs)
     results = []
     for folder, x in zip(args.checkpoints, runs):
         last, best = (x["val_loss"] or [None])[-1], min(x["val_loss"], default=None)
         results.append({"run": folder, x["unit"]: x["seen"][-1], "loss": x["loss"][-1], "val_loss": last,
-                        "best_val_loss": best, f"{x['unit']}_per_second": x["speed"][-1]})
+                        "best_val_loss": best, f"{x['unit']}_per_second": x["speed"][-1],
+                        "not_finite": x["not_finite"]})
         if args.json != "-":
             print(f"{x['name']:30s} {x['seen'][-1]:14,} {x['unit']}  loss {x['loss'][-1]:.4f}  "
-                  f"validation {'none yet' if last is None else f'{last:.4f}'}")
+                  f"validation {'none yet' if last is None else f'{last:.4f}'}"
+                  + f"  ({x['not_finite']} losses are not finite: it diverged)" * (x["not_finite"] > 0))
     if args.json != "-":
+        if differ:
+            print("note: the runs have different data. Where tokenizers differ a loss is of other tokens; "
+                  "compare bits per byte instead (evaluate.py perplexity).")
         print(f"picture: {picture}")
     return {"results": results, "picture": str(picture)}, None
 
 
 def report(out, device=None):
-    """What train.py shows of a run folder at its end: a quick perplexity, its loss beside that of a unigram
-    model, and a sample; of images a picture of some that are completed."""
-    run = load_run(out)
+    """What train.py shows of a run folder at its end: of text a quick perplexity and a sample, of images a
+    picture of some that are completed."""
+    device = choose_device(device)
+    run, (autocast, _) = load_run(out, device), choose_autocast(device)
+    print()
     if run.tokenizer is None:
-        commands = [["reconstruct", "--max-images", "100", "--picture", str(Path(out, "completed.png"))]]
-    else:
-        exact = run.objective.left_to_right(run.settings.length, run.path) is not None
-        commands = [["perplexity", "--max-sequences", "32"]] if exact else []
+        trained_so = ["--hide", "0.75", "--at-once"] if run.path == "mae" else []
+        main(["reconstruct", str(out), "--max-images", "100", "--picture", str(Path(out, "completed.png")),
+              "--device", str(device), *trained_so])
+        return
+    corpus = held_out_text(run)
+    exact = run.objective.left_to_right(run.settings.length, run.path) is not None
+    with autocast():
+        if exact:
+            results = perplexity(run, corpus, 32)
+            show(run, results, results["regimes"] | {"unigram": results["unigram"]})
         if exact or run.objective.decoding(torch.tensor([1, 0]), 1) is not None:
-            commands.append(["generate", "--tokens", str(run.settings.length // 2)])
-    for name, *flags in commands:
-        print()
-        main([name, str(out), *flags, *(["--device", str(device)] if device else [])])
+            lines = run.tokenizer.decode(corpus.val[:4096]).splitlines()
+            line = next((line for line in lines if len(line) > 40), "")
+            start = line[:24].rpartition(" ")[0] or line[:24]
+            prompt = run.tokenizer.encode(start).tolist() or [run.tokenizer.separator]
+            new = generate.generate(run, prompt, 120, order="left" if exact else None)
+            print(f"\nSample, the first words given:\n{printable(run.tokenizer.decode(prompt + new))}")
 
 
 def add_commands(command):
@@ -284,7 +325,6 @@ def add_commands(command):
 def main(argv=None):
     """One command of `argv` or sys.argv: what it prints, and with --json the object {"command", "settings",
     what is known of the checkpoint, and what the command returns}."""
-    from tasks import connectivity, finetune, generate
     parser = Parser(description="Evaluate a checkpoint of train.py.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
@@ -304,11 +344,16 @@ def main(argv=None):
     for add in (add_commands, generate.add_commands, connectivity.add_commands, finetune.add_commands):
         add(command)
     args = parser.parse_args(argv)
-    for file in (args.json, getattr(args, "plot", None), getattr(args, "picture", None)):
-        if file and not Path(file).absolute().parent.is_dir():  # complain before the work, not after it
-            raise BadInput(f"{file}: there is no such folder")
+    picture = getattr(args, "picture", None)    # complain before the work, not after it
+    for file in filter(None, (args.json, picture)):
+        path = Path(file).absolute()
+        if file != "-" and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise BadInput(f"{file} cannot be written: it is a folder, or lies in no folder that you can "
+                           "write to")
     if getattr(args, "plot", None):
         plots.check(args.plot)
+    if picture and Path(picture).suffix.lower() != ".png":
+        raise BadInput(f"--picture {picture} is no PNG file: end its name in .png")
     if args.threads:
         torch.set_num_threads(args.threads)
     content, run = args.function(args)

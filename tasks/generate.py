@@ -2,20 +2,23 @@
 
     python evaluate.py generate CKPT --prompt TEXT [--suffix TEXT] [--order {left,confident,random}]
     python evaluate.py reconstruct CKPT [CKPT ...] --data DIR --picture completed.png
+    python evaluate.py reconstruct CKPT --hide 0.75 --at-once --picture mae.png       as MAE's pictures
 
 Each step asks for tokens under an f, keeps one of the answers, and takes it into the context of the next.
 """
 
 import functools
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from images import Patches, load_images, unpatchify, write_png
+from images import SUFFIXES, ImageSet, Patches, decoded, files_in, load_images, unpatchify, write_png
 from objectives import describe, scores_next
 from tasks.hub import about, open_run
-from util import BadInput, import_optional, positive, table
+from util import BadInput, import_optional, positive, printable, table
 
 ORDERS = ("left", "confident", "random")
 
@@ -34,8 +37,8 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
     A text that outgrows the model's sequence is continued from its last half. BadInput: an order that the
     objective cannot follow, a gap longer than a sequence.
     """
-    generator, order = torch.Generator().manual_seed(seed), order or run.objective.generation
-    next_step, S, ids = rule(run, order, suffix), run.settings.length, list(prompt)
+    generator, S, ids = torch.Generator().manual_seed(seed), run.settings.length, list(prompt)
+    order, next_step = rule(run, order, suffix)
     if suffix and len(prompt) + count + len(suffix) > S:
         raise BadInput(f"{count} tokens between {len(prompt)} and {len(suffix)} others are more than the "
                        f"model's {S}; a gap is filled within one sequence")
@@ -80,23 +83,30 @@ def sample(scores, temperature, top_k, generator):
 
 
 def rule(run, order, suffix):
-    """The order as a function (known (L,), given), as for `Objective.decoding` -> f, the positions asked
-    for."""
+    """-> the order that is taken, and its steps as a function (known (L,), given), as for
+    `Objective.decoding` -> f, the positions asked for."""
     objective, name = run.objective, describe(run.objective)
-    if order != "left":
-        if objective.decoding(torch.tensor([1, 0]), 1) is None:
-            raise BadInput(f"{name} generates from left to right only; leave out --order {order}")
-
-        def own_step(known, given):
-            f = objective.decoding(known, given)
-            return f, ((f == f.max()) & (known == 0)).nonzero()[:, 0]
-
-        return own_step
+    own = objective.decoding(torch.tensor([1, 0]), 1) is not None
     regimes = objective.left_to_right(run.settings.length, run.path)
-    if regimes is None:
+    if not own and not regimes:
+        raise BadInput(f"{name} cannot write text: it says neither how it fills a sequence (`decoding`) nor "
+                       "how it predicts from left to right (`left_to_right`)")
+    order = order or (objective.generation if regimes else "confident")
+    if order != "left" and not own:
+        raise BadInput(f"{name} writes from left to right only (it has no `decoding`); leave out --order "
+                       f"{order}")
+    if order == "left" and not regimes:
         raise BadInput(f"{name} was not trained from left to right; use --order confident")
-    if suffix:
-        raise BadInput("from left to right nobody sees a --suffix; use --order confident with it")
+    if order == "left" and suffix:
+        instead = "use --order confident with it" if own else f"{name} cannot fill gaps"
+        raise BadInput(f"from left to right nobody sees a --suffix; {instead}")
+
+    def own_step(known, given):
+        f = objective.decoding(known, given)
+        return f, ((f == f.max()) & (known == 0)).nonzero()[:, 0]
+
+    if order != "left":
+        return order, own_step
     *_, passes = regimes.values()
     scored = torch.stack([scores_next(f) for f in passes])                                   # (passes, S)
 
@@ -106,7 +116,7 @@ def rule(run, order, suffix):
         # One masked stream may be trained with [MASK]s behind p; for the others nothing behind p matters.
         return (f if run.path == "mask" else f[:p + 1]), torch.tensor([p])
 
-    return left_step
+    return order, left_step
 
 
 # ---------------------------------------------------------------------------- images
@@ -124,30 +134,33 @@ def hidden_patches(count, length, share, seed=0):
 
 
 @torch.no_grad()
-def reconstruct(run, patches, hidden):
+def reconstruct(run, patches, hidden, at_once=False):
     """Predict patches (N, S, values) at `hidden` (N, n), one after another -> a copy with the predictions.
 
     Each is predicted from what the objective was trained to predict from: `ar` and `dar` from all patches
     before it, under the f in which it is first of its group; the others from all patches that are known by
     then. mae's decoder shows [MASK] at the rest, and two streams leave it out (f = 0). What stands at a
-    hidden patch is never read.
+    hidden patch is never read. at_once: all in one pass from the visible ones, as in MAE's pictures.
     """
     model, path, (N, S) = run.model, run.path, patches.shape[:2]
     patches, hidden = patches.to(model.query.device), hidden.to(model.query.device)
     row, known = torch.arange(N, device=patches.device)[:, None], visible(patches, hidden)
     filled = patches.masked_fill(~known[..., None], 0)
     regimes = run.objective.left_to_right(S, path) if run.objective.one_stream != "mask" else None
+    if regimes and at_once:
+        raise BadInput(f"--at-once is for masks; {describe(run.objective)} predicts from the patches before")
     if regimes:
         *_, passes = regimes.values()
         first = torch.stack([scores_next(f) for f in passes]).long().argmax(0).to(patches.device)     # (S,)
         passes = passes.to(patches.device)
-    for target in tqdm(hidden.T[..., None], unit=" patches", leave=False, delay=2, mininterval=1):    # (N, 1)
+    steps = [hidden] if at_once else hidden.T[..., None]                                    # (N, 1) or (N, n)
+    for targets in tqdm(steps, unit=" patches", leave=False, delay=2, mininterval=1):
         if regimes:
-            groups = passes[first[target[:, 0]]]                                                      # (N, S)
+            groups = passes[first[targets[:, 0]]]                                                     # (N, S)
         else:
-            groups = torch.where(known, 1, 2 if path == "mae" else 0).scatter(1, target, 2)
-        filled[row, target] = model.pixels(model(filled, groups, target, path)).to(filled)
-        known[row, target] = True
+            groups = torch.where(known, 1, 2 if path == "mae" else 0).scatter(1, targets, 2)
+        filled[row, targets] = model.pixels(model(filled, groups, targets, path)).to(filled)
+        known[row, targets] = True
     return filled.cpu()
 
 
@@ -187,6 +200,24 @@ def to_pictures(config, patches):
     return (unpatchify(patches, config.patch) * std + mean).clamp(0, 1)
 
 
+def images_of(data, runs, size, count, seed):
+    """`count` of all images in the folder `data`, where no run was trained on it; else, and of data without
+    files of its own, the validation images. data None: what the first run was trained on."""
+    source, files = data or runs[0].settings.data, []
+    own = {Path(run.settings.data).resolve() for run in runs}
+    if Path(source).is_dir() and Path(source).resolve() not in own:
+        files = [path for path in files_in(source) if path.suffix.lower() in SUFFIXES]
+    if files:
+        rows = np.random.default_rng(seed).permutation(len(files))[:count]
+        pixels = np.concatenate([*decoded([files[row] for row in rows], size)])
+        return ImageSet(pixels, np.zeros(len(rows), np.int64))
+    images, total = load_images(source, size), runs[0].total
+    if not data and total not in (None, len(images.train)):
+        raise BadInput(f"{source} is not what {runs[0].name} was trained on: it has {len(images.train):,} "
+                       f"training images, not {total:,}; give images with --data")
+    return images.val
+
+
 def complete(source, hidden, fill, perceptual):
     """Complete the first images of `source` (Patches), 100 at a time, by fill(patches, hidden) -> means and
     standard errors of `measures` with the values of each image; the first 100 images."""
@@ -200,7 +231,8 @@ def complete(source, hidden, fill, perceptual):
     results = {}
     for name in found[0]:
         x = torch.cat([part[name] for part in found])
-        results |= {name: x.mean().item(), f"{name}_stderr": x.std().item() / math.sqrt(len(x)),
+        spread = x.std().item() if len(x) > 1 else math.nan
+        results |= {name: x.mean().item(), f"{name}_stderr": spread / math.sqrt(len(x)),
                     f"{name}_of_images": x.tolist()}
     return results, pictures
 
@@ -221,7 +253,7 @@ def generate_command(args):
                            suffix)
         texts.append(run.tokenizer.decode(prompt + ids + suffix))
         if args.json != "-":
-            print(texts[-1] + "\n")
+            print(printable(texts[-1]) + "\n")
     return {"texts": texts}, run
 
 
@@ -237,7 +269,7 @@ def reconstruct_command(args):
             raise BadInput(f"{run.name} cuts images of {own.size} pixels into patches of {own.patch}, "
                            f"{first.name} of {config.size} into {config.patch}: compare those that see alike")
     data = args.data or first.settings.data
-    images = load_images(data, config.size).val
+    images = images_of(args.data, [run for run, _ in runs], config.size, args.max_images, args.seed)
     hidden = hidden_patches(min(args.max_images, len(images)), config.length, args.hide, args.seed)
     source = Patches(images, config, args.seed)
     results, pictures = complete(source, hidden, with_mean, perceptual)
@@ -246,16 +278,18 @@ def reconstruct_command(args):
     for checkpoint, (run, autocast) in zip(args.checkpoints, runs):
         label = "untrained " * checkpoint.startswith("untrained:") + f"{describe(run.objective)} ({run.path})"
         source = Patches(images, run.model.config, args.seed)
+        fill = functools.partial(reconstruct, run, at_once=args.at_once)
         with autocast:
-            results, pictures = complete(source, hidden, functools.partial(reconstruct, run), perceptual)
+            results, pictures = complete(source, hidden, fill, perceptual)
         rows.append({"checkpoint": checkpoint, "label": label, **about(run), **results})
         columns.append(pictures)
     if args.picture:
         pixels = torch.stack(columns, dim=1)[:8].permute(0, 1, 3, 4, 2)           # (rows, columns, H, W, 3)
         write_png(args.picture, (pixels * 255).round().byte().numpy())
     if args.json != "-":
-        print(f"{len(hidden):,} validation images of {data}, {hidden.shape[1]} of {config.length} patches "
-              "hidden and predicted one by one, never the first; mean ± standard error over images\n")
+        how = "at once" if args.at_once else "one by one"
+        print(printable(f"{len(hidden):,} images of {data}, {hidden.shape[1]} of {config.length} patches "
+                        f"hidden and predicted {how}, never the first; mean ± standard error over images\n"))
         names = [name for name in ("l2", "psnr", "lpips") if name in results]
         print(table([["", *names], *([row["label"], *(f"{row[name]:.4f} ± {row[f'{name}_stderr']:.4f}"
                                                       for name in names)] for row in rows)]))
@@ -280,10 +314,12 @@ def add_commands(command):
     sub.add_argument("--order", choices=ORDERS, help="left to right, the surest hidden token first, or any "
                      "of them (default: confident for diffusion, blocks and spans, else left)")
 
-    text = "predict hidden patches one at a time (Table 8)"
+    text = "predict hidden patches, from the second on, and compare with what was there (Table 8)"
     sub = command("reconstruct", reconstruct_command, text, many=True)
-    sub.add_argument("--data", help="images (default: the validation images of the first checkpoint's data)")
-    sub.add_argument("--hide", type=float, default=0.25, help="share of the patches to hide")
+    sub.add_argument("--data", help="images: all of a folder that was not trained on (default: the "
+                     "validation images of the first checkpoint's data)")
+    sub.add_argument("--hide", type=float, default=0.25, help="share of the patches to hide; 0.75 for MAE")
+    sub.add_argument("--at-once", action="store_true", help="masks: all in one pass, not one by one")
     sub.add_argument("--max-images", type=positive, default=1000, help="the same for every checkpoint")
     sub.add_argument("--seed", type=int, default=0, help="of the images and the hidden patches")
     sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network")

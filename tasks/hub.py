@@ -16,6 +16,7 @@ Weights are read from safetensors only, and no code that comes with a model is e
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,8 @@ def load_hub_model(name, device="cpu", length=None):
 def read_hub_model(name):
     """-> (network in evaluation mode, the library's tokenizer, whether it is causal)."""
     transformers, source = import_optional("transformers"), name.removeprefix("hf:")
+    if odd := [path for path in Path(source).glob("*") if not (path.is_file() or path.is_dir())]:
+        raise BadInput(f"{odd[0]} is neither a file nor a folder")  # reading a device or a pipe never ends
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

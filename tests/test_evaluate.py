@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,9 @@ from conftest import WAYS, call, call_json, name_of
 
 import evaluate
 from data import Corpus
+from masks import AnyOrder
 from objectives import from_options, target_nll
+from run import held_out_text, load_run
 from util import BadInput
 
 LEFT_TO_RIGHT = [way for way in WAYS if way[0].left_to_right(8, way[1])]
@@ -98,9 +101,9 @@ def test_bound_is_the_mean_over_orders(flag, path, make_run):
     hidden = {"permutation": ([1, 2, 3], [1, 3, 2])}.get(flag, ([1, 2, 2], [1, 2, 2]))
     last = {"permutation": ([1, 2, 3], [1, 3, 2])}.get(flag, ([1, 1, 2], [1, 2, 1]))
     orders = torch.stack([nll(hidden[0], 1) + nll(last[0], 2), nll(hidden[1], 2) + nll(last[1], 1)])
-    found = evaluate.any_order(run, sequences, draws=2000) * 2
-    assert torch.allclose(found, orders.mean(0), rtol=0.03)
-    assert (found > math.log(2) - (-orders).logsumexp(0) - 0.03).all()
+    found = evaluate.any_order(run, sequences, draws=1000) * 2
+    assert torch.allclose(found, orders.mean(0), rtol=0.04)
+    assert (found > math.log(2) - (-orders).logsumexp(0) - 0.04).all()
 
 
 def test_bound_of_blocks_of_one_is_the_chain(make_run):
@@ -192,37 +195,90 @@ def test_bound_command(trained, tmp_path):
     assert again["any_order"] != results["any_order"] and again["left_to_right"] == results["left_to_right"]
 
 
+def write_run(folder, losses, data="books"):
+    """A run folder with these losses, whose last line is cut off since it is still going."""
+    folder.mkdir()
+    lines = [{"step": 10 * k, "loss": loss, "lr": 1e-3, "tokens": 1000 * k, "tokens_per_second": 50 * k}
+             for k, loss in enumerate(losses, 1)]
+    for line in lines[1::2]:
+        line["val_loss"] = line["loss"] and line["loss"] + 0.5
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 10')
+    (folder / "config.json").write_text(json.dumps({"data": data}))
+    return folder
+
+
 def test_curves_command(tmp_path):
-    """Of two runs, whose last lines are cut off since they are still going."""
     pytest.importorskip("matplotlib")
-    for name, losses in (("a", [4, 3, 2, 1]), ("b", [5, 4])):
-        lines = []
-        for k, loss in enumerate(losses, 1):
-            lines.append({"step": 10 * k, "loss": loss, "lr": 1e-3, "tokens": 1000 * k,
-                          "tokens_per_second": 50 * k})
-            if k % 2 == 0:
-                lines.append({"step": 10 * k, "val_loss": loss + 0.5})
-        (tmp_path / name).mkdir()
-        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 10'
-        (tmp_path / name / "metrics.jsonl").write_text(text)
-    x = evaluate.read_curves(tmp_path / "a")
-    assert x == {"name": "a", "unit": "tokens", "seen": [1000, 2000, 3000, 4000], "loss": [4, 3, 2, 1],
-                 "lr": [1e-3] * 4, "speed": [50, 100, 150, 200], "val_seen": [2000, 4000],
-                 "val_loss": [3.5, 1.5]}
-    call(f"evaluate.py curves {tmp_path / 'a'}")
-    found = call_json(f"evaluate.py curves {tmp_path / 'a'} {tmp_path / 'b'}")
-    assert [(r["loss"], r["val_loss"], r["best_val_loss"], r["tokens"]) for r in found["results"]] == [
-        (1, 1.5, 1.5, 4000), (4, 4.5, 4.5, 2000)]
-    assert (tmp_path / "a" / "curves.png").exists() and (tmp_path / "a" / "compared.png").exists()
+    a, b = write_run(tmp_path / "a", [4, 3, 2, 1]), write_run(tmp_path / "b", [5, 4])
+    x = evaluate.read_curves(a)
+    assert x == {"name": "a", "unit": "tokens", "data": "books", "not_finite": 0, "loss": [4, 3, 2, 1],
+                 "seen": [1000, 2000, 3000, 4000], "lr": [1e-3] * 4, "speed": [50, 100, 150, 200],
+                 "val_seen": [2000, 4000], "val_loss": [3.5, 1.5]}
+    out = tmp_path / "curves.json"
+    said = call(f"evaluate.py curves {a} {b} --json {out}")
+    assert [(r["loss"], r["val_loss"], r["best_val_loss"], r["tokens"])
+            for r in json.loads(out.read_text())["results"]] == [(1, 1.5, 1.5, 4000), (4, 4.5, 4.5, 2000)]
+    assert (a / "compared.png").exists() and "bits per byte" not in said
+    assert "bits per byte" in call(f"evaluate.py curves {a} {write_run(tmp_path / 'c', [3, 2], 'words')}")
+
+
+def test_curves_of_a_diverged_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    run, out = write_run(tmp_path / "run", [4, 3, math.nan, math.inf, None]), tmp_path / "curves.json"
+    assert "3 losses are not finite" in call(f"evaluate.py curves {run} --json {out}")
+    x = json.loads(out.read_text())["results"][0]
+    assert (x["loss"], x["val_loss"], x["tokens"], x["not_finite"]) == (3, 3.5, 2000, 3)
+    assert (run / "curves.png").exists()
+    with pytest.raises(BadInput, match="no finite losses"):
+        call(f"evaluate.py curves {write_run(tmp_path / 'none', [math.nan, None])}")
+
+
+def test_perplexity_of_a_diverged_model_is_infinite(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    content = torch.load(trained("ar") / "ckpt.pt", weights_only=True)
+    for name, weight in content["model"].items():
+        weight.mul_(1000 if name in ("embedding.weight", "norm.weight") else 1)
+    torch.save(content, tmp_path / "ckpt.pt")
+    line = f"evaluate.py perplexity {tmp_path} --max-sequences 3 --by-length"
+    found = call_json(line)["results"]["regimes"]["next"]
+    assert found["perplexity"] is None and found["nll"] > 1000
+    assert "inf" in call(line)
+
+
+@pytest.mark.parametrize("flags", ["perplexity none --plot x.txt", "connectivity none --plot x.jpg",
+                                   "reconstruct none --picture x.jpg", "perplexity none --json ."])
+def test_what_cannot_be_written_is_refused_before_the_work(flags):
+    with pytest.raises(BadInput, match=flags.split()[-1]):
+        call(f"evaluate.py {flags}")
+
+
+@dataclass(frozen=True)
+class Half(AnyOrder):
+    """An objective of somebody else's, without an exact likelihood."""
+
+    def groups(self, batch, length, generator=None):
+        return 1 + (torch.rand(batch, length, generator=generator) < 0.5).long()
+
+
+def test_bound_of_an_objective_without_exact_likelihood(make_run, monkeypatch):
+    run = make_run(Half(), "mask")
+    monkeypatch.setattr(evaluate, "evaluation_sequences", lambda *args: (some_tokens(4), 1.0, "some tokens"))
+    found = evaluate.bound(run, draws=4)
+    assert found["left_to_right"] == {} and found["any_order"]["bound"]["nll"] > 0
 
 
 def test_report_at_the_end_of_training(trained, capsys):
-    evaluate.report(trained("ar"), "cpu")
-    said = capsys.readouterr().out
-    assert "perplexity" in said and "unigram" in said
-    evaluate.report(trained("spans --mask 0.3"), "cpu")              # no likelihood, a sample
-    said = capsys.readouterr().out
-    assert "perplexity" not in said and len(said) > 10
+    """The same beginning, from the held-out text, for every objective, and 120 tokens on."""
+    starts = set()
+    for flags, exact in (("ar", True), ("vl --mask 0.15,0.3", True), ("spans --mask 0.3", False)):
+        evaluate.report(trained(flags), "cpu")
+        said, _, sample = capsys.readouterr().out.partition("given:\n")
+        assert ("perplexity" in said and "unigram" in said) == exact
+        starts.add(sample[:15])
+        assert len(sample.encode()) >= 120
+    assert len(starts) == 1 and held_out_text(load_run(trained("ar"))).tokenizer.decode(
+        held_out_text(load_run(trained("ar"))).val).find(starts.pop()) >= 0
     folder = trained("mlm --mask 0.75", data="shapes")
     evaluate.report(folder, "cpu")
+    assert "at once" in capsys.readouterr().out
     assert (folder / "completed.png").read_bytes()[:4] == b"\x89PNG"

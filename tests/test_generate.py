@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from conftest import WAYS, call, call_json, name_of
 
 import evaluate
+from images import write_png
+from masks import Objective
 from objectives import from_options, target_nll
 from run import Run, Settings
 from tasks import generate
@@ -21,7 +24,7 @@ LEFT_TO_RIGHT = [way for way in WAYS if way[0].left_to_right(8, way[1])]
 
 # ---------------------------------------------------------------------------- text
 
-@pytest.mark.parametrize("prompt, count", [(3, 4), (7, 10), (20, 5)])
+@pytest.mark.parametrize("prompt, count", [(7, 10), (20, 5)])
 def test_generation_of_any_length(way, make_run, prompt, count):
     run, ids = make_run(*way), list(range(8)) * 3
     texts = [generate.generate(run, ids[:prompt], count, temperature=5.0, seed=seed) for seed in (0, 0, 1)]
@@ -76,7 +79,8 @@ def test_spans_fill_a_gap_in_order(make_run):
 
 def test_random_order_samples_the_mixture(make_run):
     """Texts of two tokens against P = E_o P_o by enumeration: chi-squared."""
-    run, V, draws = make_run(from_options("diffusion"), "mask", vocab=3, length=3, layers=2, scale=2.0), 3, 300
+    run = make_run(from_options("diffusion"), "mask", vocab=3, length=3, layers=2, scale=2.0)
+    V, draws = 3, 300
     sequences = torch.tensor([(1, a, b) for a, b in itertools.product(range(V), repeat=2)])
 
     def probability(f, p):
@@ -94,6 +98,28 @@ def test_random_order_samples_the_mixture(make_run):
     assert ((seen - draws * p).square() / (draws * p)).sum() < 8 + 5 * math.sqrt(16)
 
 
+@dataclass(frozen=True)
+class Every(Objective):
+    """Predicts every third token, and says nothing of how it writes."""
+
+    def groups(self, batch, length, generator=None):
+        return (1 + (torch.arange(length) % 3 == 1).long()).repeat(batch, 1)
+
+
+@dataclass(frozen=True)
+class EveryDecoding(Every):
+    def decoding(self, order, given):
+        return 1 + (order == 0).long()
+
+
+def test_what_an_objective_lacks_for_writing_is_named(make_run):
+    for order in (None, *generate.ORDERS):
+        with pytest.raises(BadInput, match="`decoding`.*`left_to_right`"):
+            generate.generate(make_run(Every(), "two-stream"), [1, 2], 3, order=order)
+    run = make_run(EveryDecoding(), "two-stream")
+    assert len(generate.generate(run, [1, 2], 3)) == len(generate.generate(run, [1, 2], 3, suffix=[1])) == 3
+
+
 def test_orders_that_an_objective_cannot_follow_are_refused(make_run):
     ar, spans = make_run(from_options("ar"), "causal"), make_run(from_options("spans"), "two-stream")
     for run, how in ((ar, {"order": "confident"}), (ar, {"suffix": [1]}), (spans, {"order": "left"}),
@@ -108,8 +134,9 @@ def test_generate_command(trained):
     line = f"evaluate.py generate {trained('ar')} --samples 2 --tokens 40 --dtype fp32"
     texts = call_json(line)["texts"]
     assert len(texts) == 2 and texts[0] != texts[1] and texts == call_json(line)["texts"]
-    line = f"evaluate.py generate {trained('diffusion')} --prompt The --tokens 5 --order random"
-    assert call(line).startswith("The")
+    line = f"evaluate.py generate {trained('diffusion')} --prompt 'The\x1b[2J' --tokens 5 --order random"
+    assert call(line).startswith("The\\x1b[2J")                          # for a terminal to show, not to obey
+    assert call_json(line)["texts"][0].startswith("The\x1b[2J")
 
 
 # ---------------------------------------------------------------------------- images
@@ -149,6 +176,40 @@ def test_each_prediction_has_its_own_context(run):
             assert changed == (i in reached[target]), (target, i)
 
 
+def test_at_once_is_one_pass_from_the_visible_patches(run):
+    patches, hidden = some_patches(), generate.hidden_patches(3, 9, 0.75)
+    if run.objective.one_stream != "mask" and run.objective.left_to_right(9, run.path):
+        with pytest.raises(BadInput, match="--at-once"):
+            generate.reconstruct(run, patches, hidden, at_once=True)
+        return
+    filled = generate.reconstruct(run, patches, hidden, at_once=True)
+    for n in range(3):
+        gaps = hidden[n].tolist()
+        f = torch.tensor([[2 if i in gaps else 1 for i in range(9)]])
+        pixels = run.model.pixels(run.model(patches[n:n + 1], f, hidden[n:n + 1], run.path))
+        assert torch.allclose(filled[n, gaps], pixels[0], atol=1e-9)
+
+
+def test_all_images_of_a_folder_that_was_not_trained_on(tmp_path):
+    pytest.importorskip("PIL")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 1, 1, 64, 64, 3), np.uint8)
+    for name, image in zip(("train/a/0", "train/b/1", "val/a/2", "val/b/3"), pixels):
+        path = tmp_path / "photos" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, image, gap=0)
+    photos, same = str(tmp_path / "photos"), str(tmp_path / "photos" / "train" / "..")
+    other, own = (SimpleNamespace(settings=SimpleNamespace(data=data), total=2, name="run")
+                  for data in ("shapes", same))
+    images = generate.images_of(photos, [other], 64, 100, seed=0)
+    assert {image.tobytes() for image in images.images} == {image.tobytes() for image in pixels}
+    assert len(generate.images_of(photos, [other], 64, 3, seed=0)) == 3
+    assert len(generate.images_of(photos, [other, own], 64, 100, seed=0)) == 2
+    assert len(generate.images_of(None, [own], 64, 100, seed=0)) == 2
+    own.total += 1                                             # the folder has changed since the training
+    with pytest.raises(BadInput, match="trained on"):
+        generate.images_of(None, [own], 64, 100, seed=0)
+
+
 def test_hidden_patches_are_uniform_subsets_without_the_first():
     hidden = generate.hidden_patches(4000, 5, 0.5)
     assert hidden.shape == (4000, 2) and hidden.min() == 1 and (hidden[:, 0] < hidden[:, 1]).all()
@@ -186,7 +247,8 @@ def test_reconstruct_command_with_picture_and_lpips(trained, tmp_path, monkeypat
     run, picture, out = trained("mlm --mask 0.75", data="shapes"), tmp_path / "grid.png", tmp_path / "x.json"
     text = call(f"evaluate.py reconstruct {run} untrained:{run} --max-images 12 --hide 0.2 "
                 f"--lpips alex --picture {picture} --json {out}")
-    assert "untrained mlm 0.75 (mae)" in text and picture.read_bytes()[:4] == b"\x89PNG"
+    assert "one by one" in text and "untrained mlm 0.75 (mae)" in text
+    assert picture.read_bytes()[:4] == b"\x89PNG"
     assert 8 * 60 < int.from_bytes(picture.read_bytes()[20:24], "big") < 8 * 75
     x = json.loads(out.read_text())
     assert (x["images"], x["hidden"], x["patches"]) == (12, 3, 16)

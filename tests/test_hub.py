@@ -176,3 +176,13 @@ def test_commands(folders, tmp_path):
 def test_what_would_give_wrong_numbers_is_refused(folders, name, says):
     with pytest.raises(BadInput, match=says):
         hub.load_hub_model(f"hf:{folders[name][2]}")
+
+
+def test_a_pipe_or_a_link_to_a_device_is_refused_and_not_waited_for(folders, tmp_path):
+    for path in folders["gpt2"][2].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert hub.load_hub_model(f"hf:{tmp_path}").path == "causal"     # the hub keeps files as links, too
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(BadInput, match="config.json"):
+        hub.load_hub_model(f"hf:{tmp_path}")
