@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +76,7 @@ VIT_TINY = {**MAE, "epochs": 10, "batch_size": 128, "crop": 0.2, "mixup": 0.0, "
 def protocol_of(args, run):
     """The Protocol of this kind and size of model, but for what the options say."""
     attention, pool = probe.attention_and_pool(run, args.attention, args.pool)
-    given = {f.name: getattr(args, f.name, None) for f in fields(Protocol)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: x for name in ("lr", "epochs", "batch_size") if (x := getattr(args, name)) is not None}
     if run.tokenizer is not None:  # the paper's rate is for its 768-wide model; tiny hardly moves with it
         usual = {"lr": 4e-5 if run.model.config.width >= 512 else 5e-4}
     else:
@@ -393,7 +392,7 @@ def predict_command(args):
         csv.writer(lines, lineterminator="\n").writerows(rows)
         write_text(args.csv, lines.getvalue())
     short = [[place, *(" ".join(cell.split())[:40] for cell in cells)] for place, *cells in rows[:11]]
-    show(args, table(short) + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
+    show(args, table(short, "<") + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
     return {"results": {"data": args.data, "classes": model.classes, "places": part.places, **found,
                         "probabilities": probabilities}}, run
 

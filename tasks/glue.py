@@ -202,12 +202,10 @@ def numbered(table, classes):
     """A Table as a Part: labels as class numbers, or where `classes` is None as scores."""
     number = {name: k for k, name in enumerate(classes or ())}
     for row, label in enumerate(table.labels):
-        if classes is None and not is_number(label):
-            raise table.refuse(row, "is not a number")
-        if classes is not None and label not in number:
-            raise table.refuse(row, f"is not one of {listed(classes)}")
-    labels = [float(label) if classes is None else number[label] for label in table.labels]
-    return Part(table.texts, np.array(labels), np.arange(len(labels)))
+        if not (is_number(label) if classes is None else label in number):
+            raise table.refuse(row, "is not a number" if classes is None else f"is not of {listed(classes)}")
+    labels = np.array([float(label) if classes is None else number[label] for label in table.labels])
+    return Part(table.texts, labels, np.arange(len(labels)))
 
 
 def listed(names):

@@ -64,17 +64,13 @@ def test_fine_tuning_learns_scores_of_any_size(run):
     assert abs(predicted.mean() - scores.mean()) < 0.3 * scores.std()
 
 
-def test_micro_batches_add_up_to_the_batch(run):
+def test_seeds_repeat_and_micro_batches_add_up_to_the_batch(run):
     _, prepared = texts(run, 21)
-    whole, parted, coarser = (loss_of(run, prepared, np.arange(21) % 3, dropout=0.0, **changes)
-                              for changes in ({}, {"micro_batch": 3}, {"batch_size": 16}))
+    whole, again, other, parted, coarser = (
+        loss_of(run, prepared, np.arange(21) % 3, dropout=0.0, **changes)
+        for changes in ({}, {}, {"seed": 1}, {"micro_batch": 3}, {"batch_size": 16}))
+    assert whole == again != other
     assert whole == pytest.approx(parted, rel=1e-4) and whole != pytest.approx(coarser, rel=1e-4)
-
-
-def test_seeds_repeat_and_differ(run):
-    _, prepared = texts(run, 24)
-    first, again, other = (loss_of(run, prepared, np.arange(24) % 3, seed) for seed in (0, 0, 1))
-    assert first == again != other
 
 
 def test_divergence_is_reported(run):
@@ -163,19 +159,6 @@ def test_drop_path_rises_with_depth_and_the_classifier_is_the_encoder_and_a_head
 
 # ---------------------------------------------------------------------------- commands
 
-def test_finetune_of_text_and_few_labels(trained, reviews, tmp_path):
-    run = trained("vl --mask 0.15,0.3")
-    found = call_json(f"evaluate.py finetune {run} --data {reviews} --epochs 1 --batch-size 8 --seeds 2 "
-                      "--label-fraction 0.25 --lr 1e-3")
-    results, accuracy = found["results"], found["results"]["accuracy"]
-    assert found["protocol"]["batch_size"] == 8 and results["train"] == 32 and results["dev"] == 32
-    assert accuracy["seeds"] == [np.mean(correct) for correct in results["correct"]]
-    assert np.array_equal(np.array(results["predictions"]) == results["labels"], results["correct"])
-    assert results["classes"] == ["neg", "pos"] and accuracy["interval"] is None
-    rows = reviews.read_text().splitlines()[1:]
-    assert [rows[k].endswith("pos") for k in results["places"]] == results["labels"]
-
-
 def test_what_finetune_says_of_its_scores(trained, tmp_path):
     """The largest class, an interval over examples for one seed, who was taken for whom."""
     run, train, dev = trained("vl --mask 0.15,0.3"), tmp_path / "train.tsv", tmp_path / "dev.tsv"
@@ -200,11 +183,17 @@ def test_what_finetune_says_of_its_scores(trained, tmp_path):
 def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path):
     """Of a table and of lines of text; of two seeds the first one's; its folder is whole, or not there."""
     run, out, line = trained("vl --mask 0.15,0.3"), tmp_path / "out", "evaluate.py predict"
-    tune = f"evaluate.py finetune {run} --data {reviews} --epochs 2 --lr 1e-3 --seeds 2 --out {out}"
-    results = call_json(tune)["results"]
+    tune = (f"evaluate.py finetune {run} --data {reviews} --epochs 2 --lr 1e-3 --batch-size 8 --seeds 2 "
+            f"--label-fraction 0.25 --out {out}")
+    tuned = call_json(tune)
+    results, accuracy = tuned["results"], tuned["results"]["accuracy"]
+    assert tuned["protocol"]["batch_size"] == 8 and results["train"] == results["dev"] == 32
+    assert accuracy["seeds"] == [np.mean(correct) for correct in results["correct"]]
+    assert accuracy["interval"] is None and results["classes"] == ["neg", "pos"]
+    assert np.array_equal(np.array(results["predictions"]) == results["labels"], results["correct"])
     *losses, metrics = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     assert [row["loss"] for row in losses] == results["figures"][0]["epochs"] and losses[1]["epoch"] == 2
-    assert metrics["accuracy"] == results["accuracy"]["seeds"][0]
+    assert metrics["accuracy"] == accuracy["seeds"][0]
     with pytest.raises(BadInput, match="out exists"):
         call(tune)
     found = call_json(f"{line} {out} --data {reviews} --csv {tmp_path / 'new.csv'}")["results"]
@@ -213,7 +202,9 @@ def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path
     assert [found["class"][k] for k in places] == names and found["places"] == list(range(160))
     assert np.allclose(probabilities.sum(1), 1) and probabilities.shape == (160, 2)
     with open(reviews) as file, open(tmp_path / "new.csv") as new:
-        texts, rows = [row["text"] for row in csv.DictReader(file)], list(csv.DictReader(new))
+        table, rows = list(csv.DictReader(file)), list(csv.DictReader(new))
+    texts = [row["text"] for row in table]
+    assert [table[k]["label"] == "pos" for k in places] == results["labels"]
     assert [row["text"] for row in rows] == texts and [row["class"] for row in rows] == found["class"]
     sure = [float(row["probability"]) for row in rows]
     assert np.allclose(sure, probabilities.max(1), atol=1e-4)
