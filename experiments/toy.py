@@ -12,6 +12,10 @@ The non-zero singular values of Abar are those of Q, once, and those of Q with r
 
 The sector rule. The class survives a bottleneck of t features once t >= #{position sigma_j > sigma_1 of the
 class part} + r - 1, where contexts and targets are connected through q. THEORY.md has the proofs.
+
+The tail of Theorem 4.1 is the sum over j > t of sigma_j^4 of this Abar, with its noise, at the bottleneck t.
+Without a bottleneck it is 0: there the errors of probes with few labels are compared with the tail at t = r,
+as many features as classes.
 """
 
 import contextlib
@@ -32,6 +36,7 @@ from objectives import OBJECTIVES, PAPER, describe, from_options
 from util import BadInput, numbers, plain, positive, table
 
 LOSSES = ("spectral", "cross-entropy")
+PLACES = ("own", "common")  # contexts
 RIDGES = (0.001, 0.1)  # of few-label probes; the last one is reported
 RESOLUTION = 0.001     # errors closer than this share a rank
 LIMIT = 40_000         # rows of the merged P_M: some seconds
@@ -274,23 +279,28 @@ def correlation(x, errors, resamples=300):
 def findings(rows, ts, r):
     """For each noise and loss: what orders the objectives' errors, as Spearman correlations.
 
-    `kept`, `gone`: mean excess where the sector rule says that the class survives, and where the exact
-    features have lost it, as shares of losing it altogether. `few`: no bottleneck, by ridge. `distance`: of
-    the networks' errors from the exact ones. `gap`: how much of the best spectral loss they miss.
+    `at`: with the bottleneck t and Theorem 4.1's tail at that t; `exact_tail` is of the exact features.
+    `few`: few labels and no bottleneck, by ridge, with the tail at r. `kept`, `gone`: mean excess where the
+    sector rule says that the class survives, and where the exact features have lost it, as shares of losing
+    it altogether. `distance`: of the networks' errors from the exact ones. `gap`: how much of the best
+    spectral loss they miss.
     """
     result = []
     for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
         group = [row for row in rows if row["eps"] == eps]
-        tail, needs, bayes = (np.array([row[name] for row in group]) for name in ("tail", "needs", "bayes"))
+        tails, needs, bayes = (np.array([row[name] for row in group]) for name in ("tails", "needs", "bayes"))
         exact = np.array([[row["exact"][t - 1] for t in ts] for row in group])  # (objectives, n)
         errors = np.stack([row[kind]["all"] for row in group], 1)              # (seeds, objectives, n)
         mean, lost = errors.mean(0), (1 - 1 / r - bayes)[:, None]
         kept, gone = needs[:, None] <= np.array(ts), exact > 0.95 * lost
-        few = {place: {ridge: correlation(tail, np.stack([row[kind][place][i] for row in group], 1))
-                       for i, ridge in enumerate(RIDGES)} for place in ("own", "common")}
+        at_r = tails[:, r - 1]
+        few = {place: {ridge: correlation(at_r, np.stack([row[kind][place][i] for row in group], 1))
+                       for i, ridge in enumerate(RIDGES)} for place in PLACES}
         at = [{"t": t, "worst_kept": mean[kept[:, k], k].max(initial=0),
+               "exact_tail": spearman(tails[:, t - 1], exact[:, k]),
                **{name: correlation(x, errors[:, :, k]) for name, x in
-                  (("tail", tail), ("needs", needs), ("exact", exact[:, k]))}} for k, t in enumerate(ts)]
+                  (("tail", tails[:, t - 1]), ("needs", needs), ("exact", exact[:, k]))}}
+              for k, t in enumerate(ts)]
         shares = {name: (mean / lost)[which].mean() if which.any() else None
                   for name, which in (("kept", kept), ("gone", gone))}
         gap = np.mean([row["spectral"]["gap"] for row in group]) if kind == "spectral" else None
@@ -343,11 +353,11 @@ def run_toy(args):
         name, eps = describe(objective), model.eps
         position, classes, sigma, needs = split(model, contexts, q)
         P, pi = merged(model, contexts, q)
+        tails = [(sigma[t:] ** 4).sum() for t in range(1, r * s + 1)]
         row = {"objective": name, "eps": eps, "needs": needs, "position": position, "classes": classes,
-               "tail": (position[1:] ** 4).sum(), "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
+               "tail": tails[r - 1], "tails": tails, "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
                "told": spectrum(objective, s, told=True)["singular_values"].min(),
-               "exact": exact_probe(P, pi, range(1, r * s + 1), seed=args.seed),
-               "tails": [(sigma[t:] ** 4).sum() for t in range(1, r * s + 1)]}
+               "exact": exact_probe(P, pi, range(1, r * s + 1), seed=args.seed)}
         own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
         for kind in (*LOSSES, "untrained"):
             key = f"{args.seed} {name} {eps} {kind}"                           # the same whatever else is run
@@ -365,33 +375,34 @@ def spearman_text(x):
 
 
 def show_toy(x):
-    """The results of run_toy as text."""
-    ts, r, text = x["bottlenecks"], x["classes"], []
-
-    def excess(row, place, kind):
-        if place in ("own", "common"):
-            return np.mean(row[kind][place][-1])
-        t = int(place.removeprefix("t="))
-        return row["exact"][t - 1] if kind == "exact" else np.mean(row[kind]["all"], 0)[ts.index(t)]
-
-    shown = [f"t={t}" for t in ts if t in (r, 2 * r, 3 * r)] or [f"t={ts[0]}"]
-    for title, places, kinds in (
-            ("all labels, bottleneck t", shown, ("exact", *x["losses"])),
-            (f"{x['labels']} labels a class, no bottleneck, own and common contexts", ("own", "common"),
-             (*x["losses"], "untrained"))):
-        columns = list(itertools.product(places, kinds))
-        rows = [("objective", "eps", "tail", "needs t", "Bayes", *map(" ".join, columns))]
-        for row in x["rows"]:
-            cells = (row["bayes"], *(excess(row, *column) for column in columns))
-            rows.append((row["objective"], f"{row['eps']:g}", f"{row['tail']:.3f}", str(row["needs"]),
-                         *(f"{cell:.3f}" for cell in cells)))
-        text += [f"excess error over Bayes: {title}", table(rows)]
-    rows = [("loss", "eps", "t", "tail", "needs t", "exact error", "few labels, own: tail", "common: tail")]
+    """The results of run_toy as text: errors with a bottleneck, errors with few labels, what orders them."""
+    ts, r, losses = x["bottlenecks"], x["classes"], x["losses"]
+    shown = [t for t in ts if t in (r, 2 * r, 3 * r)] or ts[:1]
+    first = ("objective", "eps", "Bayes")
+    narrow = [(*first, "needs t", *(f"t={t} {name}" for t in shown for name in ("tail", "exact", *losses)))]
+    columns = list(itertools.product(PLACES, (*losses, "untrained")))
+    few = [(*first, "tail", *map(": ".join, columns))]
+    for row in x["rows"]:
+        name = row["objective"], f"{row['eps']:g}", f"{row['bayes']:.3f}"
+        cells = []
+        for t in shown:
+            networks = [np.mean(row[kind]["all"], 0)[ts.index(t)] for kind in losses]
+            cells += [row["tails"][t - 1], row["exact"][t - 1], *networks]
+        narrow.append((*name, str(row["needs"]), *(f"{cell:.3f}" for cell in cells)))
+        cells = [row["tail"], *(np.mean(row[kind][place][-1]) for place, kind in columns)]
+        few.append((*name, *(f"{cell:.3f}" for cell in cells)))
+    orders = [("loss", "eps", "t", "tail at t", "needs t", "exact error", "exact error with tail at t")]
+    orders_few = [("loss", "eps", "own contexts", "common contexts")]
     for y in x["findings"]:
-        few = [spearman_text(list(y["few"][place].values())[-1]) for place in ("own", "common")]
+        name = y["loss"], f"{y['eps']:g}"
         for at in y["at"]:
-            found = (spearman_text(at[name]) for name in ("tail", "needs", "exact"))
-            last = few if at["t"] == ts[-1] else ("-", "-")
-            rows.append((y["loss"], f"{y['eps']:g}", str(at["t"]), *found, *last))
-    title = f"Spearman of excess error with .., over objectives [95% over {x['seeds']} seeds]"
-    return "\n\n".join([*text, title, table(rows, "<")])
+            found = (spearman_text(at[key]) for key in ("tail", "needs", "exact"))
+            exact = "-" if at["exact_tail"] is None else f"{at['exact_tail']:.2f}"
+            orders.append((*name, str(at["t"]), *found, exact))
+        orders_few.append((*name, *(spearman_text(list(y["few"][place].values())[-1]) for place in PLACES)))
+    over = f"over objectives [95% over {x['seeds']} seeds]"
+    return "\n\n".join([
+        "Excess error over Bayes: all labels, bottleneck t; tail: sum over j > t of sigma_j^4", table(narrow),
+        f"{x['labels']} labels a class, no bottleneck; tail: sum over j > r = {r}", table(few),
+        f"Spearman of the error with a bottleneck with .., {over}", table(orders, "<"),
+        f"Spearman of the error with few labels with the tail over j > {r}, {over}", table(orders_few, "<")])

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from experiments import toy
 from experiments.spectrum import normalised, pairs
 from objectives import OBJECTIVES, describe, from_options, spectral_loss
 
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 SMALL = [("ar", {}), ("prefix", {}), ("dar", {"t": 2}), ("mlm", {"mask": 0.5}), ("permutation", {}),
          ("vl", {"mask": (0.25, 0.75)})]
 
@@ -71,14 +73,45 @@ def test_sector_rule_where_contexts_and_targets_are_connected():
 
 
 def test_a_smaller_tail_can_need_a_larger_bottleneck():
-    model, found = toy.NoisyToy(4, 8, eps=0.5), {}
-    for name, options in (("mlm", {"mask": 0.25}), ("dar", {"t": 2})):
+    """Theorem 4.1's tail, of the noisy model at that t: it orders the first two and misorders the last."""
+    model = toy.NoisyToy(4, 8, eps=0.5)
+    for (name, options), expected in ((("mlm", {"mask": 0.25}), (0.254, 11, 0.624)),
+                                      (("dar", {"t": 2}), (0.112, 8, 0)),
+                                      (("vl", {"mask": (0.125, 0.875)}), (0.064, 11, 0.482))):
         contexts, q = pairs(from_options(name, **options), 8)
-        position, _, _, needs = toy.split(model, contexts, q)
-        [error] = toy.exact_probe(*toy.merged(model, contexts, q), [8])
-        found[name] = (position[1:] ** 4).sum(), needs, error
-    assert found["mlm"] == pytest.approx((1.2857, 11, 0.624), abs=1e-3)
-    assert found["dar"] == pytest.approx((1.9375, 8, 0), abs=1e-3)
+        sigma, needs = toy.split(model, contexts, q)[2:]
+        [error] = toy.exact_probe(*toy.merged(model, contexts, q), [8], rotations=2)
+        assert ((sigma[8:] ** 4).sum(), needs, error) == pytest.approx(expected, abs=1e-3)
+
+
+def test_published_tails_are_theorem_41s():
+    """Of the noisy model, beyond the t at hand, in the pages that are published."""
+    texts, found = json.loads((RESULTS / "toy-cpu.json").read_text())["text"], 0
+    for name, options, eps in (("mlm", {"mask": 0.25}, 0.5), ("dar", {"t": 2}, 0.3), ("ar", {}, 0.0)):
+        objective = from_options(name, **options)
+        sigma = toy.split(toy.NoisyToy(4, 8, 2, eps), *pairs(objective, 8))[2]
+        [line, few] = [x for x in texts if x.startswith(f"{describe(objective)} ") and f" {eps:g} " in x]
+        cells, tails = line.split(), [f"{(sigma[t:] ** 4).sum():.3f}" for t in (4, 8, 12)]
+        assert cells[-12::4] == tails and few.split()[-7] == tails[0]
+        for row in json.loads((RESULTS / "bridge-cpu.json").read_text())["found"]["results"]["rows"]:
+            if (row["objective"], row["eps"]) == (describe(objective), eps):
+                assert row["tail"] == pytest.approx((sigma[4:] ** 4).sum())
+                found += 1
+    assert found == 2
+
+
+def test_the_order_is_that_of_the_tail_at_hand():
+    """Errors that follow the tail at t = 2, and with few labels the tail at t = r = 3."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(6):
+        tails = rng.random(6)
+        network = {"all": [[tails[1], 0.0]] * 2, "own": [[tails[2]] * 2] * 2, "common": [[0.1] * 2] * 2,
+                   "gap": 0.0}
+        rows.append({"eps": 0.5, "tails": tails, "needs": 1, "bayes": 0.1, "exact": tails,
+                     **{kind: network for kind in toy.LOSSES}})
+    for x in toy.findings(rows, [2, 6], 3):
+        assert x["at"][0]["tail"] == pytest.approx([1, 1, 1]) and x["at"][0]["exact_tail"] == pytest.approx(1)
+        assert x["few"]["own"][0.1] == pytest.approx([1, 1, 1]) and x["few"]["common"][0.1] is None
 
 
 def test_draw_agrees_with_the_exact_model():
