@@ -195,7 +195,7 @@ WHAT = {  # the rows of perplexity and bound in words
     "padded": "all later tokens are [MASK], as in training",
     "truncated": "the sequence ends at the [MASK]",
     "bound": "any order: the mixture over orders has at most this",
-    "unigram": "the training text's token counts, for comparison"}
+    "unigram": "how often each token stands in the text, for comparison"}
 
 
 def shortly(x):
@@ -217,8 +217,7 @@ def show(run, results, rows, loss="left-to-right loss"):
 def perplexity_command(args):
     run, autocast = open_run(args)
     with autocast:
-        lengths = args.by_length or bool(args.plot)
-        results = perplexity(run, args.data, args.max_sequences, args.regime, lengths)
+        results = perplexity(run, args.data, args.max_sequences, args.regime, args.by_length or args.plot)
     if args.json != "-":
         show(run, results, results["regimes"] | {"unigram": results["unigram"]})
         if args.by_length:
@@ -249,8 +248,7 @@ def bound_command(args):
 
 def curves_command(args):
     runs, first = [read_curves(folder) for folder in args.checkpoints], Path(args.checkpoints[0])
-    differ = len({run["data"] for run in runs}) > 1
-    if differ:
+    if differ := len({run["data"] for run in runs}) > 1:
         for run in runs:
             run["name"] += f", {printable(str(run['data']))}"
     picture = args.plot or first / ("curves.png" if len(runs) == 1 else "compared.png")
@@ -258,9 +256,9 @@ def curves_command(args):
     results = []
     for folder, x in zip(args.checkpoints, runs):
         last, best = (x["val_loss"] or [None])[-1], min(x["val_loss"], default=None)
-        results.append({"run": folder, x["unit"]: x["seen"][-1], "loss": x["loss"][-1], "val_loss": last,
-                        "best_val_loss": best, f"{x['unit']}_per_second": x["speed"][-1],
-                        "not_finite": x["not_finite"]})
+        results.append({"run": folder, "data": x["data"], x["unit"]: x["seen"][-1], "loss": x["loss"][-1],
+                        "val_loss": last, "best_val_loss": best, "not_finite": x["not_finite"],
+                        f"{x['unit']}_per_second": x["speed"][-1]})
         if args.json != "-":
             print(f"{x['name']:30s} {x['seen'][-1]:14,} {x['unit']}  loss {x['loss'][-1]:.4f}  "
                   f"validation {'none yet' if last is None else f'{last:.4f}'}"
@@ -292,7 +290,7 @@ def report(out, device=None):
             show(run, results, results["regimes"] | {"unigram": results["unigram"]})
         if exact or run.objective.decoding(torch.tensor([1, 0]), 1) is not None:
             lines = run.tokenizer.decode(corpus.val[:4096]).splitlines()
-            line = next((line for line in lines if len(line) > 40), "")
+            line = next((line for line in lines[1:] if len(line) > 40), "")   # the first may lack its start
             start = line[:24].rpartition(" ")[0] or line[:24]
             prompt = run.tokenizer.encode(start).tolist() or [run.tokenizer.separator]
             new = generate.generate(run, prompt, 120, order="left" if exact else None)

@@ -291,8 +291,10 @@ def reconstruct_command(args):
         print(printable(f"{len(hidden):,} images of {data}, {hidden.shape[1]} of {config.length} patches "
                         f"hidden and predicted {how}, never the first; mean ± standard error over images\n"))
         names = [name for name in ("l2", "psnr", "lpips") if name in results]
-        print(table([["", *names], *([row["label"], *(f"{row[name]:.4f} ± {row[f'{name}_stderr']:.4f}"
-                                                      for name in names)] for row in rows)]))
+        several = len(hidden) > 1
+        print(table([["", *names], *([row["label"], *(
+            f"{row[name]:.4f}" + f" ± {row[f'{name}_stderr']:.4f}" * several for name in names)]
+            for row in rows)]))
         if args.picture:
             print(f"\n{args.picture}: original, {', '.join(row['label'] for row in rows)}")
     return {"data": data, "images": len(hidden), "hidden": hidden.shape[1], "patches": config.length,

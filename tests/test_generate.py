@@ -24,11 +24,10 @@ LEFT_TO_RIGHT = [way for way in WAYS if way[0].left_to_right(8, way[1])]
 
 # ---------------------------------------------------------------------------- text
 
-@pytest.mark.parametrize("prompt, count", [(7, 10), (20, 5)])
-def test_generation_of_any_length(way, make_run, prompt, count):
-    run, ids = make_run(*way), list(range(8)) * 3
-    texts = [generate.generate(run, ids[:prompt], count, temperature=5.0, seed=seed) for seed in (0, 0, 1)]
-    assert all(len(text) == count and all(0 <= i < 11 for i in text) for text in texts)
+def test_generation_beyond_a_sequence(way, make_run):
+    run, ids = make_run(*way), list(range(7))
+    texts = [generate.generate(run, ids, 10, temperature=5.0, seed=seed) for seed in (0, 0, 1)]
+    assert all(len(text) == 10 and all(0 <= i < 11 for i in text) for text in texts)
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -169,7 +168,7 @@ def test_each_prediction_has_its_own_context(run):
     for target in gaps:
         context = {i for i in range(9) if (i not in gaps or i in reached) and (i < target or not forward)}
         reached[target] = set().union(*(reached.get(i, {i}) for i in context))
-        for i in sorted(set(range(9)) - set(gaps))[::2]:
+        for i in sorted(set(range(9)) - set(gaps))[::3]:
             other = patches.clone()
             other[0, i] += 1
             changed = not torch.equal(generate.reconstruct(run, other, hidden)[0, target], base[0, target])
