@@ -22,7 +22,6 @@ paper's numbers is the effect that ours is judged against (experiments/verdicts.
 """
 
 import itertools
-import json
 import os
 import platform
 import shlex
@@ -34,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.measures import SCALES, Place, with_needs
+from experiments.measures import SCALES, Place, read_json, with_needs
 from experiments.pages import stages_of, write_report, write_results
 from experiments.tables import TARGETS
 from run import load_checkpoint
@@ -59,13 +58,13 @@ def readable(line):
 def run(stage, environment):
     """Run a stage in a process of its own: progress to standard error, what it prints to a .log file."""
     line, start, config = command(stage), time.perf_counter(), stage.out / "config.json"
-    if "--resume" in line and load_checkpoint(stage.out)["step"] == json.loads(config.read_text())["steps"]:
+    if "--resume" in line and load_checkpoint(stage.out)["step"] == (read_json(config) or {}).get("steps"):
         return write_record(stage, 0)  # it was cut off after its last step
     print(readable(line), file=sys.stderr)
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     program = [str(HERE / line[0])] if line[0].endswith(".py") else ["-m", line[0]]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **environment}
-    with open(stage.beside(".log"), "w") as log:
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **environment}
+    with open(stage.beside(".log"), "wb") as log:
         status = subprocess.run([sys.executable, *program, *line[1:]], stdout=log, env=environment,
                                 check=False).returncode
     if status == 130:

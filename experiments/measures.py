@@ -19,6 +19,8 @@ from objectives import OBJECTIVES
 from run import PRESETS
 from tasks import glue
 
+UNIGRAMS, MEAN_COLOUR = "Unigrams, majority class", "Mean colour, majority class"  # rows without a network
+
 # ---------------------------------------------------------------------------- budgets
 
 FEWER = 6.7  # 1/0.15: with so many times fewer tokens a loss at every token has as many targets
@@ -75,6 +77,14 @@ SCALES = {
 
 # ---------------------------------------------------------------------------- stages
 
+def read_json(path):
+    """What a JSON file holds; None where there is no whole one, as after a full disk."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command line, where its result goes, and what has to be there first."""
@@ -92,11 +102,15 @@ class Stage:
         """The file .done, which says that this stage is done and what it took, or .log, what it printed."""
         return self.out.with_name(self.out.name + suffix)
 
-    def done(self):
-        return self.out.exists() and self.beside(".done").exists()
+    def record(self):
+        """What is known of its run, None before."""
+        return read_json(self.beside(".done"))
 
     def result(self):
-        return json.loads(self.out.read_text())
+        return read_json(self.out)
+
+    def done(self):
+        return self.record() is not None and (self.out.is_dir() or self.result() is not None)
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ class Model:
     flags: str           # of the objective, such as "mlm --mask 0.15"; or hf:NAME, a public model
     kind: str = "text"   # of its data: text, images or images100
     budget: float = 1    # what its budget is multiplied with
-    instead: str = None  # untrained; or no network at all: pixels, counts (of tokens and of classes)
+    instead: str = None  # untrained; or no network: pixels, or a guess by what is frequent or the mean
 
     def __str__(self):
         budget = f" x{self.budget:g}" if self.budget != 1 else ""
@@ -209,7 +223,8 @@ class Column:
     command: str = None
     read: Callable = None  # (model, what the command wrote[, what it wrote of `reference`]) -> Cell
     flags: str = ""        # of the command; {data} stands for the data that the model is pretrained on
-    also: tuple = ()       # which rows have this number beside trained models: untrained, pixels, counts
+    also: tuple = ()       # which rows have this number beside trained models: untrained, pixels, guess
+    floor: str = None      # the row that models must beat; None where it is the untrained network
     lower: bool = False    # is better
     digits: int = 1
     unit: str = "points"   # of differences; "factor": cells hold logarithms
@@ -218,11 +233,6 @@ class Column:
     reference: Model = None
     needs: tuple = ()      # stages that the command needs beside the model
     mean_of: tuple = ()    # instead of a command: the mean over these columns
-
-    @property
-    def classifies(self):
-        """Whether it is worth nothing where untrained networks score as high."""
-        return "untrained" in self.also
 
     def stages(self, place, model, seed):
         """The stages of one cell, () where there is no such number."""
@@ -233,7 +243,7 @@ class Column:
             return (evaluation(place, [model], 0, self.command, flags),)
         if self.attention:
             flags += f" --attention {model.attention if self.attention == 'own' else self.attention}"
-        if model.instead == "counts":  # are read from what is written of the model
+        if model.instead == "guess":  # is read from what is written of the model
             model = replace(model, instead=None)
         if not model.instead:
             model = replace(model, budget=self.share * model.budget)
@@ -259,13 +269,13 @@ def regime_of(x, name):
 
 def perplexity(regime, data="", bits=False):
     """Left-to-right perplexity in a regime, judged as a factor; or bits per byte of the text that the
-    tokenizer keeps, which models of two vocabularies share. The row 'counts' is that of unigrams."""
+    tokenizer keeps, which models of two vocabularies share. The guess is that of unigrams."""
     def read(model, x):
-        found = x["results"]["unigram"] if model.instead == "counts" else regime_of(x, regime)
+        found = x["results"]["unigram"] if model.instead == "guess" else regime_of(x, regime)
         scale = found["bits_per_byte"] / found["nll"] if bits else 1
         return mean_cell(found["sequence_nll"], f"text {data}", scale)
 
-    return Column("perplexity", read, f"--by-length {data}", () if data else ("counts",), lower=True,
+    return Column("perplexity", read, f"--by-length {data}", ("guess",), UNIGRAMS, lower=True,
                   digits=3 if bits else 1, unit="bits" if bits else "factor")
 
 
@@ -291,14 +301,15 @@ def gain_share(regime, prefixes, reference):
 
 
 def reconstruction(name, digits):
-    """Of hidden patches: l2, psnr or lpips. l2 and lpips are judged as factors."""
+    """Of hidden patches: l2, psnr or lpips. l2 and lpips are judged as factors. A guess: mean colour."""
     factor = name in ("l2", "lpips")
 
     def read(model, x):
-        mean = mean_cell(x["rows"][-1][f"{name}_of_images"], "images")
+        mean = mean_cell(x["rows"][0 if model.instead == "guess" else -1][f"{name}_of_images"], "images")
         return replace(mean, value_of=lambda rows: np.log(mean.value_of(rows))) if factor else mean
 
-    return Column("reconstruct", read, lower=factor, digits=digits, unit="factor" if factor else "dB")
+    return Column("reconstruct", read, "", ("guess",), MEAN_COLOUR, lower=factor, digits=digits,
+                  unit="factor" if factor else "dB")
 
 
 def connectivity(name, which):
@@ -311,16 +322,16 @@ def connectivity(name, which):
 
 def probe(flags="", **more):
     """Accuracy of a linear probe on frozen features, in percent. The row 'pixels' is the same classifier on
-    raw pixels, 'counts' the largest class."""
+    raw pixels, a guess the largest class."""
     def read(model, x):
         layers = x["results"]["layers"]
         last = [name for name in layers if name != "pixels"][-1]
         found = layers["pixels" if model.instead == "pixels" else last]
-        if model.instead == "counts":
+        if model.instead == "guess":
             return Cell(lambda rows: 100 * found["majority"])
         return mean_cell(found["correct"], f"{x['results']['data']} {found['test']}", 100)
 
-    return Column("probe", read, flags, ("untrained", "pixels", "counts"), **more)
+    return Column("probe", read, flags, ("untrained", "pixels", "guess"), **more)
 
 
 def finetune(flags=""):

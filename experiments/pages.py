@@ -13,9 +13,19 @@ from statistics import fmean, stdev
 import numpy as np
 
 import plots
-from experiments.measures import SCALES, pretrain, with_needs
-from experiments.verdicts import MEANING, corrected, in_words, judge
-from util import BadInput, write_json
+from experiments.measures import SCALES, pretrain, read_json, with_needs
+from experiments.verdicts import (
+    EXCLUDED,
+    MEANING,
+    NOT_MEASURED,
+    SUPPORTED,
+    UNINFORMATIVE,
+    corrected,
+    in_words,
+    judge,
+    says,
+)
+from util import BadInput, note, write_json, write_text
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
 
@@ -29,15 +39,16 @@ HEADLINES = {  # the six rows of the front page: what a reader came for
 
 ORIGIN = ("Written by `python reproduce.py report` from the JSON files of this folder, so that no number in "
           "it can differ from what ran.")
-CORRECTED = ("One primary claim for each target; verdicts after Holm's correction over all of these, for the "
-             "tests against 0 and for those against the paper's effect apart.")
+CORRECTED = ("One primary claim for each target, or for several that are of the same runs. Verdicts are by "
+             "tests at 5%, after Holm's correction over all of these claims, for the tests against 0 and for "
+             "those against the paper's effect apart.")
 LEGEND = ("Differences are positive where the claim holds, in points of a percentage, in dB (PSNR), or as "
           "factors where the quantity has no scale of its own (perplexity, L2). Intervals are over "
-          "pretraining seeds and test examples, both the same on both sides (experiments/verdicts.py), not "
-          "corrected for the number of claims; examples count as independent, though sequences of one novel "
-          "are not quite (in the author column an example is a whole novel). Smallest visible: half the "
-          "interval, the least effect that such a run would tell from 0. [ours]: the paper does not claim "
-          "this.")
+          "pretraining seeds and test examples, both the same on both sides (experiments/verdicts.py). Like "
+          "the verdicts in the sections below, they are not corrected for the number of claims. Examples "
+          "count as independent, though sequences of one novel are not quite (in the author column an "
+          "example is a whole novel). Smallest visible: half the interval, the least effect that such a run "
+          "would tell from 0. [ours]: the paper does not claim this.")
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -70,14 +81,14 @@ def row_of(place, table, row, cells):
                          "std": stdev(values) if len(values) > 1 else None}
     seen = {}
     if not model.instead and not model.hub:
-        last = (pretrain(place, model, 0).out / "metrics.jsonl").read_text().splitlines()[-1]
-        seen = {unit: count for unit, count in json.loads(last).items() if unit in ("tokens", "images")}
+        lines = (pretrain(place, model, 0).out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        seen = {unit: count for unit, count in json.loads(lines[-1]).items() if unit in ("tokens", "images")}
     return {"row": row, "model": str(model), "cells": content, **seen}
 
 
 def summarise(place, name, table, seeds):
     """Everything that is known of a finished target, as one JSON object: the page is made from it alone."""
-    records = [json.loads(stage.beside(".done").read_text()) for stage in stages_of(place, table, seeds)]
+    records = [stage.record() for stage in stages_of(place, table, seeds)]
     run = [f"python reproduce.py {name} --scale {place.name}"]
     run += ["--data-dir DATA"] if place.name != "smoke" else []
     run += [f"--seeds {seeds}"] if table.rows else []
@@ -88,7 +99,7 @@ def summarise(place, name, table, seeds):
     content = {
         "target": name, "scale": place.name, "about": place.scale["about"], "title": table.title,
         "fair": table.fair, "seeds": seeds, "rows": [row_of(place, table, row, cells) for row in table.rows],
-        "claims": [judge(claim, cells) for claim in table.claims],
+        "claims": [judge(claim, cells) for claim in table.claims if place.name != "smoke"],
         "versions": {"python": platform.python_version(), "numpy": np.__version__,
                      "torch": ", ".join(sorted({record["torch"] for record in records})),
                      "code": ", ".join(sorted({record["code"] for record in records}))},
@@ -103,7 +114,8 @@ def summarise(place, name, table, seeds):
         found = stage.result()
         content["printed_and_computed"] = found.get("claims", [])
         content["found"] = {key: found[key] for key in ("findings", "results") if key in found}
-        content["text"] = [] if "claims" in found else stage.beside(".log").read_text().splitlines()
+        content["text"] = [] if "claims" in found else stage.beside(".log").read_text(
+            encoding="utf-8", errors="replace").splitlines()
     return content
 
 
@@ -118,10 +130,10 @@ def markdown_table(rows):
 def effect_text(value, unit):
     """A difference in its unit; a factor as x1.23."""
     if value is None:
-        return "none printed"
+        return "-"
     if unit == "factor":
         return f"x{math.exp(value):.3f}"
-    digits = 1 if unit == "points" else max(0, min(4, 1 - math.floor(math.log10(max(1e-9, abs(value))))))
+    digits = 2 if unit == "points" else max(0, min(4, 1 - math.floor(math.log10(max(1e-9, abs(value))))))
     return f"{value:+.{digits}f} {unit}".strip()
 
 
@@ -131,10 +143,11 @@ def claim_rows(claims):
     for c in claims:
         name = c.get("short") or "**primary** " * c["primary"] + c["claim"] + " [ours]" * c["ours"]
         ours, visible = effect_text(c["difference"], c["unit"]), "-"
-        if c["interval"]:
+        if c["interval"] and c["difference"] is not None:  # which a model that diverged has not
             low, high = (effect_text(end, c["unit"]).removesuffix(f" {c['unit']}") for end in c["interval"])
             ours, visible = f"{ours} ({low} .. {high})", effect_text(c["smallest_visible"], c["unit"])
-        rows.append([name, effect_text(c["effect"], c["unit"]), ours, visible, in_words(c)])
+        printed = "none printed" if c["effect"] is None else effect_text(c["effect"], c["unit"])
+        rows.append([name, printed, ours, visible, in_words(c)])
     return markdown_table(rows)
 
 
@@ -151,7 +164,8 @@ def rows_beside_paper(rows):
     heads = [[f"{name}, paper", f"{name}, here"] if name in printed else [name] for name in columns]
     lines = [["", *itertools.chain(*heads), "seen"]]
     for row in rows:
-        cells = [[cell["paper"] or "-", shown(cell)] if name in printed else [shown(cell)]
+        cells = [["-" if cell["paper"] is None else f"{cell['paper']:.4g}", shown(cell)] if name in printed
+                 else [shown(cell)]
                  for name, cell in row["cells"].items()]
         seen = [f"{row[unit]:,} {unit}" for unit in ("tokens", "images") if unit in row] or ["-"]
         lines.append([row["row"], *itertools.chain(*cells), *seen])
@@ -188,6 +202,62 @@ def markdown(x, level=1):
     return "\n".join(lines) + "\n"
 
 
+# ---------------------------------------------------------------------------- in short
+
+SAID = {SUPPORTED: "seen", EXCLUDED: "not seen, and an effect as large as the paper's is excluded",
+        UNINFORMATIVE: "open, as this says too little",
+        NOT_MEASURED: "not measured, as not all of the models beat what learned nothing"}
+
+
+def finding(c):
+    """What was found of a primary claim, in a sentence."""
+    said = "the other way round" if c["verdict"] == EXCLUDED and says(c)[1] else SAID[c["verdict"]]
+    where = "" if c["target"] in HEADLINES else f" ({c['title'].split(':')[0]})"
+    ours, paper = (effect_text(c[name], c["unit"]) for name in ("difference", "effect"))
+    beside = "no number" if c["effect"] is None else paper
+    return f"- {c['short']}{where}: **{said}** ({ours} here, {beside} in the paper)"
+
+
+def tail_findings(reported):
+    """What was found of Theorem 4.1 with our Transformer, in sentences."""
+    found = [x.get("found", {}).get("results", {}) for x in reported if x["target"] == "bridge"]
+    for order in found[0].get("orders", ()) if found else ():
+        if order["place"] == "common" and order["blind"] and order["told"]:
+            blind, told = ("{:.2f} ({:.2f} .. {:.2f})".format(*order[way]) for way in ("blind", "told"))
+            yield (f"- a smaller tail goes with fewer errors (Theorem 4.1, noise {order['eps']:g}): by "
+                   f"Spearman's correlation **{blind}** over networks that do not know which position they "
+                   f"predict, **{told}** over those that do")
+
+
+def in_short(reported, primaries, missing):
+    """Half a page in plain words: what was run, what was found, what cannot be said."""
+    tables, paper = [x for x in reported if x["rows"]], SCALES["paper"]
+    trainings = {line for x in tables for line in x["commands"] if line.startswith("python train.py")}
+    seen = {unit: max(row.get(unit, 0) for x in tables for row in x["rows"]) for unit in ("tokens", "images")}
+    most = " or ".join(f"{count:,} {unit}" for unit, count in seen.items() if count)
+    seeds, scales = (sorted({str(x[name]) for x in tables}) for name in ("seeds", "scale"))
+    run = (f"**What was run.** {len(trainings)} models were pretrained at {' and '.join(scales)} scale, "
+           f"{' or '.join(seeds)} seeds of every kind, each on at most {most}, and measured for "
+           f"{len(tables)} tables and figures of the paper and questions beside them.")
+    theory = [c for x in reported for c in x.get("printed_and_computed") or ()
+              if c["printed"] and not c["claim"].startswith("new")]
+    if theory:
+        hold = sum(c["verdict"].startswith("holds") for c in theory)
+        run += (f" Of the theory, {len(theory)} printed statements were computed on the paper's toy model: "
+                f"{hold} hold as printed, the others as corrected below.")
+    limits = ("**What cannot be said.** These models are small and read little; the paper's read up to "
+              f"{paper['tokens'] / 1e9:.0f} billion tokens, or ImageNet {paper['epochs']} times. What is "
+              "excluded is an effect of the paper's size in models like ours, not in the paper's. All "
+              "objectives have the same settings, and other settings may order them in another way. What is "
+              "uninformative is not absent: anything below the column *smallest visible* would have gone "
+              "unseen. Where models do not beat what learned nothing, their difference tells of no "
+              "pretraining, however large it is.")
+    if missing:
+        limits += f" Of {', '.join(missing)} nothing is known, as they did not run."
+    found = [*map(finding, primaries), *tail_findings(reported)]
+    return [run, "", "**What was found.**", "", *found, "", limits, ""]
+
+
 # ---------------------------------------------------------------------------- files
 
 def write_results(place, name, table, seeds, folder):
@@ -196,11 +266,12 @@ def write_results(place, name, table, seeds, folder):
     content, picture = summarise(place, name, table, seeds), folder / f"{name}-{place.name}.png"
     drawn = [Path(word) for stage in table.extra for word in stage.argv if word.endswith(".png")]
     if drawn and drawn[0].exists():
-        shutil.copyfile(drawn[0], picture)
+        shutil.copyfile(drawn[0], f"{picture}.partial")
+        os.replace(f"{picture}.partial", picture)
     elif find_spec("matplotlib") and table.picture:
         column = next(iter(table.columns.values()))
         table.picture(picture, {row: column.stages(place, model, 0)[0].result()
-                                for row, model in table.rows.items()})
+                                for row, model in table.rows.items() if not model.instead})
     elif find_spec("matplotlib") and table.rows:
         plots.dots(picture, content)
     content["picture"] = picture.name if picture.exists() else None
@@ -213,14 +284,17 @@ def write_report(folder, targets, readme=None):
     between the markers of the file `readme`. Pictures that are missing are drawn from the rows."""
     scales, largest = list(SCALES), {}
     for path in sorted(folder.glob("*.json")):
-        x = json.loads(path.read_text())
-        if scales.index(x["scale"]) >= scales.index(largest.get(x["target"], x)["scale"]):
+        x = read_json(path)
+        if not isinstance(x, dict) or not {"target", "scale"} <= x.keys():
+            note(f"{path} is no whole result; left out")
+        elif scales.index(x["scale"]) >= scales.index(largest.get(x["target"], x)["scale"]):
             largest[x["target"]] = x
     found = [largest[name] for name in targets if name in largest]
     if not found:
         raise BadInput(f"{folder} holds no results; make some: python reproduce.py theory --out {folder}")
     reported = [x for x in found if x["scale"] != "smoke" or not x["rows"]]
-    primaries = [{**claim, "target": x["target"], "short": HEADLINES.get(x["target"], claim["claim"])}
+    primaries = [{**claim, "target": x["target"], "title": x["title"],
+                  "short": HEADLINES.get(x["target"], claim["claim"])}
                  for x in reported for claim in x["claims"] if claim["primary"]]
     primaries = corrected(primaries)
     headlines = [claim for name in HEADLINES for claim in primaries if claim["target"] == name]
@@ -228,19 +302,20 @@ def write_report(folder, targets, readme=None):
         for x in reported:
             if x["rows"] and x["picture"] and not (folder / x["picture"]).exists():
                 plots.dots(folder / x["picture"], x)
-        if headlines:
-            plots.forest(folder / "forest.png", [{**c, "verdict": in_words(c)} for c in headlines])
+        if drawn := [{**c, "verdict": in_words(c)} for c in headlines if c["difference"] is not None]:
+            plots.forest(folder / "forest.png", drawn)
     forest = "![Primary claims: ours with intervals, and the paper's effects]({}forest.png)\n"
     forest *= (folder / "forest.png").exists()
     lines = ["# Results", "", ORIGIN, ""]
     if primaries:
+        lines += in_short(reported, primaries, [name for name in targets if name not in largest])
         meaning = [f"- *{word}*: {text}." for word, text in MEANING.items()]
         lines += [CORRECTED, "", *claim_rows(primaries), *meaning, "", LEGEND, "", forest.format("")]
     for x in reported:
         lines += [markdown(x, level=2)]
     smoke = [f"{x['target']} ({x['title']})" for x in found if x not in reported]
     lines += [f"Run at smoke scale only, so no numbers here: {'; '.join(smoke)}."] if smoke else []
-    (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+    write_text(folder / "README.md", "\n".join(lines).rstrip() + "\n")
     if readme:
         relative = os.path.relpath(folder, Path(readme).parent)
         link = f"Words, units and intervals: [{relative}/README.md]({relative}/README.md).\n"
@@ -249,8 +324,8 @@ def write_report(folder, targets, readme=None):
 
 
 def write_between_markers(readme, lines):
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if any(text.count(marker) != 1 for marker in MARKERS) or text.index(MARKERS[0]) > text.index(MARKERS[1]):
         raise BadInput(f"{readme} should have the lines {' and '.join(MARKERS)} once, in this order")
     lines = [MARKERS[0], "<!-- written by: python reproduce.py report -->", "", *lines]
-    readme.write_text(text[:text.index(MARKERS[0])] + "\n".join(lines) + text[text.index(MARKERS[1]):])
+    write_text(readme, text[:text.index(MARKERS[0])] + "\n".join(lines) + text[text.index(MARKERS[1]):])

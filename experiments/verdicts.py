@@ -3,11 +3,16 @@
 A claim is a contrast, a sum of cells with weights: {("masked", "probe"): 1, ("autoregressive", "probe"): -1}.
 It varies for two reasons. Another pretraining seed would give other models: the spread of the contrast over
 seeds, the same seeds on all sides, says how much. Other test examples would give other scores: a bootstrap
-over the examples, the same ones on all sides, says how much. Both variances are added, and the interval is
-Student's with the degrees of freedom of the sum (Satterthwaite 1946), since resampling three seeds would give
-intervals that are much too narrow.
+over the examples, the same ones on all sides, says how much. With these two variances of the mean, over S
+seeds and n examples, and Student's t, half of the interval is
+
+    half^2 = t(S - 1)^2 of_seeds + t(n - 1)^2 of_examples
+
+One t of estimated degrees of freedom for the sum covers too little: where three seeds lie close together by
+chance, it takes them for many.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +23,15 @@ import numpy as np
 SUPPORTED, EXCLUDED = "supported", "paper's size excluded"
 UNINFORMATIVE, NOT_MEASURED = "uninformative", "not measured"
 MEANING = {
-    SUPPORTED: "the interval lies above 0",
-    EXCLUDED: "the interval lies below the paper's effect, and not above 0; *excluded*, where the paper "
-              "prints none: it lies below 0",
-    UNINFORMATIVE: "the interval holds 0, and the paper's effect where it prints one; or there is one seed "
-                   "only, which says nothing about others",
-    NOT_MEASURED: "not all of the models are seen to score above untrained ones of the same architecture, so "
-                  "that their scores do not tell of pretraining"}
+    SUPPORTED: "the test against 0 says that the difference is positive; *smaller than the paper's*: that "
+               "against the paper's effect says that it is less",
+    EXCLUDED: "it is not seen to be positive, and the test against the paper's effect says that it is less; "
+              "*the other way*: the test against 0 says that it is negative, and *excluded* says the same "
+              "where the paper prints no effect",
+    UNINFORMATIVE: "neither test says anything; or there is one seed only, which says nothing about others",
+    NOT_MEASURED: "not all of the models are seen to beat what learned nothing, so that the difference does "
+                  "not tell of pretraining: untrained networks of the same architecture in classification, "
+                  "how often each token occurs in perplexity, the mean colour in reconstruction"}
 
 
 # ---------------------------------------------------------------------------- cells and contrasts
@@ -49,11 +56,13 @@ def mean_cell(values, test="", scale=1.0):
 
 
 class Estimate(NamedTuple):
-    """A contrast, its variance and the degrees of freedom of that."""
+    """A contrast, and the variances of its mean over `seeds` pretraining seeds and over `n` test examples."""
 
     difference: float
-    variance: float
-    freedom: float
+    of_seeds: float
+    of_examples: float
+    seeds: int
+    n: int
 
 
 def bootstrap(contrast, cells, draws):
@@ -78,42 +87,45 @@ def estimate(contrast, cells, draws=1000):
     """
     per_seed = sum(weight * np.array([cell.value for cell in cells[key]]) for key, weight in contrast.items())
     seeds, drawn = len(per_seed), bootstrap(contrast, cells, draws)
-    least = min((cell.n for key in contrast for cell in cells[key] if cell.n), default=2)
+    n = min((cell.n for key in contrast for cell in cells[key] if cell.n), default=0)
     if seeds == 1:
-        return Estimate(float(per_seed[0]), float(drawn.var(ddof=1)), float(max(1, least - 1)))
+        return Estimate(float(per_seed[0]), 0.0, float(drawn.var(ddof=1)), 1, n)
     covariance = np.cov(drawn.T)
     of_examples = max(0.0, (covariance.sum() - np.trace(covariance)) / (seeds * (seeds - 1)))
-    of_seeds = per_seed.var(ddof=1) / seeds
-    variance = of_seeds + of_examples
-    parts = of_seeds ** 2 / (seeds - 1) + of_examples ** 2 / max(1, least - 1)
-    freedom = variance ** 2 / parts if parts else seeds - 1
-    return Estimate(float(per_seed.mean()), float(variance), float(freedom))
+    return Estimate(float(per_seed.mean()), float(per_seed.var(ddof=1)) / seeds, float(of_examples), seeds, n)
 
 
 # ---------------------------------------------------------------------------- intervals and p-values
 
-def student_tail(freedom, points=20_001):
-    """(t, P(|T| > t)) of Student's distribution on a grid. With t = sqrt(freedom) tan(a) its density is
-    cos(a)^(freedom - 1)."""
-    angle = np.linspace(0, np.pi / 2, points)
-    density = np.cos(angle) ** (freedom - 1) if freedom > 1 else np.ones(points)
-    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * np.tan(angle[:-1]), 1 - (mass / mass[-1])[:-1]
+@functools.cache
+def student(freedom, points=20_001):
+    """(a, P(|T| > t)) of Student's distribution on a grid of angles a: with t = sqrt(freedom) tan(a) its
+    density is cos(a)^(freedom - 1)."""
+    angle = np.linspace(np.pi / 2, 0, points)
+    density = np.cos(angle) ** (freedom - 1)
+    tail = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return angle, tail / tail[-1]
 
 
-def half_width(found, level=0.95):
-    """Half of the interval: the smallest effect that such a measurement would tell from 0."""
-    t, tail = student_tail(found.freedom)
-    return math.sqrt(found.variance) * float(np.interp(-(1 - level), -tail, t))
+def quantile(p, freedom):
+    """The t that |T| exceeds with probability p."""
+    angle, tail = student(max(1, freedom))
+    return math.sqrt(max(1, freedom)) * np.tan(np.interp(p, tail, angle))
+
+
+def half_width(found, p=0.05):
+    """Half of the interval of level 1 - p: the smallest effect that such a measurement would tell from 0."""
+    return np.sqrt(quantile(p, found.seeds - 1) ** 2 * found.of_seeds
+                   + quantile(p, found.n - 1) ** 2 * found.of_examples)
 
 
 def p_value(found, at=0.0):
-    """Two-sided p-value of the hypothesis that the contrast is `at`."""
-    gap = abs(found.difference - at)
-    if found.variance <= 0:
+    """Two-sided p-value of the hypothesis that the contrast is `at`: the interval of level 1 - p ends
+    there."""
+    gap, levels = abs(found.difference - at), np.geomspace(1, 1e-12, 4001)
+    if found.of_seeds + found.of_examples <= 0:
         return float(gap == 0)
-    t, tail = student_tail(found.freedom)
-    return float(np.interp(gap / math.sqrt(found.variance), t, tail))
+    return float(np.interp(gap, half_width(found, levels), levels))
 
 
 def holm(p_values):
@@ -138,59 +150,69 @@ class Claim:
     ours: bool = False
     primary: bool = False
     unit: str = ""          # of the contrast: points, factor (it is a logarithm), dB
-    untrained: dict = None  # {key of a cell that classifies: that of the untrained network}
+    floors: dict = None     # {key of a cell: that of what learned nothing, which it has to be better than}
+    lower: bool = False     # is better, in the cells of floors
 
 
 def judge(claim, cells, draws=1000):
     """All about a claim that a page shows, for JSON. The verdict is not corrected for other claims."""
-    found, bases, gains = estimate(claim.contrast, cells, draws), claim.untrained or {}, {}
-    for row in dict.fromkeys(row for row, _ in bases):  # of a column that is a mean all its parts
-        pairs = [(key, base) for key, base in bases.items() if key[0] == row and base in cells]
+    found, floors, gains = estimate(claim.contrast, cells, draws), claim.floors or {}, {}
+    for row in dict.fromkeys(row for row, _ in floors):  # of a column that is a mean all its parts
+        pairs = [(key, floor) for key, floor in floors.items() if key[0] == row and floor in cells]
         if pairs:
-            above = {key: 1 / len(pairs) for key, _ in pairs} | {base: -1 / len(pairs) for _, base in pairs}
+            weight = (-1 if claim.lower else 1) / len(pairs)
+            above = {key: weight for key, _ in pairs} | {floor: -weight for _, floor in pairs}
             gain = estimate(above, cells, draws)
-            gains[row] = [gain.difference, half_width(gain)]
-    half = half_width(found)
+            gains[row] = [gain.difference, float(half_width(gain))]
+    half = float(half_width(found))
     judged = {"claim": claim.text, "ours": claim.ours, "primary": claim.primary, "unit": claim.unit,
               "effect": claim.effect, "difference": found.difference,
               "interval": [found.difference - half, found.difference + half] if half else None,
-              "smallest_visible": half or None, "seeds": len(next(iter(cells.values()))),
-              "gain_over_untrained": gains,
-              "measured": {*bases.values()} <= {*cells} and all(gain > half for gain, half in gains.values()),
+              "smallest_visible": half or None, **found._asdict(), "gain_over_untrained": gains,
+              "measured": {*floors.values()} <= {*cells} and all(gain > low for gain, low in gains.values()),
               "p_zero": p_value(found) if half else None,
               "p_paper": p_value(found, claim.effect) if half and claim.effect is not None else None}
-    return {**judged, "verdict": verdict(judged, judged["p_zero"], judged["p_paper"])}
+    return {**judged, "verdict": verdict(judged)}
 
 
-def verdict(judged, p_zero, p_paper, level=0.05):
-    """One of the four words. Holm's adjustment may have raised the p-values."""
-    difference, effect = judged["difference"], judged["effect"]
+def says(judged, level=0.05):
+    """What the two tests of a judged claim say: (positive, negative, less than the paper's effect)."""
+    p_zero, p_paper = (1 if judged[name] is None else judged[name] for name in ("p_zero", "p_paper"))
+    positive, negative = (p_zero < level and sign * judged["difference"] > 0 for sign in (1, -1))
+    return positive, negative, p_paper < level and judged["difference"] < judged["effect"]
+
+
+def verdict(judged):
+    """One of the four words, by the p-values as they stand."""
     if not judged["measured"]:
         return NOT_MEASURED
-    if judged["seeds"] < 2 or p_zero is None:
+    positive, negative, less = says(judged)
+    if judged["seeds"] < 2 or not (positive or negative or less):
         return UNINFORMATIVE
-    if difference > 0 and p_zero < level:
-        return SUPPORTED
-    below_paper = p_paper is not None and difference < effect and p_paper < level
-    return EXCLUDED if below_paper or difference < 0 and p_zero < level else UNINFORMATIVE
+    return SUPPORTED if positive else EXCLUDED
 
 
 def corrected(primaries):
-    """Primary claims with the verdicts that Holm's adjustment over all of them leaves; each test apart."""
-    zero, paper = (holm([claim[name] for claim in primaries]) for name in ("p_zero", "p_paper"))
-    return [{**claim, "verdict": verdict(claim, a, b), "p_zero_holm": a, "p_paper_holm": b}
-            for claim, a, b in zip(primaries, zero, paper)]
+    """Primary claims with the p-values and the verdicts that Holm's adjustment over all of them leaves; each
+    test apart. Claims with the same numbers are of the same models: one test, which counts once."""
+    tests = {(claim["difference"] or claim["claim"], claim["smallest_visible"], claim["effect"]): claim
+             for claim in primaries}
+    zero, paper = (holm([claim[name] for claim in tests.values()]) for name in ("p_zero", "p_paper"))
+    found = [{**claim, "p_zero": a, "p_paper": b, "alone": claim["verdict"]}
+             for claim, a, b in zip(tests.values(), zero, paper)]
+    return [{**claim, "verdict": verdict(claim)} for claim in found]
 
 
 def in_words(judged):
     """The verdict, and in brackets what it does not say by itself."""
-    word, high = judged["verdict"], (judged["interval"] or [0, 0])[1]
+    def name(word):  # the paper may print no size that could be excluded
+        return "excluded" if word == EXCLUDED and judged["effect"] is None else word
+
+    word, (_, negative, less) = judged["verdict"], says(judged)
     if judged["seeds"] < 2:
         return f"{word} (one seed)"
-    if word == EXCLUDED and judged["effect"] is None:  # the paper prints no size that could be excluded
-        word = "excluded"
-    if judged["verdict"] in (SUPPORTED, EXCLUDED) and high < 0:
-        return f"{word} (the other way)"
-    if word == SUPPORTED and judged["effect"] and high < judged["effect"]:
-        return f"{word} (smaller than the paper's)"
-    return word
+    if judged.get("alone", word) != word:
+        return f"{word} (before the correction: {name(judged['alone'])})"
+    if word == EXCLUDED:
+        return name(word) + " (the other way)" * negative
+    return word + " (smaller than the paper's)" * (word == SUPPORTED and less)
