@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import math
 import os
+import zipfile
 from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -122,6 +123,8 @@ def resolve(**given):
     known = {f.name for f in fields(Settings)}
     options = {**given.pop("options", {}), **{name: x for name, x in given.items() if name not in known}}
     given = {name: x for name, x in given.items() if name in known and x is not None}
+    if "data" in given:
+        given["data"] = absolute(given["data"])
     toy = toy_noise(given.get("data")) is not None
     if toy:
         given.setdefault("length", POSITIONS)
@@ -150,6 +153,12 @@ def resolve(**given):
     check_ranges(settings)
     objective.check(settings.positions)
     return settings
+
+
+def absolute(data):
+    """What --data names, so that it can be found from any folder."""
+    by_name = data in ("", "pydoc", "shapes") or data.startswith("hf:") or toy_noise(data) is not None
+    return data if by_name else os.path.abspath(data)
 
 
 def check_ranges(settings):
@@ -229,12 +238,16 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path):
-    """What a run folder's ckpt.pt holds, or such a file. Nothing in it is executed."""
+    """What a run folder's ckpt.pt holds, or such a file. Nothing in it is executed or unpacked."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.exists():
-        raise BadInput(f"{path} does not exist; give a run folder of train.py, or its ckpt.pt")
+    if not path.is_file():
+        raise BadInput(f"{path} {'is no regular file' if path.exists() else 'does not exist'}; give a run "
+                       "folder of train.py, or its ckpt.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed, and would unpack to more than it holds")
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["settings"] = known_fields(Settings, content["settings"])
         content["model_config"] = known_fields(Config, content["model_config"])
@@ -260,6 +273,7 @@ class Run:
     settings: Settings
     step: int
     name: str
+    total: int = None  # tokens, or images, that it was trained on, if that is known
 
     def untrained(self):
         """This Run before its first step: what a task owes to pretraining is the difference to it."""
@@ -274,10 +288,12 @@ def load_run(path, device="cpu"):
     if str(path).startswith("untrained:"):
         return load_run(str(path).removeprefix("untrained:"), device).untrained()
     content = load_checkpoint(path)
-    settings, model = content["settings"], Transformer(content["model_config"]).to(device)
+    settings = replace(content["settings"], **content.get("budget", {}))  # which its data was read for
+    model = Transformer(content["model_config"]).to(device)
     model.load_state_dict(content["model"])
     tokenizer = None if settings.images else tokenizer_from_json(content["tokenizer"])
-    return Run(model.eval(), *settings.task(), tokenizer, settings, content["step"], str(path))
+    return Run(model.eval(), *settings.task(), tokenizer, settings, content["step"], str(path),
+               content.get("total"))
 
 
 # ---------------------------------------------------------------------------- the data of a run
@@ -321,6 +337,9 @@ def held_out_text(run, data=None):
     corpus = training_corpus(run.settings)
     if corpus.tokenizer.to_json() != run.tokenizer.to_json():
         raise BadInput(f"{run.settings.data} has another tokenizer than {run.name}; give a text with --data")
+    if run.total not in (None, len(corpus.train)):
+        raise BadInput(f"{run.settings.data} is not the text that {run.name} was trained on: it has "
+                       f"{len(corpus.train):,} training tokens, not {run.total:,}; give a text with --data")
     return corpus
 
 

@@ -12,6 +12,8 @@ only, so a resumed run repeats the uninterrupted one, on a CPU bit for bit.
 """
 
 import contextlib
+import ctypes
+import io
 import itertools
 import json
 import math
@@ -19,6 +21,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from argparse import BooleanOptionalAction
 from dataclasses import asdict, replace
@@ -42,7 +45,7 @@ from run import (
     save_checkpoint,
     warmup_cosine,
 )
-from util import BadInput, Parser, command_line, import_optional, positive
+from util import BadInput, Parser, command_line, import_optional, positive, write_text
 
 # ---------------------------------------------------------------------------- schedules
 
@@ -184,30 +187,40 @@ def update(loss_module, optimizer, batches, count, path, autocast, clip, rate, w
 @torch.no_grad()
 def validation_loss(loss_module, objective, path, sequences, device, autocast, micro, count=256):
     """Mean loss over the targets of the first `count` validation sequences: the same f at every call and for
-    every `micro`, and [MASK] at every target whatever the mask rule."""
+    every `micro`, and [MASK] at every target whatever the mask rule. What fills up a text does not count."""
     model, generator = loss_module.model.eval(), torch.Generator().manual_seed(0)
     total = targets = 0.0
     for first, last in chunks(min(count, len(sequences)), 64):  # drawn 64 at a time, whatever `micro`
         tokens = sequences.batch(first, last - first)
-        drawn = draw_batch(objective, path, tokens, model.config.vocab, generator)
+        drawn = draw_batch(objective, path, tokens, model.config.vocab, generator,
+                           lengths=sequences.lengths(first, last - first))
         targets += drawn.weight.sum().item()
         for chunk in chunks(len(tokens), micro):
             with autocast():
                 total += loss_module(drawn.part(*chunk).to(device), path).item()
     model.train()
+    if not targets:
+        raise BadInput(f"{sequences.total} tokens for validation are too few: none of them is predicted")
     return total / targets
 
 
-# ---------------------------------------------------------------------------- processes, their state, signals
+# ---------------------------------------------------------------------------- processes and their state
 
 def join_processes(device):
     """(this process's device, the number of processes that torchrun started, which of them this is)."""
-    device, world = choose_device(device), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not dist.is_initialized():
+    device, world = choose_device(device), int(os.environ.get("WORLD_SIZE") or 1)
+    if world == 1:
+        return device, 1, 0
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise BadInput(f"WORLD_SIZE={world} is in the environment without {', '.join(missing)}: start "
+                       "several processes with torchrun --nproc_per_node=N, or one without WORLD_SIZE")
+    with contextlib.suppress(OSError, AttributeError):  # Linux: a worker stops when its torchrun was killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, world, int(os.environ.get("RANK", "0"))
+    return device, world, dist.get_rank()
 
 
 class LossModule(nn.Module):
@@ -221,8 +234,12 @@ class LossModule(nn.Module):
         return self.function(self.model, batch, path)
 
 
-def wrap_distributed(module, device, world, fsdp):
-    """The module with its gradients averaged over the processes, and with FSDP sharded over them."""
+def wrap_distributed(module, device, world, fsdp, sizes):
+    """The module with its gradients averaged over the processes, and with FSDP sharded over them. They share
+    batches of `sizes`."""
+    if uneven := [size for size in sizes if size < world or fsdp and size % world]:
+        raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
+                       + " of --fsdp, which takes equal parts" * fsdp + "; give another --batch-size")
     if fsdp and world == 1:
         raise BadInput("--fsdp shards the model over several processes; start them with torchrun "
                        "--nproc_per_node=N train.py")
@@ -254,12 +271,93 @@ def load_state(model, optimizer, saved):
                    options=StateDictOptions(full_state_dict=True))
 
 
+# ---------------------------------------------------------------------------- the run folder, signals, output
+
+def load_saved(out, resume, overwrite):
+    """The checkpoint that a resumed run goes on from, {} for a new run. Before any work this refuses a folder
+    that cannot be written, is in use, or holds what is not to be replaced."""
+    there = next(place for place in (out, *out.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{there} is not a folder that can be written; choose another --out")
+    if there == out:
+        with locked(out, "LOCK_SH"):
+            pass
+    if resume:
+        saved = load_checkpoint(out)
+        if "total" not in saved:
+            raise BadInput(f"{out} was written by an earlier version: it can be evaluated, but not resumed")
+        return saved
+    if (out / "ckpt.pt").exists() and not overwrite:
+        raise BadInput(f"{out} holds a run; go on with it with --resume --out {out}, replace it with "
+                       "--overwrite, or choose another --out")
+    try:
+        own = {"objective", "preset"} <= json.loads((out / "config.json").read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        own = False
+    if not own and (found := [name for name in ("config.json", "metrics.jsonl", "ckpt.pt")
+                               if os.path.lexists(out / name)]):
+        raise BadInput(f"{out / found[0]} was not written by train.py; choose another --out")
+    return {}
+
+
+@contextlib.contextmanager
+def locked(out, how="LOCK_EX"):
+    """Hold a run folder, so that no other training writes into it while this is open."""
+    if os.name == "nt":  # Windows knows no such lock
+        yield
+        return
+    import fcntl
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of file systems that know no locks
+            try:
+                fcntl.flock(folder, getattr(fcntl, how) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"another training is writing into {out}; choose another --out") from None
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def run_folder(out, config, step, new):
+    """Hold the folder and write config.json -> metrics.jsonl to append to, without the lines after `step`,
+    which were not saved. `new` ends both names while they stand beside those of a run that is replaced."""
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out), open(out / f"metrics.jsonl{new}", "a+") as metrics:
+        if not step and not new and (out / "ckpt.pt").exists():
+            raise BadInput(f"another training has filled {out} meanwhile; choose another --out")
+        write_text(out / f"config.json{new}", json.dumps(config, indent=1) + "\n")
+        metrics.seek(0)
+        saved = itertools.takewhile(  # the last line may have been cut off
+            lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step, metrics.readlines())
+        metrics.truncate(sum(map(len, saved)) if step else 0)
+        yield metrics
+
+
+def settle(out, new):
+    """Behind its first checkpoint a run that replaces another takes its names."""
+    for name in ("config.json", "metrics.jsonl"):
+        if new and (out / f"{name}{new}").exists():
+            os.replace(out / f"{name}{new}", out / name)
+
+
+def open_board(out, step):
+    """A TensorBoard writer into the run folder."""
+    import_optional("tensorboard")
+    return import_optional("torch.utils.tensorboard").SummaryWriter(str(out), purge_step=step + 1)
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """While this is open, Ctrl-C and SIGTERM append to the list it gives instead of ending the process."""
-    stop = []
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    """While this is open, Ctrl-C, SIGTERM and a terminal that is closed (but for nohup) append to the list it
+    gives instead of ending the process. Python gives signals to the main thread alone."""
+    stop, wanted = [], [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        wanted = []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in wanted}
     try:
         yield stop
     finally:
@@ -267,30 +365,21 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def load_saved(out, resume, overwrite):
-    """The checkpoint that a resumed run goes on from, {} for a new run."""
-    if not resume:
-        if (out / "ckpt.pt").exists() and not overwrite:
-            raise BadInput(f"{out} holds a run; go on with it with --resume --out {out}, replace it with "
-                           "--overwrite, or choose another --out")
-        return {}
-    saved = load_checkpoint(out)
-    if "total" not in saved:
-        raise BadInput(f"{out} was written by an earlier version: it can be evaluated, but not resumed")
-    return saved
+class Told:
+    """Standard error for as long as somebody reads it: a training does not end when its reader does."""
 
+    def __init__(self, file):
+        self.file = file or io.StringIO()  # None: it was closed from the start
 
-def open_run_folder(out, config, step):
-    """Write config.json -> the name of metrics.jsonl, without the lines after `step` that were not saved."""
-    metrics = out / "metrics.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    if step == 0:
-        (out / "ckpt.pt").unlink(missing_ok=True)  # nobody shall resume a run that is being replaced
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    lines = metrics.read_text().splitlines(keepends=True) if step and metrics.exists() else []
-    whole = (line for line in lines if line.endswith("}\n"))  # the last one may have been cut off
-    metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-    return metrics
+    def write(self, text):
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except OSError:
+            self.file = io.StringIO()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 # ---------------------------------------------------------------------------- FLOPs
@@ -323,6 +412,12 @@ def flops_per_sequence(config, path, length, targets, given=None):
     return 2 * 3 * macs
 
 
+def peak_flops(device):
+    """Dense bf16 FLOP/s of a known GPU, else None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
 # ---------------------------------------------------------------------------- a run
 
 def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=None, compiled=None, fsdp=False,
@@ -352,9 +447,6 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     if step >= steps:
         raise BadInput(f"{out} is at step {step} of {steps}; give more with --steps to go on")
     sizes, S, micro, clip = batch_sizes(settings, steps), config.length, settings.micro_batch, settings.clip
-    if uneven := [size for size in sizes if size < world or fsdp and size % world]:
-        raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
-                       + " of --fsdp, which takes equal parts" * fsdp + "; give another --batch-size")
 
     # the model, its loss and its optimizer
     torch.manual_seed(settings.seed)  # right before the weights are drawn
@@ -365,7 +457,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     if compiled or compiled is None and device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64  # every size of a ramped batch is a graph of its own
         function = torch.compile(loss_sum, dynamic=False)
-    loss_module = wrap_distributed(LossModule(model, function), device, world, fsdp)
+    loss_module = wrap_distributed(LossModule(model, function), device, world, fsdp, sizes)
     val_module = loss_module if fsdp else LossModule(model, loss_sum)
     optimizer = make_optimizer(model, settings)
     if saved:
@@ -377,8 +469,9 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
         size, part = sizes[step], slice(sizes[step] * rank // world, sizes[step] * (rank + 1) // world)
         tokens = train_set.batch(seen, size, part)
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        batch = draw_batch(objective, path, tokens, config.vocab, generator, settings.mask_rule, size, part)
-        return batch.pin_memory() if device.type == "cuda" else batch, batch.total[0].item()
+        batch = draw_batch(objective, path, tokens, config.vocab, generator, settings.mask_rule, size, part,
+                           train_set.lengths(seen, size))
+        return batch.pin_memory() if device.type == "cuda" else batch, batch.total[0].item() or 1.0
 
     def save():
         """The checkpoint, of which every process gathers its part and the first one writes."""
@@ -388,31 +481,28 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
                 **state, **data, "settings": asdict(settings), "model_config": asdict(config),
                 "budget": budget, "step": step, "seen": seen, "seconds": seconds, "dtype": precision,
                 "threads": torch.get_num_threads()})
+            settle(out, new)
 
-    def say(text):
-        """A line on standard error, above the bar."""
+    def say(text):  # above the bar
         if is_main and not quiet:
             tqdm.write(text, file=sys.stderr)
 
     # what is written: from here on the folder is this run's
-    board = contextlib.nullcontext()
-    if tensorboard and is_main:
-        import_optional("tensorboard")
-        board = import_optional("torch.utils.tensorboard").SummaryWriter(str(out), purge_step=step + 1)
+    new = ".new" if overwrite and (out / "ckpt.pt").exists() else ""
     config_json = {**asdict(settings), "steps": steps, "path": path}
-    metrics = open_run_folder(out, config_json, step) if is_main else os.devnull
+    folder = run_folder(out, config_json, step, new) if is_main else io.StringIO()
     unit, each = ("images", 1) if settings.images else ("tokens", S)
     flops = flops_per_sequence(config, path, S, objective.max_targets(S), S - objective.min_targets(S))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
-    peak = next((tera * 1e12 for name, tera in PEAK_TFLOPS.items() if name in gpu), None)
-    say(f"{describe(objective)} ({path}), {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{train_set.total:,} training {unit}; {world} x {device.type} {precision}; {steps - step:,} steps")
-
-    losses, logged, logged_seen, val_loss = torch.zeros((), device=device), step, seen, math.nan
+    peak = peak_flops(device) if precision == "bf16" else None
+    losses, logged, logged_seen, val_loss = torch.zeros((), device=device), step, seen, 0.0
     seen_before, clock = itertools.accumulate(sizes[step:], initial=seen), time.perf_counter()
-    bar = tqdm(total=steps, initial=step, unit="step", disable=quiet or not is_main,
-               mininterval=1 if sys.stderr.isatty() else 10)
-    with bar, board as board, open(metrics, "a") as metrics, stop_signals() as stop:
+    shown = {"disable": quiet or not is_main, "mininterval": 1 if sys.stderr.isatty() else 10}
+    with (folder as metrics, stop_signals() as stop,
+          tqdm(total=steps, initial=step, unit="step", **shown) as bar,
+          open_board(out, step) if tensorboard and is_main else contextlib.nullcontext() as board):
+        say(f"{describe(objective)} ({path}), {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{train_set.total:,} training {unit}; {world} x {device.type} {precision}; "
+            f"{steps - step:,} steps")
         for batch, count in prefetch(draw, zip(range(step, steps), seen_before)):
             rate = learning_rate(settings, step / steps)
             batches = [batch.part(*chunk) for chunk in chunks(len(batch.tokens), micro)]
@@ -429,9 +519,12 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
                 dist.all_reduce(sums)
             total, stopping = sums.tolist()
             mean, norm, elapsed = total / (step - logged), norm.item(), time.perf_counter() - clock
-            if not (math.isfinite(mean) and math.isfinite(norm)):  # never saved: the last checkpoint stays
-                raise BadInput(f"the loss is {mean:g} and its gradient's norm {norm:g} at step {step}; try a "
-                               f"smaller --lr than {settings.lr:g}, or --dtype fp32")
+            if evaluating:
+                val_loss = validation_loss(val_module, objective, path, val_set, device, autocast, micro)
+            for name, x in (("loss", mean), ("gradient", norm), ("validation loss", val_loss)):
+                if not math.isfinite(x):  # what is so is never saved: the last checkpoint stays
+                    raise BadInput(f"the {name} is not finite at step {step}; try a smaller --lr than "
+                                   f"{settings.lr:g}, or --dtype fp32")
 
             # a line of metrics.jsonl
             per_second, seconds = (seen - logged_seen) / elapsed, seconds + elapsed
@@ -441,7 +534,6 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
             if peak:
                 line["mfu"] = round(per_second * flops / peak / world, 4)
             if evaluating:
-                val_loss = validation_loss(val_module, objective, path, val_set, device, autocast, micro)
                 line["val_loss"] = round(val_loss, 4)
                 say(f"step {step:6,}  training loss {mean:.3f}  validation loss {val_loss:.3f}")
             bar.set_postfix_str(f"loss {mean:.3f}, {per_second * each:,.0f} {unit}/s", refresh=False)
@@ -456,10 +548,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
                 save()
             losses, logged, logged_seen, clock = torch.zeros_like(losses), step, seen, time.perf_counter()
         save()
-    if step < steps:
-        say(f"stopped at step {step}; go on with: python train.py --resume --out {shlex.quote(str(out))}")
-        return None
-    return val_loss
+    return val_loss if step == steps else None
 
 
 # ---------------------------------------------------------------------------- command line
@@ -495,6 +584,7 @@ def main(argv=None):
     add("--no-report", action="store_true", help="skip the perplexity and the sample at the end")
     add_options(parser)
 
+    argv = sys.argv[1:] if argv is None else argv
     args = vars(parser.parse_args(argv))
     machine = ("resume", "overwrite", "device", "dtype", "threads", "compiled", "fsdp", "tensorboard",
                "log_every", "eval_every", "save_every")
@@ -504,25 +594,36 @@ def main(argv=None):
     if machine["resume"] and (out is None or machine["overwrite"]):
         raise BadInput("--resume goes on with the run in a folder: give it as --out DIR, without --overwrite")
     settings = resumed(out, given) if machine["resume"] else resolve(**given)
+    out = out and os.path.normpath(out)
     if out is None:
         objective, path = settings.task()
         two = " two-stream" if path == "two-stream" and objective.one_stream else ""
         out = "runs/" + (describe(objective) + two).replace(" ", "-").replace("=", "")
 
     try:
-        if train(settings, out, **machine) is None:
-            return 130  # stopped by Ctrl-C or SIGTERM
+        stopped = train(settings, out, **machine) is None
+        world, is_main = (dist.get_world_size(), dist.get_rank() == 0) if dist.is_initialized() else (1, True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if not quick and os.environ.get("RANK", "0") == "0":
+    if stopped and is_main:
+        again = [word for word in argv if word not in ("--resume", "--overwrite")] + ["--resume"]
+        again += [] if any(word.startswith("--out") for word in argv) else ["--out", out]
+        launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+        print(f"stopped and saved; go on with: {launcher} train.py {shlex.join(again)}", file=sys.stderr)
+    if stopped:
+        return 130
+    if not quick and is_main:
         from evaluate import report
         try:
             report(out, machine["device"])
-        except BadInput as error:  # a text too short to evaluate on, say: the run itself is whole
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # noqa: BLE001  a text too short to evaluate on, say: the run is whole
             print(f"note: no report on {out}: {error}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
+    sys.stderr = Told(sys.stderr)
     command_line(main)
