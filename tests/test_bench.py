@@ -62,11 +62,11 @@ def test_train_computes_the_flops_that_pytorch_counts(name):
 
 
 def test_memory_is_that_of_a_process_of_its_own():
-    """Weights, gradients and two moments take 16 bytes for each parameter."""
+    """Weights, gradients and two moments take 16 bytes for each parameter; nothing takes as much again."""
     config = replace(TEXT, vocab=32_768, width=256)
     parameters = sum(p.numel() for p in Transformer(config).parameters())
     memory = cpu_memory(replace(CASES["ar"], config=config, batch=1))
-    assert memory is None or 16 * parameters < memory < 16 * parameters + 100e6
+    assert memory is None or 16 * parameters < memory < 32 * parameters
 
 
 def test_ratios_are_of_medians_and_show_the_range():

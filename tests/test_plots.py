@@ -53,7 +53,7 @@ def toy():
 
 
 def claims():
-    return [{**claim, "short": claim["claim"]} for name in ("table1", "figure3")
+    return [{**claim, "short": claim["claim"]} for name in ("table7", "figure3")
             for claim in committed(name)["claims"]]
 
 
@@ -87,7 +87,7 @@ def test_a_picture_is_drawn_and_its_words_are_not_cut(name, tmp_path, monkeypatc
 
 def test_the_demo_draws_objectives_with_masks_and_spectra(tmp_path):
     path = tmp_path / "picture.png"
-    call(f"objectives.py dar mtp --t 2 --plot {path}")
+    call(f"objectives.py mtp --t 2 --plot {path}")
     assert is_drawn(path)
 
 
