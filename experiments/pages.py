@@ -8,11 +8,11 @@ import platform
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, stdev
 
 import numpy as np
 
 import plots
+from evaluate import exp
 from experiments.measures import SCALES, pretrain, read_json, with_needs
 from experiments.verdicts import (
     EXCLUDED,
@@ -25,7 +25,7 @@ from experiments.verdicts import (
     judge,
     says,
 )
-from util import BadInput, note, write_json, write_text
+from util import BadInput, note, plain, write_json, write_text
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
 
@@ -75,10 +75,10 @@ def row_of(place, table, row, cells):
     model, content = table.rows[row], {}
     for name, column in table.columns.items():
         parts = [cells[row, part] for part in column.mean_of or (name,) if (row, part) in cells]
-        values = [column.shown(fmean(cell.value for cell in seed)) for seed in zip(*parts)]
+        values = [column.shown(float(np.mean([cell.value for cell in seed]))) for seed in zip(*parts)]
         content[name] = {"paper": table.paper.get(row, {}).get(name), "digits": column.digits,
-                         "seeds": values, "mean": fmean(values) if values else None,
-                         "std": stdev(values) if len(values) > 1 else None}
+                         "seeds": values, "mean": float(np.mean(values)) if values else None,
+                         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
     seen = {}
     if not model.instead and not model.hub:
         lines = (pretrain(place, model, 0).out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -132,7 +132,7 @@ def effect_text(value, unit):
     if value is None:
         return "-"
     if unit == "factor":
-        return f"x{math.exp(value):.3f}"
+        return f"x{exp(value):.3f}"
     digits = 2 if unit == "points" else max(0, min(4, 1 - math.floor(math.log10(max(1e-9, abs(value))))))
     return f"{value:+.{digits}f} {unit}".strip()
 
@@ -263,7 +263,7 @@ def in_short(reported, primaries, missing):
 def write_results(place, name, table, seeds, folder):
     """Write NAME-SCALE.json and, with matplotlib, .png into the folder -> the target as Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    content, picture = summarise(place, name, table, seeds), folder / f"{name}-{place.name}.png"
+    content, picture = plain(summarise(place, name, table, seeds)), folder / f"{name}-{place.name}.png"
     drawn = [Path(word) for stage in table.extra for word in stage.argv if word.endswith(".png")]
     if drawn and drawn[0].exists():
         shutil.copyfile(drawn[0], f"{picture}.partial")
@@ -273,10 +273,17 @@ def write_results(place, name, table, seeds, folder):
         table.picture(picture, {row: column.stages(place, model, 0)[0].result()
                                 for row, model in table.rows.items() if not model.instead})
     elif find_spec("matplotlib") and table.rows:
-        plots.dots(picture, content)
+        draw_rows(picture, content)
     content["picture"] = picture.name if picture.exists() else None
     write_json(picture.with_suffix(".json"), content)
     return markdown(content)
+
+
+def draw_rows(path, x):
+    """Draw the rows of a target. A model that diverged in one seed has no dots."""
+    rows = [{**row, "cells": {name: cell if cell["mean"] is not None else {**cell, "seeds": []}
+                              for name, cell in row["cells"].items()}} for row in x["rows"]]
+    plots.dots(path, {**x, "rows": rows})
 
 
 def write_report(folder, targets, readme=None):
@@ -301,7 +308,7 @@ def write_report(folder, targets, readme=None):
     if find_spec("matplotlib"):
         for x in reported:
             if x["rows"] and x["picture"] and not (folder / x["picture"]).exists():
-                plots.dots(folder / x["picture"], x)
+                draw_rows(folder / x["picture"], x)
         if drawn := [{**c, "verdict": in_words(c)} for c in headlines if c["difference"] is not None]:
             plots.forest(folder / "forest.png", drawn)
     forest = "![Primary claims: ours with intervals, and the paper's effects]({}forest.png)\n"

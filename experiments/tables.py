@@ -73,7 +73,7 @@ def with_untrained(rows):
 
 
 def with_guess(row, rows):
-    """rows and before them UNIGRAMS or MEAN_COLOUR, which know only what is frequent, or the mean."""
+    """rows, and before them UNIGRAMS or MEAN_COLOUR, which know what is frequent, or the mean."""
     first = next(model for model in rows.values() if not model.instead)
     return {row: replace(first, instead="guess")} | rows
 
@@ -152,7 +152,6 @@ def table1(place):
 
 
 def table2(place):
-    """GLUE after pretraining from left to right, one token at a time or two."""
     columns, (rows, untrained) = glue_columns(place), with_untrained(of("text", PAIR))
     names = ("MNLI-m", "MNLI-mm", "SST-2", "STS-B", "RTE", "QNLI", "QQP", "MRPC", "CoLA", "Avg")
     printed = {AR: dict(zip(names, (78.2, 79.3, 90.3, 82.1, 54.3, 84.7, 85.6, 81.9, 30.9, 74.1))),
@@ -173,7 +172,6 @@ MASKS = {FIFTEEN: "mlm --mask 0.15", THIRTY: "mlm --mask 0.3", DRAWN: "vl --mask
 
 
 def table7(place):
-    """Left-to-right perplexity of masked models, one ratio or a range of them."""
     other = "hf:allenai/c4::en" if place.name == "paper" else str(place.data / "other")
     columns, elsewhere = {regime: perplexity(regime) for regime in REGIMES}, ""
     if place.name == "paper" or place.name != "smoke" and Path(other).exists():
@@ -319,7 +317,6 @@ def table6(place):
 
 
 def table8(place):
-    """Reconstruction of hidden patches, one ratio or a range of them."""
     large, small, drawn = "Masked (0.75)", "Masked (0.5)", "Variable-length [0.5, 0.75]"
     models = of("images", {large: "mlm --mask 0.75", small: "mlm --mask 0.5", drawn: "vl --mask 0.5,0.75"})
     columns = {"L2": reconstruction("l2", 4), "PSNR": reconstruction("psnr", 2)}
@@ -400,13 +397,11 @@ def of_one_stage(place, title, fair, name, argv, *needs, plot="--plot"):
 
 
 def theory(place):
-    """Every claim of the theory, as `spectral.py all` checks it."""
     return of_one_stage(place, "Theory: what is printed and what holds", "Computed on the paper's toy model.",
                         "spectral", ("spectral.py", "all"), plot=None)
 
 
 def toy(place):
-    """The theory where it applies, as `spectral.py toy` runs it."""
     return of_one_stage(place, "The theory on its own ground", "Networks on the paper's toy model and on a "
                         "noisy one; see spectral.py toy.", "toy",
                         ("spectral.py", "toy", *["--quick"] * (place.name == "smoke")))

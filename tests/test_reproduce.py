@@ -232,6 +232,23 @@ def test_a_report_in_a_locale_without_utf_8(tmp_path):
     assert (tmp_path / "README.md").read_bytes() == expected
 
 
+def test_a_model_that_diverged_has_a_page(tmp_path, monkeypatch):
+    """A probability of 0 in one seed: no mean, no interval, no verdict, and no traceback."""
+    def diverged(argv, rng):
+        x = made_up(argv, rng)
+        if "vl-mask-0.15,0.3-seed1" in argv[2]:
+            x["results"]["regimes"]["padded"]["sequence_nll"] = [float("inf"), *[3.0] * 19]
+        return x
+
+    monkeypatch.setattr(reproduce, "run", functools.partial(pretend, result=diverged))
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    reproduce.main(["table7", "--scale", "cpu", "--data-dir", str(tmp_path / "data"), "--work",
+                    str(tmp_path / "work"), "--out", str(tmp_path / "out")])
+    reproduce.main(["report", "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| x1.113 | - | - | not measured |" in text and "nan" not in text and "None" not in text
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_stages_run_after_what_they_need_and_end_at_the_first_failure(jobs, tmp_path, monkeypatch):
     place, ran = place_at("cpu", tmp_path), []
@@ -281,7 +298,7 @@ def made_up(argv, rng):
         "rows": [images], "checkpoints": [{"inner_product": similar, "cosine": similar}], "findings": []}
 
 
-def pretend(stage, environment):
+def pretend(stage, environment, result=made_up):
     """In place of running a stage."""
     rng = np.random.default_rng(sum(map(ord, str(stage.argv))))
     stage.out.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +306,7 @@ def pretend(stage, environment):
         stage.out.mkdir()
         (stage.out / "metrics.jsonl").write_text('{"step": 1, "tokens": 1000}\n')
     else:
-        reproduce.write_json(stage.out, made_up(stage.argv, rng))
+        reproduce.write_json(stage.out, result(stage.argv, rng))
     stage.beside(".log").write_text("what it printed\n")
     reproduce.write_json(stage.beside(".done"), {"command": str(stage.out), "seconds": 1.0,
                                                  "hardware": "none", "torch": "2", "code": "x"})
