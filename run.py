@@ -251,6 +251,12 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["settings"] = known_fields(Settings, content["settings"])
         content["model_config"] = known_fields(Config, content["model_config"])
+        with torch.device("meta"):  # takes no memory, whatever the settings say
+            model = Transformer(content["model_config"])
+        due, found = ({name: x.shape for name, x in state.items()}
+                      for state in (model.state_dict(), content["model"]))
+        if due != found:
+            raise ValueError("its weights are not those of its settings")
     except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
         raise BadInput(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}: {error})"
                        ) from None

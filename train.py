@@ -294,8 +294,8 @@ def load_saved(out, resume, overwrite):
         own = {"objective", "preset"} <= json.loads((out / "config.json").read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, AttributeError):
         own = False
-    if not own and (found := [name for name in ("config.json", "metrics.jsonl", "ckpt.pt")
-                               if os.path.lexists(out / name)]):
+    names = ("config.json", "metrics.jsonl", "ckpt.pt", "completed.png")  # the last one is of the report
+    if not own and (found := [name for name in names if os.path.lexists(out / name)]):
         raise BadInput(f"{out / found[0]} was not written by train.py; choose another --out")
     return {}
 

@@ -258,7 +258,7 @@ def test_an_overwritten_run_goes_when_the_new_one_has_saved(text, tmp_path, monk
     assert {path.name for path in out.iterdir()} == set(names)
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "ckpt.pt"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "ckpt.pt", "completed.png"])
 def test_what_train_did_not_write_stays(name, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text('{"precious": 1}')
@@ -329,8 +329,11 @@ def test_a_checkpoint_is_a_regular_file_that_holds_what_it_unpacks_to(trained, t
           zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small):
         for name in whole.namelist():
             small.writestr(name, whole.read(name))
+    content = torch.load(trained("ar") / "ckpt.pt", weights_only=True)
+    content["model_config"]["width"] = 1 << 30
+    torch.save(content, tmp_path / "huge.pt")
     for path, words in ((tmp_path / "fifo", "regular"), ("/dev/zero", "regular"),
-                        (tmp_path / "small.pt", "compressed")):
+                        (tmp_path / "small.pt", "compressed"), (tmp_path / "huge.pt", "whole")):
         with pytest.raises(BadInput, match=words):
             load_run(path)
 
