@@ -118,10 +118,34 @@ class TrainedTokenizer:
         return self.tokenizer.to_str()
 
 
+class IdTokenizer:
+    """Stands for the tokenizer of somebody who gives ids: a text is ids with spaces between them."""
+
+    kind, separator = "ids", 0
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+
+    def encode(self, text):
+        return np.array(text.split(), token_type(self.vocab))
+
+    def encode_all(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids):
+        return " ".join(map(str, np.asarray(ids).tolist()))
+
+    def to_json(self):
+        return json.dumps({"kind": self.kind, "vocab": self.vocab})
+
+
 def tokenizer_from_json(text):
     """The tokenizer that `to_json` described."""
-    if json.loads(text).get("kind") == ByteTokenizer.kind:
+    content = json.loads(text)
+    if content.get("kind") == ByteTokenizer.kind:
         return ByteTokenizer()
+    if content.get("kind") == IdTokenizer.kind:
+        return IdTokenizer(content["vocab"])
     return TrainedTokenizer(import_optional("tokenizers").Tokenizer.from_str(text))
 
 
@@ -146,7 +170,9 @@ def cut_at_lines(text, size=1 << 14):
 
 def documents(source, max_bytes=None):
     """(name, text) of each document of a source, in a fixed order; about max_bytes of text at most."""
-    if source == "pydoc":
+    if isinstance(source, Texts):
+        found = ((str(k), text) for k, text in enumerate(source))
+    elif source == "pydoc":
         found = pydoc_texts()
     elif source.startswith("hf:"):
         found = hub_texts(source, streaming=max_bytes is not None)
@@ -159,6 +185,13 @@ def documents(source, max_bytes=None):
         left -= size
         if left <= 0:
             return
+
+
+class Texts(tuple):
+    """Documents that are given from Python, each a str."""
+
+    def __str__(self):
+        return f"{len(self)} texts"
 
 
 def byte_count(text):
@@ -251,7 +284,13 @@ class Corpus:
 
 
 def load_corpus(source, hf_bytes=None):
-    """What --data names, for training: raw text as bytes, of a Hugging Face dataset the first `hf_bytes`."""
+    """What --data names, for training: raw text as bytes, of a Hugging Face dataset the first `hf_bytes`.
+
+    From Python it may be a sequence of str, each a document, or an array of token ids.
+    """
+    if not isinstance(source, str | Path):
+        return given_corpus(source)
+    source = str(source)
     if read_manifest(source):
         return open_tokens(source)
     if toy_noise(source) is not None:
@@ -260,9 +299,23 @@ def load_corpus(source, hf_bytes=None):
     return in_memory(source, ByteTokenizer(), 0.1 if source == "pydoc" else 0.05, max_bytes)
 
 
+def given_corpus(data):
+    """A sequence of str, or of token ids (N,), as a Corpus; of ids the last twentieth is for validation."""
+    if len(data) and isinstance(data[0], str):
+        return in_memory(Texts(data), ByteTokenizer(), 0.05)
+    ids = np.asarray(data)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 40 or ids.min() < 0:
+        raise BadInput("data is a path, a name, a list of texts, or an array of 40 token ids or more")
+    tokenizer, cut = IdTokenizer(int(ids.max()) + 1), len(ids) - len(ids) // 20
+    return Corpus(f"{len(ids):,} ids", tokenizer, ids[:cut], ids[cut:], len(ids) - cut)
+
+
 def load_evaluation(source, tokenizer):
     """What --data names, for evaluating a model with that tokenizer: the validation part of pydoc or of a
     token folder, the whole of a text, or its first 50 MB."""
+    if not isinstance(source, str | Path):
+        return in_memory(Texts(source), tokenizer, 1)
+    source = str(source)
     if read_manifest(source) or toy_noise(source) is not None:
         corpus = load_corpus(source)
         if corpus.tokenizer.to_json() != tokenizer.to_json():
@@ -279,7 +332,7 @@ def in_memory(source, tokenizer, fraction, max_bytes=None):
     train, val = io.BytesIO(), io.BytesIO()
     counts = write_tokens(train, val, tokenizer, [source], (), fraction, max_bytes)
     train, val = (np.frombuffer(file.getbuffer(), token_type(tokenizer.vocab)) for file in (train, val))
-    return Corpus(source, tokenizer, train, val, max(1, counts["val"]["bytes"]))
+    return Corpus(str(source), tokenizer, train, val, max(1, counts["val"]["bytes"]))
 
 
 def split(sources, val, fraction, max_bytes=None):
@@ -329,7 +382,8 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
                 size[side] += byte_count(piece or "")
             bar.update(size["train"] + size["val"] - bar.n)
     if not size["train"] and fraction < 1 or not size["train"] + size["val"]:
-        raise BadInput(f"no text in {', '.join(sources)}" + " that is not in --val" * bool(val_sources))
+        names = ", ".join(map(str, sources))
+        raise BadInput(f"no text in {names}" + " that is not in --val" * bool(val_sources))
     if not size["val"] and not val_sources:
         tokens = train.tell() // separator.itemsize
         tail = max(1, round(fraction * tokens))
@@ -341,8 +395,8 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
     counts = {side: {"tokens": file.seek(0, os.SEEK_END) // separator.itemsize, "bytes": size[side]}
               for side, file in files.items()}
     if fraction < 1 and min(counts["val"].values()) < 2:
-        raise BadInput(f"{', '.join(val_sources or sources)}: {size['val']} bytes of text are too few for "
-                       "validation")
+        names = ", ".join(map(str, val_sources or sources))
+        raise BadInput(f"{names}: {size['val']} bytes of text are too few for validation")
     return counts
 
 

@@ -6,6 +6,7 @@ optimizer and all else that going on takes).
 
 import contextlib
 import ctypes
+import json
 import math
 import os
 import zipfile
@@ -15,11 +16,20 @@ from pathlib import Path
 
 import torch
 
-from data import POSITIONS, Corpus, Sequences, load_corpus, load_evaluation, tokenizer_from_json, toy_noise
+from data import (
+    POSITIONS,
+    ByteTokenizer,
+    Corpus,
+    Sequences,
+    load_corpus,
+    load_evaluation,
+    tokenizer_from_json,
+    toy_noise,
+)
 from images import Patches, is_images, load_images
 from model import SIZES, Config, Transformer
 from objectives import OBJECTIVES, choose_path, describe, from_options
-from util import BadInput, positive
+from util import BadInput, import_optional, positive
 
 # ---------------------------------------------------------------------------- settings and presets
 
@@ -101,6 +111,17 @@ class Settings:
         objective = from_options(self.objective, **self.options)
         return objective, choose_path(objective, self.streams, self.images)
 
+    def to_dict(self):
+        """What a checkpoint keeps: all but data that was given from Python."""
+        return {**vars(self), "data": self.data if isinstance(self.data, str) else None}
+
+    def objective_text(self):
+        """The file of an objective of one's own, FILE.py:Class; None for those that are registered here."""
+        path = Path(self.objective.rpartition(":")[0])
+        if path.suffix != ".py":
+            return None
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
 
 def add_settings(parser):
     """One flag for each field of Settings. Those that are not given are missing from the parsed arguments."""
@@ -123,12 +144,13 @@ def resolve(**given):
     known = {f.name for f in fields(Settings)}
     options = {**given.pop("options", {}), **{name: x for name, x in given.items() if name not in known}}
     given = {name: x for name, x in given.items() if name in known and x is not None}
-    if "data" in given:
-        given["data"] = absolute(given["data"])
-    toy = toy_noise(given.get("data")) is not None
+    data = given["data"] = absolute(given.get("data", "pydoc"))
+    if ".py:" in given.get("objective", ""):  # found from any folder, too
+        given["objective"] = os.path.abspath(given["objective"])
+    toy = isinstance(data, str) and toy_noise(data) is not None
     if toy:
         given.setdefault("length", POSITIONS)
-    given.setdefault("preset", "vit-tiny" if is_images(given.get("data", "pydoc")) else "tiny")
+    given.setdefault("preset", "vit-tiny" if isinstance(data, str) and is_images(data) else "tiny")
     settings, preset = Settings(**given), PRESETS[given["preset"]]
     options = {name: x for name, x in options.items() if x is not None}
     if settings.images and settings.objective in IMAGE_MASKS:
@@ -156,7 +178,10 @@ def resolve(**given):
 
 
 def absolute(data):
-    """What --data names, so that it can be found from any folder."""
+    """What --data names, so that it can be found from any folder; data that is given from Python as it is."""
+    if not isinstance(data, str | os.PathLike):
+        return data
+    data = os.fspath(data)
     by_name = data in ("", "pydoc", "shapes") or data.startswith("hf:") or toy_noise(data) is not None
     return data if by_name else os.path.abspath(data)
 
@@ -240,6 +265,8 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """What a run folder's ckpt.pt holds, or such a file. Nothing in it is executed or unpacked."""
     path = Path(path)
+    if (path / "model.safetensors").exists():
+        return load_exported(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise BadInput(f"{path} {'is no regular file' if path.exists() else 'does not exist'}; give a run "
@@ -260,6 +287,19 @@ def load_checkpoint(path):
     except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
         raise BadInput(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}: {error})"
                        ) from None
+    return content
+
+
+def load_exported(folder):
+    """What evaluate.py export wrote, as a checkpoint holds it."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content["settings"] = known_fields(Settings, content["settings"])
+    content["model_config"] = known_fields(Config, content["model_config"])
+    content["model"] = import_optional("safetensors.torch").load_file(folder / "model.safetensors")
+    if content["tokenizer"] == ByteTokenizer.kind:
+        content["tokenizer"] = ByteTokenizer().to_json()
+    elif content["tokenizer"]:
+        content["tokenizer"] = (folder / "tokenizer.json").read_text(encoding="utf-8")
     return content
 
 
@@ -295,6 +335,9 @@ def load_run(path, device="cpu"):
         return load_run(str(path).removeprefix("untrained:"), device).untrained()
     content = load_checkpoint(path)
     settings = replace(content["settings"], **content.get("budget", {}))  # which its data was read for
+    if content.get("objective_text") != settings.objective_text():
+        raise BadInput(f"{settings.objective} is not the file that {path} was trained with; its text stands "
+                       "in config.json there")
     model = Transformer(content["model_config"]).to(device)
     model.load_state_dict(content["model"])
     tokenizer = None if settings.images else tokenizer_from_json(content["tokenizer"])
@@ -310,7 +353,7 @@ def load_examples(settings, path, device="cpu"):
     The sequences of text and of images both have `len`, `batch(start, size, part)`, and their `total` of
     tokens or images.
     """
-    if settings.images != is_images(settings.data):
+    if settings.images != (isinstance(settings.data, str) and is_images(settings.data)):
         raise BadInput(f"--preset {settings.preset} is for {'images' if settings.images else 'text'}, and "
                        f"--data {settings.data} is {'not' if settings.images else 'images'}")
     if settings.images:

@@ -428,6 +428,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     """
     # where it runs, and what it goes on from
     out = Path(out)
+    if settings.preset is None:
+        settings = resolve(**vars(settings))
     saved = load_saved(out, resume, overwrite)
     device, world, rank = join_processes(device)
     is_main = rank == 0
@@ -478,9 +480,9 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
         state = full_state(model, optimizer, world)
         if is_main:
             save_checkpoint(out / "ckpt.pt", {
-                **state, **data, "settings": asdict(settings), "model_config": asdict(config),
-                "budget": budget, "step": step, "seen": seen, "seconds": seconds, "dtype": precision,
-                "threads": torch.get_num_threads()})
+                **state, **data, "settings": settings.to_dict(), "model_config": asdict(config),
+                "objective_text": settings.objective_text(), "budget": budget, "step": step, "seen": seen,
+                "seconds": seconds, "dtype": precision, "threads": torch.get_num_threads()})
             settle(out, new)
 
     def say(text):  # above the bar
@@ -489,7 +491,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
 
     # what is written: from here on the folder is this run's
     new = ".new" if overwrite and (out / "ckpt.pt").exists() else ""
-    config_json = {**asdict(settings), "steps": steps, "path": path}
+    config_json = {**settings.to_dict(), "steps": steps, "path": path,
+                   "objective_text": settings.objective_text()}
     folder = run_folder(out, config_json, step, new) if is_main else io.StringIO()
     unit, each = ("images", 1) if settings.images else ("tokens", S)
     flops = flops_per_sequence(config, path, S, objective.max_targets(S), S - objective.min_targets(S))
@@ -582,7 +585,7 @@ def main(argv=None):
     add("--eval-every", type=positive, default=200, help="steps between validation losses")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
     add("--no-report", action="store_true", help="skip the perplexity and the sample at the end")
-    add_options(parser)
+    add_options(parser, argv)
 
     argv = sys.argv[1:] if argv is None else argv
     args = vars(parser.parse_args(argv))

@@ -6,13 +6,25 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong; the message names the value and what is allowed."""
+    """Something the user gave is wrong; the message names the value and what is allowed.
+
+    Messages name flags, as --batch-size. Where no command line was parsed they name arguments: batch_size.
+    """
+
+    flags = False
+
+    def __str__(self):
+        text = super().__str__()
+        if self.flags:
+            return text
+        return re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), text)
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -31,6 +43,10 @@ class Parser(argparse.ArgumentParser):
         epilog = "Errors are one line; with TRACEBACK=1 in the environment they show where they arose."
         kwargs = {"formatter_class": Help, "allow_abbrev": False, "epilog": epilog, **kwargs}
         super().__init__(*args, **kwargs)
+
+    def parse_args(self, *args, **kwargs):
+        BadInput.flags = True
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message):
         raise BadInput(message)

@@ -63,6 +63,12 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
     return ids[len(prompt):]
 
 
+def continue_text(run, prompt, tokens=100, **how):
+    """What the model writes behind a text -> str; `how` is that of `generate`."""
+    ids = run.tokenizer.encode(prompt).tolist() or [run.tokenizer.separator]
+    return run.tokenizer.decode(generate(run, ids, tokens, **how))
+
+
 def scores_of(run, tokens, f, targets):
     """The scores (n, vocab) of the positions `targets` of one sequence under f."""
     length = int(f.nonzero()[-1]) + 1                        # nothing after the last f > 0 is read

@@ -27,7 +27,7 @@ from images import ImageSet, Patches, load_images, read_manifest
 from objectives import describe
 from run import warmup_cosine
 from tasks import glue
-from tasks.glue import Dataset
+from tasks.glue import Dataset, Part
 from tasks.hub import open_run
 from util import BadInput, printable, table
 
@@ -193,6 +193,16 @@ def frozen_features(run, prepared, pool, causal, layer=None, autocast=PLAIN):
             found = features.setdefault(key, pooled.new_empty(len(prepared), pooled.shape[1]))
             found[torch.from_numpy(rows)] = pooled
     return features
+
+
+def features(run, examples, attention=None, pool=None):
+    """Features of texts (str, or pairs of them), or of images uint8 (N, H, W, 3) -> float32 (N, D)."""
+    attention, pool = attention_and_pool(run, attention, pool)
+    if run.tokenizer is None:
+        part = ImageSet(np.asarray(examples), np.zeros(len(examples), np.int64))
+    else:
+        part = Part([(x,) if isinstance(x, str) else tuple(x) for x in examples])
+    return frozen_features(run, prepare(run, part), pool, attention == "causal")["last"]
 
 
 def raw_pixels(run, images):

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import call, call_json
 
-import beyond
 import spectral
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, from_options
 from run import Settings
 from util import BadInput
 
@@ -17,18 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 README, ERRATA = (ROOT.joinpath(name).read_text(encoding="utf-8") for name in ("README.md", "ERRATA.md"))
 
 
-def test_the_worked_example_is_an_objective_with_an_option_of_its_own(tmp_path, monkeypatch, books):
-    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = dict(vars(beyond))
-    exec(code, names)  # noqa: S102  the README is ours
-    monkeypatch.setitem(OBJECTIVES, "every", names["Every"])
-    f = names["Every"](nth=4).groups(200, 9)
+def test_the_worked_example_is_an_objective_with_an_option_of_its_own(tmp_path, books):
+    (tmp_path / "my.py").write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0])
+    name = f"{tmp_path / 'my.py'}:Every"
+    f = from_options(name, nth=4).groups(200, 9)
     hidden = {tuple((row > 1).nonzero()[:, 0].tolist()) for row in f}
     assert hidden == {(0, 4, 8), (1, 5), (2, 6), (3, 7)}
-    assert "every nth=2" in call("objectives.py every --nth 2 --length 4 --samples 1")
-    call(f"train.py --objective every --nth 3 --data {books} --length 12 --batch-size 4 --steps 3 "
+    assert "Every nth=2" in call(f"objectives.py {name} --nth 2 --length 4 --samples 1")
+    assert "WRONG" not in call(f"objectives.py {name} --check")
+    call(f"train.py --objective {name} --nth 3 --data {books} --length 12 --batch-size 4 --steps 3 "
          f"--no-report --threads 1 --device cpu --out {tmp_path / 'run'}")
-    found, = call_json("spectral.py spectrum --objective every --nth 3 --s 6")["spectra"]
+    found, = call_json(f"spectral.py spectrum --objective {name} --nth 3 --s 6")["spectra"]
     assert found["singular_values"] == pytest.approx([1, 1, 1, 0, 0, 0], abs=1e-9)
     with pytest.raises(BadInput):
         call(f"evaluate.py perplexity {tmp_path / 'run'}")
@@ -37,6 +35,7 @@ def test_the_worked_example_is_an_objective_with_an_option_of_its_own(tmp_path, 
 def test_every_file_and_folder_it_names_is_there():
     named = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
     named |= set(re.findall(r"`((?:[a-z]+/)?\w+\.(?:py|md|txt|cff))`", README))
+    named -= {"my.py"}  # the reader's own
     assert len(named) > 4 and not {name for name in named if not (ROOT / name).exists()}
 
 

@@ -93,13 +93,17 @@ evaluate.py probe ar --data good.tsv --label-fraction 2 | --label-fraction 2
 evaluate.py probe ar --data good.tsv --pixels | --pixels text
 evaluate.py finetune ar --data good.tsv --lr 0 | --lr 0 positive
 evaluate.py transfer ar --data shapes | ar text images
+evaluate.py predict ar --data good.tsv | ar/classifier.pt finetune --out
+evaluate.py finetune ar --data good.tsv --out ar | ar exists
+evaluate.py probe ar --data good.tsv --dev good.tsv | all texts
 evaluate.py glue ar --glue-dir none --tasks cola | none
 evaluate.py glue ar --glue-dir none --tasks kola | 'kola' cola
 evaluate.py glue images --glue-dir none | images text
 spectral.py theorem4.1 --rho 0 | --rho 0
 spectral.py theorem4.2 --r 50 --s 50 | r = 50 smaller
 spectral.py theorem4.3 --T 100 | T = 100 smaller
-spectral.py spectrum --objective dar --t 9 | --t 9 1..7
+spectral.py spectrum --objective dar --t 16 | --t 16 1..15
+spectral.py all --json none/x.json | none/x.json folder
 spectral.py toy --eps 1 | --eps 1
 bench.py --objectives bert | 'bert'
 bench.py --objectives dar --t 500 | --t 500 1..127
