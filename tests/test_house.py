@@ -6,10 +6,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["util", "masks", "plots", "model", "beyond", "experiments.spectrum", "experiments.check",
-         "objectives", "experiments.generation_bound", "images", "data", "experiments.toy", "spectral", "run",
-         "tasks.glue", "tasks.hub", "tasks.probe", "tasks.finetune", "tasks.generate", "tasks.connectivity",
-         "tasks.export", "evaluate", "train", "bench", "experiments.bridge", "experiments.verdicts", "experiments.measures",
-         "experiments.tables", "experiments.pages", "reproduce"]
+         "objectives", "experiments.generation_bound", "images", "data", "experiments.toy", "spectral",
+         "run", "tasks.glue", "tasks.hub", "tasks.probe", "tasks.finetune", "tasks.generate",
+         "tasks.connectivity", "tasks.export", "evaluate", "train", "bench", "experiments.bridge",
+         "experiments.verdicts", "experiments.measures", "experiments.tables", "experiments.pages",
+         "reproduce"]
 
 
 def imports_of(nodes):

@@ -32,9 +32,9 @@ def no_command_line(monkeypatch):
     monkeypatch.setattr(BadInput, "flags", False)
 
 
-def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, request):
+    request.addfinalizer(lambda: OBJECTIVES.pop("every", None))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(OBJECTIVES, "every", None)  # and out again at the end
     (tmp_path / "my.py").write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0])
     names = {"__name__": "notebook"}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
