@@ -65,7 +65,7 @@ def few_label_error(network, model, contexts, weight, seed, count=1024, labels=5
     tokens, y = draw_tokens(model.r, model.s, model.T, model.eps, count, generator)
     counts = (F.one_hot(tokens // model.T, model.r) * chosen[..., None]).sum(1)               # (count, r)
     f = context_features(network, toy_bytes(tokens), chosen)
-    return few_label_errors(f[None], model.posterior(counts), y, labels, draws, generator)[-1, 0].item()
+    return few_label_errors(f[None], model.posterior(counts), y, labels, draws, generator).item()
 
 
 def errors_of(network, model, own, seed):

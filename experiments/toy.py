@@ -21,7 +21,6 @@ as many features as classes.
 import contextlib
 import itertools
 import math
-import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -31,15 +30,15 @@ import torch
 import torch.nn.functional as F
 
 from data import CLASSES, POSITIONS, VALUES, draw_tokens
-from experiments.spectrum import best_features, pairs, probe_errors, spectrum
+from experiments.spectrum import best_features, pairs, probe_errors
 from objectives import OBJECTIVES, PAPER, describe, from_options
 from util import BadInput, numbers, plain, positive, table
 
 LOSSES = ("spectral", "cross-entropy")
 PLACES = ("own", "common")  # contexts
-RIDGES = (0.001, 0.1)  # of few-label probes; the last one is reported
-RESOLUTION = 0.001     # errors closer than this share a rank
-LIMIT = 40_000         # rows of the merged P_M: some seconds
+RIDGE = 0.1         # of few-label probes: a share of the mean squared length of the centred examples
+RESOLUTION = 0.001  # errors closer than this share a rank
+LIMIT = 40_000      # rows of the merged P_M: some seconds
 
 
 # ---------------------------------------------------------------------------- the noisy toy model, exactly
@@ -218,11 +217,8 @@ def all_labels(f, pi):
 
 
 def few_label_errors(f, pi, y, labels, draws, generator):
-    """Excess over Bayes of ridge regression on `labels` examples a class, a mean over draws (RIDGES, nets).
-
-    A ridge is a share of the mean squared length of the centred examples.
-    """
-    total = torch.zeros(len(RIDGES), len(f))
+    """Excess over Bayes of ridge regression on `labels` examples a class, a mean over draws (nets,)."""
+    total = torch.zeros(len(f))
     for _ in range(draws):
         order = torch.randperm(len(y), generator=generator)
         chosen = torch.cat([order[y[order] == c][:labels] for c in range(pi.shape[1])])
@@ -230,31 +226,27 @@ def few_label_errors(f, pi, y, labels, draws, generator):
         x = f[:, chosen] - centre                                              # (nets, labels r, t)
         gram, one_hot = x @ x.mT, torch.eye(pi.shape[1])[y[chosen]]
         size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        for i, ridge in enumerate(RIDGES):
-            system = gram + (ridge * size + 1e-12) * torch.eye(len(chosen))
-            alpha = torch.linalg.solve(system, (one_hot - one_hot.mean(0)).expand(len(f), -1, -1))
-            total[i] += bayes_excess((f - centre) @ (x.mT @ alpha), pi)
+        system = gram + (RIDGE * size + 1e-12) * torch.eye(len(chosen))
+        alpha = torch.linalg.solve(system, (one_hot - one_hot.mean(0)).expand(len(f), -1, -1))
+        total += bayes_excess((f - centre) @ (x.mT @ alpha), pi)
     return total / draws
 
 
-def measure_networks(model, own, common, sigma, kind, args, generator, draws=20):
+def measure_networks(model, own, common, kind, args, generator, draws=20):
     """Train one objective's networks under one loss -> excess errors over Bayes; own, common: contexts and q.
 
-    `all` (seeds, n): all labels, own contexts. `own`, `common` (RIDGES, seeds): few labels, no bottleneck.
-    `gap` (seeds, n): the share of the optimum, sum_{j<=t} sigma_j^2, that the spectral loss misses.
+    `all` (seeds, n): all labels, own contexts. `own`, `common` (1, seeds): few labels, no bottleneck.
     """
     seeds, ts, result = args.seeds, args.bottlenecks, {}
     steps = args.steps if kind in LOSSES else 0
-    weights, root = train_networks(model, *own, ts, kind, seeds, steps, generator)
+    weights, _ = train_networks(model, *own, ts, kind, seeds, steps, generator)
     for place, drawn_from in (("own", own), ("common", common)):
-        bag, P, pi, y = draw_texts(model, *drawn_from, 2048, generator)
+        bag, _, pi, y = draw_texts(model, *drawn_from, 2048, generator)
         f = features(weights, bag.expand(seeds, -1, -1))
-        result[place] = few_label_errors(f[len(ts) - 1::len(ts)], pi, y, args.labels, draws, generator)
+        widest = f[len(ts) - 1::len(ts)]
+        result[place] = few_label_errors(widest, pi, y, args.labels, draws, generator)[None]
         if place == "own":
             result["all"] = all_labels(f, pi).view(seeds, -1)
-            if kind == "spectral":
-                loss = network_losses(weights, bag.expand(seeds, -1, -1), P.expand(seeds, -1, -1), root, kind)
-                result["gap"] = 1 + loss / torch.tensor([(sigma[:t] ** 2).sum() for t in ts])
     return {name: value.numpy() for name, value in result.items()}
 
 
@@ -280,32 +272,21 @@ def findings(rows, ts, r):
     """For each noise and loss: what orders the objectives' errors, as Spearman correlations.
 
     `at`: with the bottleneck t and Theorem 4.1's tail at that t; `exact_tail` is of the exact features.
-    `few`: few labels and no bottleneck, by ridge, with the tail at r. `kept`, `gone`: mean excess where the
-    sector rule says that the class survives, and where the exact features have lost it, as shares of losing
-    it altogether. `distance`: of the networks' errors from the exact ones. `gap`: how much of the best
-    spectral loss they miss.
+    `few`: few labels and no bottleneck, with the tail at r.
     """
     result = []
     for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
         group = [row for row in rows if row["eps"] == eps]
-        tails, needs, bayes = (np.array([row[name] for row in group]) for name in ("tails", "needs", "bayes"))
+        tails, needs = (np.array([row[name] for row in group]) for name in ("tails", "needs"))
         exact = np.array([[row["exact"][t - 1] for t in ts] for row in group])  # (objectives, n)
         errors = np.stack([row[kind]["all"] for row in group], 1)              # (seeds, objectives, n)
-        mean, lost = errors.mean(0), (1 - 1 / r - bayes)[:, None]
-        kept, gone = needs[:, None] <= np.array(ts), exact > 0.95 * lost
-        at_r = tails[:, r - 1]
-        few = {place: {ridge: correlation(at_r, np.stack([row[kind][place][i] for row in group], 1))
-                       for i, ridge in enumerate(RIDGES)} for place in PLACES}
-        at = [{"t": t, "worst_kept": mean[kept[:, k], k].max(initial=0),
-               "exact_tail": spearman(tails[:, t - 1], exact[:, k]),
+        few = {place: correlation(tails[:, r - 1], np.stack([row[kind][place][0] for row in group], 1))
+               for place in PLACES}
+        at = [{"t": t, "exact_tail": spearman(tails[:, t - 1], exact[:, k]),
                **{name: correlation(x, errors[:, :, k]) for name, x in
                   (("tail", tails[:, t - 1]), ("needs", needs), ("exact", exact[:, k]))}}
               for k, t in enumerate(ts)]
-        shares = {name: (mean / lost)[which].mean() if which.any() else None
-                  for name, which in (("kept", kept), ("gone", gone))}
-        gap = np.mean([row["spectral"]["gap"] for row in group]) if kind == "spectral" else None
-        result.append({"eps": eps, "loss": kind, "distance": np.abs(mean - exact).mean(), "gap": gap,
-                       "few": few, "at": at, **shares})
+        result.append({"eps": eps, "loss": kind, "few": few, "at": at})
     return result
 
 
@@ -338,7 +319,7 @@ def add_toy_arguments(parser):
 
 def run_toy(args):
     """Exact spectra, probes and trained networks of all objectives and noises -> results of plain numbers."""
-    quick, start, r, s = args.quick, time.time(), args.r, args.s
+    quick, r, s = args.quick, args.r, args.s
     args.seeds, args.steps = args.seeds or (2 if quick else 5), args.steps or (300 if quick else 1000)
     args.eps = np.atleast_1d(args.eps or ((0.0, 0.5) if quick else (0.0, 0.3, 0.5))).tolist()
     ts = np.unique(args.bottlenecks or ((2, 4, 8) if quick else (2, 3, 4, 6, 8, 10, 12, 16)))
@@ -351,22 +332,20 @@ def run_toy(args):
     common = torch.tensor(subsets), torch.tensor([[1 / math.comb(s, int(m))] * s for m in subsets.sum(1)])
     for model, (objective, (contexts, q)) in itertools.product(models, chosen.items()):
         name, eps = describe(objective), model.eps
-        position, classes, sigma, needs = split(model, contexts, q)
+        _, _, sigma, needs = split(model, contexts, q)
         P, pi = merged(model, contexts, q)
         tails = [(sigma[t:] ** 4).sum() for t in range(1, r * s + 1)]
-        row = {"objective": name, "eps": eps, "needs": needs, "position": position, "classes": classes,
-               "tail": tails[r - 1], "tails": tails, "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
-               "told": spectrum(objective, s, told=True)["singular_values"].min(),
+        row = {"objective": name, "eps": eps, "needs": needs, "tail": tails[r - 1], "tails": tails,
+               "bayes": max(1 - P.sum(1) @ pi.max(1), 0.0),
                "exact": exact_probe(P, pi, range(1, r * s + 1), seed=args.seed)}
         own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
         for kind in (*LOSSES, "untrained"):
             key = f"{args.seed} {name} {eps} {kind}"                           # the same whatever else is run
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            row[kind] = measure_networks(model, own, common, sigma, kind, args, generator)
+            row[kind] = measure_networks(model, own, common, kind, args, generator)
         rows.append(row)
-    return plain({"bottlenecks": args.bottlenecks, "classes": r, "labels": args.labels, "ridges": RIDGES,
-                  "losses": LOSSES, "seeds": args.seeds, "rows": rows,
-                  "findings": findings(rows, args.bottlenecks, r), "seconds": time.time() - start})
+    return plain({"bottlenecks": args.bottlenecks, "classes": r, "labels": args.labels, "losses": LOSSES,
+                  "seeds": args.seeds, "rows": rows, "findings": findings(rows, args.bottlenecks, r)})
 
 
 def spearman_text(x):
@@ -389,7 +368,7 @@ def show_toy(x):
             networks = [np.mean(row[kind]["all"], 0)[ts.index(t)] for kind in losses]
             cells += [row["tails"][t - 1], row["exact"][t - 1], *networks]
         narrow.append((*name, str(row["needs"]), *(f"{cell:.3f}" for cell in cells)))
-        cells = [row["tail"], *(np.mean(row[kind][place][-1]) for place, kind in columns)]
+        cells = [row["tail"], *(np.mean(row[kind][place]) for place, kind in columns)]
         few.append((*name, *(f"{cell:.3f}" for cell in cells)))
     orders = [("loss", "eps", "t", "tail at t", "needs t", "exact error", "exact error with tail at t")]
     orders_few = [("loss", "eps", "own contexts", "common contexts")]
@@ -399,7 +378,7 @@ def show_toy(x):
             found = (spearman_text(at[key]) for key in ("tail", "needs", "exact"))
             exact = "-" if at["exact_tail"] is None else f"{at['exact_tail']:.2f}"
             orders.append((*name, str(at["t"]), *found, exact))
-        orders_few.append((*name, *(spearman_text(list(y["few"][place].values())[-1]) for place in PLACES)))
+        orders_few.append((*name, *(spearman_text(y["few"][place]) for place in PLACES)))
     over = f"over objectives [95% over {x['seeds']} seeds]"
     return "\n\n".join([
         "Excess error over Bayes: all labels, bottleneck t; tail: sum over j > t of sigma_j^4", table(narrow),
