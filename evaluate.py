@@ -28,9 +28,10 @@ from tqdm import tqdm
 import plots
 from data import Corpus
 from masks import queries_of
+from model import Transformer
 from objectives import describe, scores_next, target_nll
 from run import choose_autocast, choose_device, evaluation_sequences, held_out_text, load_run
-from tasks import connectivity, finetune, generate
+from tasks import connectivity, export, finetune, generate
 from tasks.hub import about, open_run
 from util import BadInput, Parser, command_line, positive, printable, table, write_json
 
@@ -41,8 +42,9 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14):
     """-log P(x_p | x_1 .. x_{p-1}), p = 2..S, of sequences (N, S), each from its whole prefix (Eq. 2).
 
     The objective says which f give each token its whole prefix and nothing else as context: one pass for
-    `ar`, t for `dar`, S - 1 for `mlm` and `vl`. Returns {regime: float32 (N, S - 1)}. BadInput: an objective
-    that is not trained for it, or a regime that it does not have.
+    `ar`, t for `dar`, S - 1 for `mlm` and `vl`. Prefixes are in the order of its `chain`, whose first token
+    is given. Returns {regime: float32 (N, S - 1)}. BadInput: an objective that is not trained for it, or a
+    regime that it does not have.
     """
     regimes = run.objective.left_to_right(sequences.shape[1], run.path)
     if regimes is None:
@@ -51,7 +53,9 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14):
     if regime is not None and regime not in regimes:
         raise BadInput(f"--regime {regime} is for masks in one stream; this {run.path} checkpoint of "
                        f"{describe(run.objective)} knows only {' and '.join(regimes)}")
-    return {name: scored_by(run, sequences, passes, tokens_at_once)[:, 1:]
+    first, S = run.objective.chain(sequences.shape[1])[0].item(), sequences.shape[1]
+    asked = slice(1, S) if first == 0 else [p for p in range(S) if p != first]
+    return {name: scored_by(run, sequences, passes, tokens_at_once)[:, asked]
             for name, passes in regimes.items() if regime in (None, name)}
 
 
@@ -59,16 +63,21 @@ def scored_by(run, sequences, passes, tokens_at_once):
     """-log P of each token of sequences (N, S), in the first of these passes that gives it its prefix -> (N,
     S)."""
     (N, S), device = sequences.shape, run.model.query.device
+    chain = run.objective.chain(S)
     nll, done = torch.full((N, S), math.nan), torch.zeros(S, dtype=torch.bool)
     for f in tqdm(passes, unit=" passes", leave=False, delay=2, mininterval=1):
-        f = f[:int(f.nonzero()[-1]) + 1]                            # nothing after the last f > 0 is read
-        new = (scores_next(f) & ~done[:len(f)]).nonzero()[:, 0]     # what this pass is the first to score
+        new = (scores_next(f, chain) & ~done).nonzero()[:, 0]       # what this pass is the first to score
         done[new] = True
+        f = f[:int(f.nonzero()[-1]) + 1]                            # nothing after the last f > 0 is read
         rows = max(1, tokens_at_once // len(f))
         for tokens, found in zip(sequences.split(rows), nll.split(rows)):    # `found` is a view of nll
             tokens = tokens[:, :len(f)].to(device)
             groups, targets = (x.to(device).expand(len(tokens), -1) for x in (f, new))
             found[:, new] = target_nll(run.model, tokens, groups, targets, run.path, padded=not f.all()).cpu()
+    if not done[chain[1:]].all():
+        p = chain[1:][~done[chain[1:]]][0].item()
+        raise BadInput(f"{describe(run.objective)}: in none of its passes left_to_right gives token {p + 1} of {S} "
+                       "its prefix, and nothing else as context")
     return nll
 
 
@@ -297,6 +306,21 @@ def report(out, device=None):
             print(f"\nSample, the first words given:\n{printable(run.tokenizer.decode(prompt + new))}")
 
 
+def export_command(args):
+    run, autocast = open_run(args)
+    if not isinstance(run.model, Transformer):
+        raise BadInput(f"{run.name} is no run of train.py; it has its own files")
+    exact = run.tokenizer is not None and run.settings.data is not None
+    exact = exact and run.objective.left_to_right(run.settings.length, run.path) is not None
+    with autocast:
+        regimes = perplexity(run, max_sequences=32)["regimes"] if exact else {}
+    export.export(run, args.out, regimes)
+    if args.json != "-":
+        tokenizer = ", tokenizer.json" if run.tokenizer is not None else ""
+        print(f"{args.out}: model.safetensors, config.json, README.md{tokenizer}")
+    return {"results": {"out": args.out}}, run
+
+
 def add_commands(command):
     """Register what this file evaluates: `command(name, function, text)` gives a parser."""
     source = "pydoc, text, token folder or hf:NAME (default: the run's validation text)"
@@ -314,6 +338,9 @@ def add_commands(command):
     sub.add_argument("--draws", type=positive, default=8, help="contexts a sequence")
     sub.add_argument("--seed", type=int, default=0, help="of the contexts")
     sub.add_argument("--length", type=positive, help="as for perplexity")
+
+    sub = command("export", export_command, "write a run as safetensors, JSON and a model card")
+    sub.add_argument("--out", required=True, help="folder to write")
 
     sub = command("curves", curves_command, "draw training runs: loss, learning rate, speed", many=True)
     sub.add_argument("--plot", metavar="FILE", help="picture (default: curves.png in the run folder, of "

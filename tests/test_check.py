@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import call
 
+from evaluate import left_to_right
 from experiments.check import check
 from objectives import describe, draw_batch, from_options, scores_next
 from util import BadInput
@@ -82,3 +83,20 @@ def test_what_is_wrong_is_named(tmp_path, name, method):
     path.write_text(f"{BACKWARD}\n    {method}\n")
     with pytest.raises(BadInput, match=f"wrong in.*{name}"):
         call(f"objectives.py {path}:Backward --check")
+
+
+def test_likelihood_in_the_order_of_its_chain(my, make_run):
+    """From right to left the last token is given, and all sequences have probability one."""
+    run = make_run(from_options(my), "two-stream", vocab=3, length=4)
+    sequences = torch.cartesian_prod(*[torch.arange(3)] * 3, torch.tensor([1]))
+    (name, nll), = left_to_right(run, sequences).items()
+    assert name == "from right to left" and nll.shape == (27, 3)
+    assert (-nll.double().sum(1)).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_wrong_left_to_right_is_told(tmp_path, make_run):
+    path = tmp_path / "wrong.py"
+    path.write_text(BACKWARD.replace("torch.arange(length - 1, -1, -1)", "torch.arange(length)"))
+    run = make_run(from_options(f"{path}:Backward"), "two-stream")
+    with pytest.raises(BadInput, match="left_to_right gives token 2 of 4"):
+        left_to_right(run, torch.zeros(1, 4, dtype=torch.long))
