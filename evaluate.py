@@ -6,6 +6,7 @@
     python evaluate.py generate CKPT --prompt TEXT       a text continued, or a gap in it filled
     python evaluate.py reconstruct CKPT [CKPT ...]       images completed patch by patch, Table 8
     python evaluate.py connectivity CKPT [CKPT ...]      similarity of features, Figure 2
+    python evaluate.py export CKPT --out DIR             safetensors, JSON and a model card
     python evaluate.py probe CKPT --data DATA            linear classification of frozen features
     python evaluate.py finetune CKPT --data DATA         classification by the whole network
     python evaluate.py glue CKPT --glue-dir DIR          fine-tuning on the tasks of GLUE, Table 2
@@ -76,8 +77,8 @@ def scored_by(run, sequences, passes, tokens_at_once):
             found[:, new] = target_nll(run.model, tokens, groups, targets, run.path, padded=not f.all()).cpu()
     if not done[chain[1:]].all():
         p = chain[1:][~done[chain[1:]]][0].item()
-        raise BadInput(f"{describe(run.objective)}: in none of its passes left_to_right gives token {p + 1} of {S} "
-                       "its prefix, and nothing else as context")
+        raise BadInput(f"{describe(run.objective)}: no pass of left_to_right gives token {p + 1} of {S} its "
+                       "prefix, and nothing else, as context")
     return nll
 
 

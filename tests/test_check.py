@@ -98,5 +98,5 @@ def test_a_wrong_left_to_right_is_told(tmp_path, make_run):
     path = tmp_path / "wrong.py"
     path.write_text(BACKWARD.replace("torch.arange(length - 1, -1, -1)", "torch.arange(length)"))
     run = make_run(from_options(f"{path}:Backward"), "two-stream")
-    with pytest.raises(BadInput, match="left_to_right gives token 2 of 4"):
+    with pytest.raises(BadInput, match="no pass of left_to_right gives token 2 of 4"):
         left_to_right(run, torch.zeros(1, 4, dtype=torch.long))
