@@ -112,8 +112,9 @@ class Settings:
         return objective, choose_path(objective, self.streams, self.images)
 
     def to_dict(self):
-        """What a checkpoint keeps: all but data that was given from Python."""
-        return {**vars(self), "data": self.data if isinstance(self.data, str) else None}
+        """What a checkpoint keeps: no data given from Python, but the text of one's own objective."""
+        data = self.data if isinstance(self.data, str) else None
+        return {**vars(self), "data": data, "objective_text": self.objective_text()}
 
     def objective_text(self):
         """The file of an objective of one's own, FILE.py:Class; None for those that are registered here."""
@@ -276,6 +277,7 @@ def load_checkpoint(path):
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed, and would unpack to more than it holds")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        content["objective_text"] = content["settings"].get("objective_text")
         content["settings"] = known_fields(Settings, content["settings"])
         content["model_config"] = known_fields(Config, content["model_config"])
         with torch.device("meta"):  # takes no memory, whatever the settings say
@@ -293,6 +295,7 @@ def load_checkpoint(path):
 def load_exported(folder):
     """What evaluate.py export wrote, as a checkpoint holds it."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content["objective_text"] = content["settings"].get("objective_text")
     content["settings"] = known_fields(Settings, content["settings"])
     content["model_config"] = known_fields(Config, content["model_config"])
     content["model"] = import_optional("safetensors.torch").load_file(folder / "model.safetensors")
@@ -335,7 +338,7 @@ def load_run(path, device="cpu"):
         return load_run(str(path).removeprefix("untrained:"), device).untrained()
     content = load_checkpoint(path)
     settings = replace(content["settings"], **content.get("budget", {}))  # which its data was read for
-    if content.get("objective_text") != settings.objective_text():
+    if content["objective_text"] != settings.objective_text():
         raise BadInput(f"{settings.objective} is not the file that {path} was trained with; its text stands "
                        "in config.json there")
     model = Transformer(content["model_config"]).to(device)

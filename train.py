@@ -481,8 +481,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
         if is_main:
             save_checkpoint(out / "ckpt.pt", {
                 **state, **data, "settings": settings.to_dict(), "model_config": asdict(config),
-                "objective_text": settings.objective_text(), "budget": budget, "step": step, "seen": seen,
-                "seconds": seconds, "dtype": precision, "threads": torch.get_num_threads()})
+                "budget": budget, "step": step, "seen": seen, "seconds": seconds, "dtype": precision,
+                "threads": torch.get_num_threads()})
             settle(out, new)
 
     def say(text):  # above the bar
@@ -491,8 +491,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
 
     # what is written: from here on the folder is this run's
     new = ".new" if overwrite and (out / "ckpt.pt").exists() else ""
-    config_json = {**settings.to_dict(), "steps": steps, "path": path,
-                   "objective_text": settings.objective_text()}
+    config_json = {**settings.to_dict(), "steps": steps, "path": path}
     folder = run_folder(out, config_json, step, new) if is_main else io.StringIO()
     unit, each = ("images", 1) if settings.images else ("tokens", S)
     flops = flops_per_sequence(config, path, S, objective.max_targets(S), S - objective.min_targets(S))

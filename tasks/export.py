@@ -53,7 +53,7 @@ def export(run: Run, out, regimes):
             tokens = f"{run.tokenizer.kind}, vocabulary {config.vocab:,}, sequences of {config.length}"
             text = byte_tokenizer() if run.tokenizer.kind == "byte" else run.tokenizer.to_json()
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        content = {"settings": asdict(settings), "model_config": asdict(config), "step": run.step,
+        content = {"settings": settings.to_dict(), "model_config": asdict(config), "step": run.step,
                    "tokenizer": run.tokenizer and run.tokenizer.kind}
         (folder / "config.json").write_text(json.dumps(plain(content), indent=1), encoding="utf-8")
         scores = "\n".join(f"| perplexity, {name} | {x['perplexity']:.2f} |" for name, x in regimes.items())

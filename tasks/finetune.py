@@ -301,7 +301,7 @@ def save_classifier(folder, model, run, data, results):
            "columns": data.columns, "protocol": asdict(model.protocol), "head": model.head.state_dict(),
            "checkpoint": run.name, "data": data.name}
     save_checkpoint(Path(folder, "classifier.pt"), {
-        "settings": asdict(run.settings), "model_config": asdict(run.model.config), "step": run.step,
+        "settings": run.settings.to_dict(), "model_config": asdict(run.model.config), "step": run.step,
         "tokenizer": run.tokenizer and run.tokenizer.to_json(),
         "model": {**run.model.state_dict(), **model.encoder.state_dict()}, "classifier": new})
     rows = [{"epoch": k, "loss": loss} for k, loss in enumerate(results["figures"][0]["epochs"], 1)]
