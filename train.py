@@ -537,7 +537,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
                 line["mfu"] = round(per_second * flops / peak / world, 4)
             if evaluating:
                 line["val_loss"] = round(val_loss, 4)
-                say(f"step {step:6,}  training loss {mean:.3f}  validation loss {val_loss:.3f}")
+                masked = "masked " if path in ("mask", "mae") else ""  # not a left-to-right loss
+                say(f"step {step:6,}  training loss {mean:.3f}  {masked}validation loss {val_loss:.3f}")
             bar.set_postfix_str(f"loss {mean:.3f}, {per_second * each:,.0f} {unit}/s", refresh=False)
             print(json.dumps(line), file=metrics, flush=True)
             for name in line.keys() - {"step"} if board else ():
