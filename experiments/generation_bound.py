@@ -206,7 +206,7 @@ def theorem43(r=2, s=6, T=2, rho=0.5, steps=1000, d=32, seed=0):
         "share_of_blindness_all_prefixes": (blind - told).sum() / (x["loss"] - told).sum(),
         "w": misalignment(s_m, np.arange(1, s + 1), 3), "growth": one.growth(tokens[:1, :1].expand(1, s_m)),
         "counterexample": {key: value.mean() for key, value in measure_attention(*broken).items()},
-        "proof_counterexample": proof_steps(*broken)}
+        "proof": proof_steps(one, tokens, s_m), "proof_counterexample": proof_steps(*broken)}
     return {**result, "rows": list(rows43(result))}
 
 
