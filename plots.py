@@ -20,11 +20,11 @@ INK, RED, BLUE = "#1b2a41", "#c8553d", "#3d7ea6"
 
 def check(path):
     """Refuse a path where no picture can be drawn. Commands call this before they begin to work."""
-    import_optional("matplotlib")
     if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise BadInput(f"{path} is no picture: end its name in .png, .pdf or .svg")
     if not os.access(Path(path).absolute().parent, os.W_OK):
         raise BadInput(f"{path}: there is no such folder, or it cannot be written")
+    import_optional("matplotlib")
 
 
 def new_figure(path, width, height):
