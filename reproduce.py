@@ -21,14 +21,12 @@ A claim is a difference that the paper, or where marked [ours] this project, say
 paper's numbers is the effect that ours is judged against (experiments/verdicts.py).
 """
 
-import itertools
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -55,7 +53,7 @@ def readable(line):
     return shlex.join(["python", *([] if line[0].endswith(".py") else ["-m"]), *line])
 
 
-def run(stage, environment):
+def run(stage):
     """Run a stage in a process of its own: progress to standard error, what it prints to a .log file."""
     line, start, config = command(stage), time.perf_counter(), stage.out / "config.json"
     if "--resume" in line and load_checkpoint(stage.out)["step"] == (read_json(config) or {}).get("steps"):
@@ -63,12 +61,14 @@ def run(stage, environment):
     print(readable(line), file=sys.stderr)
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     program = [str(HERE / line[0])] if line[0].endswith(".py") else ["-m", line[0]]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **environment}
-    with open(stage.beside(".log"), "wb") as log:
-        status = subprocess.run([sys.executable, *program, *line[1:]], stdout=log, env=environment,
-                                check=False).returncode
-    if status == 130:
-        raise KeyboardInterrupt
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1"}
+    with (open(stage.beside(".log"), "wb") as log,
+          subprocess.Popen([sys.executable, *program, *line[1:]], stdout=log, env=environment) as process):
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the stage gets it as well; a training saves its checkpoint
+            process.wait()
+            raise
     if status:
         raise BadInput(f"a stage ended with exit status {status}, see above: {readable(line)}. Once that is "
                        "mended, the same command goes on from here")
@@ -90,36 +90,8 @@ def hardware():
     """The machine in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}"
-
-
-def run_all(stages, jobs):
-    """Run what is missing of stages, `jobs` at a time: what needs nothing, then what needs only that, ..."""
-    gpus, failed = torch.cuda.device_count(), []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    places = [{"CUDA_VISIBLE_DEVICES": name} for name in visible] if gpus > 1 else [
-        {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if jobs > 1 else {}]
-
-    def depth(stage):
-        return 1 + max(map(depth, stage.needs), default=0)
-
-    def run_one(stage, environment):
-        if not failed:
-            try:
-                run(stage, environment)
-            except BaseException:
-                failed.append(stage)  # begin no other
-                raise
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for _, level in itertools.groupby(sorted(stages, key=depth), depth):
-            missing = [stage for stage in level if not stage.done()]
-            list(pool.map(run_one, missing, itertools.cycle(places)))
+    return f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 # ---------------------------------------------------------------------------- command line
@@ -134,7 +106,6 @@ def main(argv=None):
     add("--epochs", type=float, help="of each image model (or the scale's)")
     add("--data-dir", default="DATA", help="folder of text/, images/ and what else is needed")
     add("--dry-run", action="store_true", help="print the commands that are not done")
-    add("--jobs", type=positive, default=max(1, torch.cuda.device_count()), help="stages at a time")
     add("--work", type=Path, help="folder of the stages (or runs/reproduce/SCALE)")
     add("--out", type=Path, default=Path("results-mine"), help="folder of the tables")
     add("--readme", help="report: a file to write the verdicts into, between its markers")
@@ -166,7 +137,9 @@ def main(argv=None):
             print(f"note: {text}; left out", file=sys.stderr)
             left_out = 1
             continue
-        run_all(stages, args.jobs)
+        for stage in stages:
+            if not stage.done():
+                run(stage)
         print(write_results(place, name, table, seeds, args.out))
     return left_out
 

@@ -143,7 +143,7 @@ def claim_rows(claims):
     for c in claims:
         name = c.get("short") or "**primary** " * c["primary"] + c["claim"] + " [ours]" * c["ours"]
         ours, visible = effect_text(c["difference"], c["unit"]), "-"
-        if c["interval"] and c["difference"] is not None:  # which a model that diverged has not
+        if c["smallest_visible"] is not None:  # which one seed, or a model that diverged, has not
             low, high = (effect_text(end, c["unit"]).removesuffix(f" {c['unit']}") for end in c["interval"])
             ours, visible = f"{ours} ({low} .. {high})", effect_text(c["smallest_visible"], c["unit"])
         printed = "none printed" if c["effect"] is None else effect_text(c["effect"], c["unit"])
@@ -273,44 +273,37 @@ def write_results(place, name, table, seeds, folder):
         table.picture(picture, {row: column.stages(place, model, 0)[0].result()
                                 for row, model in table.rows.items() if not model.instead})
     elif find_spec("matplotlib") and table.rows:
-        draw_rows(picture, content)
+        rows = [{**row, "cells": {name: cell if cell["mean"] is not None else {**cell, "seeds": []}
+                                  for name, cell in row["cells"].items()}} for row in content["rows"]]
+        plots.dots(picture, {**content, "rows": rows})  # a model that diverged in one seed has no dots
     content["picture"] = picture.name if picture.exists() else None
     write_json(picture.with_suffix(".json"), content)
     return markdown(content)
 
 
-def draw_rows(path, x):
-    """Draw the rows of a target. A model that diverged in one seed has no dots."""
-    rows = [{**row, "cells": {name: cell if cell["mean"] is not None else {**cell, "seeds": []}
-                              for name, cell in row["cells"].items()}} for row in x["rows"]]
-    plots.dots(path, {**x, "rows": rows})
-
-
 def write_report(folder, targets, readme=None):
     """Write FOLDER/README.md with every target at its largest scale, and the verdicts on the primary claims
-    between the markers of the file `readme`. Pictures that are missing are drawn from the rows."""
+    between the markers of the file `readme`."""
     scales, largest = list(SCALES), {}
     for path in sorted(folder.glob("*.json")):
         x = read_json(path)
         if not isinstance(x, dict) or not {"target", "scale"} <= x.keys():
             note(f"{path} is no whole result; left out")
+        elif x["scale"] == "smoke" and x["rows"]:
+            continue  # its numbers mean nothing
         elif scales.index(x["scale"]) >= scales.index(largest.get(x["target"], x)["scale"]):
             largest[x["target"]] = x
-    found = [largest[name] for name in targets if name in largest]
-    if not found:
+    reported = [largest[name] for name in targets if name in largest]
+    if not reported:
         raise BadInput(f"{folder} holds no results; make some: python reproduce.py theory --out {folder}")
-    reported = [x for x in found if x["scale"] != "smoke" or not x["rows"]]
     primaries = [{**claim, "target": x["target"], "title": x["title"],
                   "short": HEADLINES.get(x["target"], claim["claim"])}
                  for x in reported for claim in x["claims"] if claim["primary"]]
     primaries = corrected(primaries)
     headlines = [claim for name in HEADLINES for claim in primaries if claim["target"] == name]
-    if find_spec("matplotlib"):
-        for x in reported:
-            if x["rows"] and x["picture"] and not (folder / x["picture"]).exists():
-                draw_rows(folder / x["picture"], x)
-        if drawn := [{**c, "verdict": in_words(c)} for c in headlines if c["difference"] is not None]:
-            plots.forest(folder / "forest.png", drawn)
+    drawn = [{**c, "verdict": in_words(c)} for c in headlines if c["difference"] is not None]
+    if drawn and find_spec("matplotlib"):
+        plots.forest(folder / "forest.png", drawn)
     forest = "![Primary claims: ours with intervals, and the paper's effects]({}forest.png)\n"
     forest *= (folder / "forest.png").exists()
     lines = ["# Results", "", ORIGIN, ""]
@@ -320,8 +313,6 @@ def write_report(folder, targets, readme=None):
         lines += [CORRECTED, "", *claim_rows(primaries), *meaning, "", LEGEND, "", forest.format("")]
     for x in reported:
         lines += [markdown(x, level=2)]
-    smoke = [f"{x['target']} ({x['title']})" for x in found if x not in reported]
-    lines += [f"Run at smoke scale only, so no numbers here: {'; '.join(smoke)}."] if smoke else []
     write_text(folder / "README.md", "\n".join(lines).rstrip() + "\n")
     if readme:
         relative = os.path.relpath(folder, Path(readme).parent)

@@ -33,15 +33,13 @@ def place_at(scale, folder):
     return Place(scale, folder / "data", folder / "work", SCALES[scale])
 
 
-def in_process(stages, jobs=1):
-    """What reproduce.run_all does in processes of their own."""
-    for stage in stages:
-        if not stage.done():
-            name, *argv = reproduce.command(stage)
-            stage.out.parent.mkdir(exist_ok=True)
-            with open(stage.beside(".log"), "w") as log, contextlib.redirect_stdout(log):
-                assert not importlib.import_module(name.removesuffix(".py")).main(argv)
-            reproduce.write_record(stage, 1.5)
+def in_process(stage):
+    """What reproduce.run does in a process of its own."""
+    name, *argv = reproduce.command(stage)
+    stage.out.parent.mkdir(exist_ok=True)
+    with open(stage.beside(".log"), "w") as log, contextlib.redirect_stdout(log):
+        assert not importlib.import_module(name.removesuffix(".py")).main(argv)
+    reproduce.write_record(stage, 1.5)
 
 
 @pytest.fixture
@@ -166,7 +164,7 @@ def test_no_verdict_on_models_that_learned_nothing(target, tmp_path):
 def test_table7_at_smoke_scale(tmp_path, monkeypatch, capsys, little_text):
     line = ["table7", "--scale", "smoke", "--tokens", "1024", "--work", str(tmp_path / "work"),
             "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(reproduce, "run_all", in_process)
+    monkeypatch.setattr(reproduce, "run", in_process)
     assert reproduce.main(line) == 0
     text, x = capsys.readouterr().out, json.loads((tmp_path / "out" / "table7-smoke.json").read_text())
     wrote = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("work/perplexity-*.json")}
@@ -199,10 +197,10 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, little_text):
         patch.setattr(train, "learning_rate", crash)
         train.main([*stage.line()[1:], "--save-every", "10"])
     assert load_checkpoint(stage.out)["step"] == 20 and not stage.done()
-    in_process([stage])
+    in_process(stage)
     assert load_checkpoint(stage.out)["step"] == 40 and stage.done()
     stage.beside(".done").unlink()  # as after a crash between its end and the record
-    reproduce.run(stage, {})
+    reproduce.run(stage)
     assert stage.done()
 
 
@@ -249,12 +247,12 @@ def test_a_model_that_diverged_has_a_page(tmp_path, monkeypatch):
     assert "| x1.113 | - | - | not measured |" in text and "nan" not in text and "None" not in text
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_stages_run_after_what_they_need_and_end_at_the_first_failure(jobs, tmp_path, monkeypatch):
-    place, ran = place_at("cpu", tmp_path), []
-    stages = stages_of(place, reproduce.TARGETS["table8"](place), 2)
+def test_stages_run_after_what_they_need_and_end_at_the_first_failure(tmp_path, monkeypatch):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    ran, line = [], ["table8", "--scale", "cpu", "--data-dir", str(tmp_path / "data"), "--work",
+                     str(tmp_path / "work")]
 
-    def run(stage, environment):
+    def run(stage):
         assert {need.out for need in stage.needs} <= set(ran)
         if stage.argv[1] == "probe" and "seed1" in str(stage.out):
             raise BadInput("no memory")
@@ -262,12 +260,8 @@ def test_stages_run_after_what_they_need_and_end_at_the_first_failure(jobs, tmp_
 
     monkeypatch.setattr(reproduce, "run", run)
     with pytest.raises(BadInput, match="no memory"):
-        reproduce.run_all(stages, jobs)
-    assert 1 < len(ran) < len(stages) - 1
-    monkeypatch.setattr(reproduce, "run", lambda stage, environment: ran.append(stage.out))
-    ran.clear()
-    reproduce.run_all(stages, jobs)
-    assert sorted(ran) == sorted(stage.out for stage in stages)
+        reproduce.main(line)
+    assert len(ran) > 1
 
 
 # ---------------------------------------------------------------------------- pages
@@ -298,7 +292,7 @@ def made_up(argv, rng):
         "rows": [images], "checkpoints": [{"inner_product": similar, "cosine": similar}], "findings": []}
 
 
-def pretend(stage, environment, result=made_up):
+def pretend(stage, result=made_up):
     """In place of running a stage."""
     rng = np.random.default_rng(sum(map(ord, str(stage.argv))))
     stage.out.parent.mkdir(parents=True, exist_ok=True)
