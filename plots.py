@@ -84,9 +84,9 @@ def plain_log(axes, which):
 
 def cells(axes, values, title, colour, names):
     """A matrix of values in 0..1 as cells: columns are positions 1, 2, ..., rows have these names."""
-    columns, lines = len(values[0]), {"edgecolors": "white", "linewidth": min(1.5, 20 / len(values[0]))}
+    columns, lines = len(values[0]), {"edgecolors": "white", "linewidth": min(1.5, 12 / len(values[0]))}
     axes.pcolormesh(values, cmap=colour, vmin=0, vmax=1.2, **lines)
-    across, down = 1 + (columns - 1) // 8, 1 + (len(names) - 1) // 12
+    across, down = 1 + (columns - 1) // 5, 1 + (len(names) - 1) // 5
     axes.set_xticks(np.arange(0, columns, across) + 0.5, range(1, columns + 1, across))
     axes.set_yticks(np.arange(0, len(names), down) + 0.5, names[::down])
     axes.set_title(title, size=11)
@@ -103,7 +103,7 @@ def objectives(path, sheets):
     """
     figure = new_figure(path, max(6, 3.6 * len(sheets)), 7.5)
     for part, sheet in zip(figure.subfigures(1, len(sheets), squeeze=False, wspace=0.04)[0], sheets):
-        axes = part.subplot_mosaic([["f", "f"], ["h", "g"], ["s", "s"]], height_ratios=[1, 1.1, 1])
+        axes = part.subplot_mosaic([["f", "f"], ["h", "g"], ["s", "s"]], height_ratios=[0.7, 1.1, 1])
         part.suptitle(sheet["title"], size=13, color=INK)
         groups, middle = np.array([f for f, _ in sheet["draws"]]), len(sheet["draws"]) // 2  # (draws, S)
         shades = np.where(groups < 2, 0.1 * groups, 0.35 + 0.5 * (groups - 2) / max(1, groups.max() - 2))
@@ -111,17 +111,21 @@ def objectives(path, sheets):
               [f"draw {k + 1}" for k in range(len(groups))])
         for (row, i), group in np.ndenumerate(groups) if sheet["length"] <= 16 else ():
             colour = "white" if shades[row, i] > 0.6 else INK
-            axes["f"].text(i + 0.5, row + 0.5, group, ha="center", va="center", size=10, color=colour)
+            size = 10 if sheet["length"] < 10 else 7
+            axes["f"].text(i + 0.5, row + 0.5, group, ha="center", va="center", size=size, color=colour)
 
         which = f"\nof draw {middle + 1}" if len(groups) > 1 else ""
         f, rows = groups[middle], sheet["draws"][middle][1]
-        cells(axes["h"], (0 < f) & (f <= f[:, None]), "$M_h$, content" + which, "Blues", range(1, len(f) + 1))
+        names = sheet.get("words") or range(1, len(f) + 1)
+        cells(axes["h"], (0 < f) & (f <= f[:, None]), "$M_h$, content" + which, "Blues", names)
         own = {p: weight for p, cut, weight in rows if cut == f[p]}
         if len(own) == len(rows):  # each target once: a row for every position, empty where it is no target
             rows = [(p, cut, own.get(p, 0)) for p, cut in enumerate(f)]
         heaviest = max(weight for *_, weight in rows)
         seen = [(0 < f) * (f < cut) * (weight / heaviest) for _, cut, weight in rows]
-        cells(axes["g"], seen, "$M_g$, queries" + which, "Oranges", [p + 1 for p, *_ in rows])
+        cells(axes["g"], seen, "$M_g$, queries" + which, "Oranges", [names[p] for p, *_ in rows])
+        for mask in (axes["h"], axes["g"]):
+            mask.set_aspect("equal" if len(rows) == len(f) else "auto")
 
         values = sheet["singular_values"]
         axes["s"].plot(range(1, len(values) + 1), values, "o-", color=RED)
