@@ -1,6 +1,6 @@
 """Evaluate a checkpoint of train.py: likelihood, and the front end of all evaluation.
 
-    python evaluate.py perplexity CKPT [--by-length]     P(x_{k+1} | x_1 .. x_k), Eq. 2
+    python evaluate.py perplexity CKPT [CKPT ...]        P(x_{k+1} | x_1 .. x_k), Eq. 2
     python evaluate.py bound CKPT                        the any-order bound beside it
     python evaluate.py curves RUN [RUN ...]              loss, learning rate and speed as a picture
     python evaluate.py generate CKPT --prompt TEXT       a text continued, or a gap in it filled
@@ -9,6 +9,7 @@
     python evaluate.py export CKPT --out DIR             safetensors, JSON and a model card
     python evaluate.py probe CKPT --data DATA            linear classification of frozen features
     python evaluate.py finetune CKPT --data DATA         classification by the whole network
+    python evaluate.py predict CLASSIFIER --data DATA    classes of new texts or images
     python evaluate.py glue CKPT --glue-dir DIR          fine-tuning on the tasks of GLUE, Table 2
     python evaluate.py transfer CKPT --data A B C        probes on several sets of images, Table 6
 
@@ -20,6 +21,8 @@ import itertools
 import json
 import math
 import os
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import plots
-from data import Corpus
+from data import Corpus, load_evaluation
 from masks import queries_of
 from model import Transformer
 from objectives import describe, scores_next, target_nll
@@ -44,8 +47,8 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14):
 
     The objective says which f give each token its whole prefix and nothing else as context: one pass for
     `ar`, t for `dar`, S - 1 for `mlm` and `vl`. Prefixes are in the order of its `chain`, whose first token
-    is given. Returns {regime: float32 (N, S - 1)}. BadInput: an objective that is not trained for it, or a
-    regime that it does not have.
+    is given, and so are the columns. Returns {regime: float32 (N, S - 1)}. BadInput: an objective that is not
+    trained for it, or a regime that it does not have.
     """
     regimes = run.objective.left_to_right(sequences.shape[1], run.path)
     if regimes is None:
@@ -54,15 +57,13 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14):
     if regime is not None and regime not in regimes:
         raise BadInput(f"--regime {regime} is for masks in one stream; this {run.path} checkpoint of "
                        f"{describe(run.objective)} knows only {' and '.join(regimes)}")
-    first, S = run.objective.chain(sequences.shape[1])[0].item(), sequences.shape[1]
-    asked = slice(1, S) if first == 0 else [p for p in range(S) if p != first]
-    return {name: scored_by(run, sequences, passes, tokens_at_once)[:, asked]
+    return {name: scored_by(run, sequences, passes, tokens_at_once)[:, 1:]
             for name, passes in regimes.items() if regime in (None, name)}
 
 
 def scored_by(run, sequences, passes, tokens_at_once):
     """-log P of each token of sequences (N, S), in the first of these passes that gives it its prefix -> (N,
-    S)."""
+    S) in the order of the chain."""
     (N, S), device = sequences.shape, run.model.query.device
     chain = run.objective.chain(S)
     nll, done = torch.full((N, S), math.nan), torch.zeros(S, dtype=torch.bool)
@@ -79,7 +80,7 @@ def scored_by(run, sequences, passes, tokens_at_once):
         p = chain[1:][~done[chain[1:]]][0].item()
         raise BadInput(f"{describe(run.objective)}: no pass of left_to_right gives token {p + 1} of {S} its "
                        "prefix, and nothing else, as context")
-    return nll
+    return nll[:, chain]
 
 
 @torch.no_grad()
@@ -145,7 +146,9 @@ def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False):
     tokens. `data` is what --data names, or a Corpus."""
     corpus = data if isinstance(data, Corpus) else held_out_text(run, data)
     sequences, tokens_per_byte, data = evaluation_sequences(run, corpus, max_sequences)
-    regimes = left_to_right(run, sequences, regime) | {"unigram": unigram_nll(corpus, sequences)}
+    chain = run.objective.chain(sequences.shape[1])
+    regimes = left_to_right(run, sequences, regime)
+    regimes["unigram"] = unigram_nll(corpus, sequences[:, chain])
     results = {name: summary(nll, tokens_per_byte) for name, nll in regimes.items()}
     for name in regimes if lengths else ():
         results[name]["by_length"] = by_length(regimes[name])
@@ -154,13 +157,34 @@ def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False):
             "unigram_nll": unigram["nll"]}
 
 
+def paired(a, b):
+    """The difference b - a of two `summary` of the same sequences, in nats a token, with its 95% interval."""
+    gap = torch.tensor(b["sequence_nll"]).double() - torch.tensor(a["sequence_nll"]).double()
+    mean, stderr = gap.mean().item(), gap.std().item() / math.sqrt(len(gap))
+    return {"nll": mean, "stderr": stderr, "interval": [mean - 1.96 * stderr, mean + 1.96 * stderr]}
+
+
+def same_text(run, first, corpus):
+    """The held-out text `corpus` of the Run `first`, as another Run reads it."""
+    if run.tokenizer is None:
+        raise BadInput(f"{run.name} was trained on images; this command reads text")
+    if run.tokenizer.to_json() == first.tokenizer.to_json():
+        return corpus
+    if first.tokenizer.kind not in ("byte", "bpe"):  # the others do not give back what they have read
+        raise BadInput(f"{run.name} does not have the tokenizer of {first.name}; give a text for all with "
+                       "--data")
+    return replace(load_evaluation([first.tokenizer.decode(corpus.val)], run.tokenizer), name=corpus.name)
+
+
 def bound(run, data=None, max_sequences=200, draws=8, seed=0):
     """The any-order bound of one text under one Run, and beside it the exact left-to-right likelihood where
     there is one -> dict."""
     sequences, tokens_per_byte, data = evaluation_sequences(run, data, max_sequences)
     mixture = any_order(run, sequences, draws, seed)
-    chain = run.objective.left_to_right(sequences.shape[1], run.path) is not None
-    exact = left_to_right(run, sequences) if chain else {}
+    S, objective = sequences.shape[1], run.objective
+    given_first = int(objective.chain(S)[0]) == 0    # both are of P(x_2 .. x_S | x_1)
+    exact = objective.left_to_right(S, run.path) is not None and given_first
+    exact = left_to_right(run, sequences) if exact else {}
     gaps = {name: mixture - nll.double().mean(1) for name, nll in exact.items()}
     every_token = mixture[:, None].expand(-1, sequences.shape[1] - 1)
     return {"data": data, "length": sequences.shape[1], "sequences": len(sequences), "draws": draws,
@@ -214,6 +238,8 @@ def shortly(x):
 
 def show(run, results, rows, loss="left-to-right loss"):
     """Print one line for each of `rows`, {name: what `summary` returned}."""
+    if not generate.natural(run):
+        loss = "loss"
     trained = f", step {run.step:,}" if run.step else ""
     count = next(iter(rows.values()))["sequences"]
     print(printable(f"{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}: "
@@ -225,20 +251,71 @@ def show(run, results, rows, loss="left-to-right loss"):
 
 
 def perplexity_command(args):
-    run, autocast = open_run(args)
-    with autocast:
-        results = perplexity(run, args.data, args.max_sequences, args.regime, args.by_length or args.plot)
-    if args.json != "-":
-        show(run, results, results["regimes"] | {"unigram": results["unigram"]})
-        if args.by_length:
-            regimes = results["regimes"]
-            bins = zip(*(r["by_length"]["bins"] for r in regimes.values()))
-            rows = [[f"{same[0]['first']}-{same[0]['last']}",
-                     *(shortly(exp(np.mean(b['sequence_nll']))) for b in same)] for same in bins]
-            print("\n" + table([["tokens in the prefix", *regimes], *rows]))
+    """One checkpoint, or several on one text: by default what the first one's data held out."""
+    names, rows, first, corpus = args.checkpoints, [], None, None
+    if len(names) == 1:
+        args.checkpoint = args.__dict__.pop("checkpoints")[0]
+    elif args.plot:
+        raise BadInput("--plot draws one checkpoint; leave it out, or give one")
+    own_length = any(name.startswith("hf:") for name in names)     # --length is for those
+    for name in names:
+        length = args.length if name.startswith("hf:") or not own_length else None
+        run, autocast = open_run(Namespace(**{**vars(args), "length": length}), name)
+        first = first or run
+        regime = args.regime if run.path == "mask" or len(names) == 1 else None
+        if args.data or corpus is None:
+            corpus = text = held_out_text(run, args.data)
+        else:
+            text = same_text(run, first, corpus)
+        with autocast:
+            results = perplexity(run, text, args.max_sequences, regime, args.by_length or args.plot)
+        if args.json != "-":
+            print("\n" * bool(rows), end="")
+            show_perplexity(run, results, args.by_length)
+        rows.append({"checkpoint": name, **about(run), **results})
+        alike = run.tokenizer.to_json() == first.tokenizer.to_json()
+        if run is not first:
+            rows[-1]["difference"] = difference(rows, alike, run, first)
     if args.plot:
         plots.by_length(args.plot, results)
-    return {"results": results}, run
+    if len(names) == 1:
+        return {"results": results}, run
+    if args.json != "-":
+        show_differences(rows)
+    return {"checkpoints": rows}, None
+
+
+def difference(rows, alike, run, first):
+    """The last of `rows` against the first, each in its first regime; None where they are of other tokens."""
+    (a, *_), (b, *_) = (rows[k]["regimes"].values() for k in (0, -1))
+    chains = [x.objective.chain(x.settings.length) for x in (first, run)]
+    same = alike and len(chains[0]) == len(chains[1]) and chains[0][0] == chains[1][0]
+    return paired(a, b) if same and a["sequences"] == b["sequences"] else None
+
+
+def show_perplexity(run, results, lengths):
+    show(run, results, results["regimes"] | {"unigram": results["unigram"]})
+    if lengths:
+        regimes = results["regimes"]
+        bins = zip(*(r["by_length"]["bins"] for r in regimes.values()))
+        rows = [[f"{same[0]['first']}-{same[0]['last']}",
+                 *(shortly(exp(np.mean(b['sequence_nll']))) for b in same)] for same in bins]
+        print("\n" + table([["tokens in the prefix", *regimes], *rows]))
+
+
+def show_differences(rows):
+    """One line for each checkpoint, in its first regime."""
+    cells = []
+    for row in rows:
+        name, x = next(iter(row["regimes"].items()))
+        gap = "the first"
+        if "difference" in row:
+            d = row["difference"]
+            gap = "not paired, other tokens: compare bits/byte" if d is None else (
+                f"{d['nll']:+.4f} ({d['interval'][0]:+.4f} to {d['interval'][1]:+.4f})")
+        cells.append([printable(row["checkpoint"]), name, f"{x['bits_per_byte']:.3f}", gap])
+    print("\n" + table([["", "", "bits/byte", "nats a token more than the first, 95% interval"], *cells],
+                       align="<"))
 
 
 def bound_command(args):
@@ -288,22 +365,25 @@ def report(out, device=None):
     run, (autocast, _) = load_run(out, device), choose_autocast(device)
     print()
     if run.tokenizer is None:
+        if not generate.natural(run):
+            return
         trained_so = ["--hide", "0.75", "--at-once"] if run.path == "mae" else []
         main(["reconstruct", str(out), "--max-images", "100", "--picture", str(Path(out, "completed.png")),
               "--device", str(device), *trained_so])
         return
     corpus = held_out_text(run)
     exact = run.objective.left_to_right(run.settings.length, run.path) is not None
+    left = exact and generate.natural(run)
     with autocast():
         if exact:
             results = perplexity(run, corpus, 32)
             show(run, results, results["regimes"] | {"unigram": results["unigram"]})
-        if exact or run.objective.decoding(torch.tensor([1, 0]), 1) is not None:
+        if left or run.objective.decoding(torch.tensor([1, 0]), 1) is not None:
             lines = run.tokenizer.decode(corpus.val[:4096]).splitlines()
             line = next((line for line in lines[1:] if len(line) > 40), "")   # the first may lack its start
             start = line[:24].rpartition(" ")[0] or line[:24]
             prompt = run.tokenizer.encode(start).tolist() or [run.tokenizer.separator]
-            new = generate.generate(run, prompt, 120, order="left" if exact else None)
+            new = generate.generate(run, prompt, 120, order="left" if left else None)
             print(f"\nSample, the first words given:\n{printable(run.tokenizer.decode(prompt + new))}")
 
 
@@ -325,7 +405,7 @@ def export_command(args):
 def add_commands(command):
     """Register what this file evaluates: `command(name, function, text)` gives a parser."""
     source = "pydoc, text, token folder or hf:NAME (default: the run's validation text)"
-    sub = command("perplexity", perplexity_command, "left-to-right likelihood of held-out text (Eq. 2)")
+    sub = command("perplexity", perplexity_command, "left-to-right likelihood of held-out text (Eq. 2)", True)
     sub.add_argument("--data", help=source)
     sub.add_argument("--regime", choices=("padded", "truncated"), help="masks in one stream (default: both)")
     sub.add_argument("--by-length", action="store_true", help="perplexity against the length of the prefix")
@@ -371,7 +451,7 @@ def main(argv=None):
         add(command)
     args = parser.parse_args(argv)
     picture = getattr(args, "picture", None)    # complain before the work, not after it
-    for file in filter(None, (args.json, picture)):
+    for file in filter(None, (args.json, picture, getattr(args, "csv", None))):
         path = Path(file).absolute()
         if file != "-" and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise BadInput(f"{file} cannot be written: it is a folder, or lies in no folder that you can "
@@ -380,6 +460,8 @@ def main(argv=None):
         plots.check(args.plot)
     if picture and Path(picture).suffix.lower() != ".png":
         raise BadInput(f"--picture {picture} is no PNG file: end its name in .png")
+    if os.path.lexists(getattr(args, "out", None) or ""):
+        raise BadInput(f"{args.out} exists; choose another --out or remove it")
     if args.threads:
         torch.set_num_threads(args.threads)
     content, run = args.function(args)

@@ -8,7 +8,9 @@ Each step asks for tokens under an f, keeps one of the answers, and takes it int
 """
 
 import functools
+import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,8 @@ ORDERS = ("left", "confident", "random")
 # ---------------------------------------------------------------------------- text
 
 @torch.no_grad()
-def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, suffix=()):
+def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, suffix=(),
+             watch=None):
     """Continue `prompt`, a list of at least one id, by `count` ids -> list of the new ids.
 
     temperature  0 takes the most likely token                        top_k  0 for all tokens
@@ -34,6 +37,7 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
         left       from left to right, under the f that gives the next token its whole prefix as context
         confident  the objective's own steps (`Objective.decoding`): of the tokens asked for, keep the surest
         random     the same steps, keep any of them: a sample of the any-order mixture
+    watch        called after each step with (tokens, known): 1, 2, .. as they became known, 0 missing
     A text that outgrows the model's sequence is continued from its last half. BadInput: an order that the
     objective cannot follow, a gap longer than a sequence.
     """
@@ -59,8 +63,22 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
                 row = scores.softmax(-1).amax(-1).argmax()
             tokens[targets[row]] = sample(scores[row], temperature, top_k, generator)
             known[targets[row]] = given + k + 1
+            if watch:
+                watch(tokens[:given + new], known)
         ids += tokens[P:P + new].tolist()
     return ids[len(prompt):]
+
+
+def show_step(tokenizer, tokens, known):
+    """Print a sequence that is being filled: what is missing as dots, the newest token in colour. A terminal
+    shows one picture after another, a file one line a step."""
+    terminal, text = sys.stdout.isatty(), ""
+    state = torch.where(known == known.max(), 2, (known > 0).long())     # 0 missing, 1 known, 2 new
+    for kind, part in itertools.groupby(zip(state.tolist(), tokens.tolist()), key=lambda pair: pair[0]):
+        ids = [i for _, i in part]
+        word = printable(tokenizer.decode(ids)) if kind else "·" * len(ids)
+        text += f"\x1b[1;32m{word}\x1b[0m" if terminal and kind == 2 else word
+    print("\x1b[H\x1b[J" + text if terminal else text.replace("\n", " "), flush=True)
 
 
 def continue_text(run, prompt, tokens=100, **how):
@@ -88,12 +106,18 @@ def sample(scores, temperature, top_k, generator):
     return torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[0]
 
 
+def natural(run):
+    """Whether the objective's chain goes from left to right."""
+    S = run.model.config.length if run.tokenizer is None else run.settings.length
+    return torch.equal(run.objective.chain(S), torch.arange(S))
+
+
 def rule(run, order, suffix):
     """-> the order that is taken, and its steps as a function (known (L,), given), as for
     `Objective.decoding` -> f, the positions asked for."""
     objective, name = run.objective, describe(run.objective)
     own = objective.decoding(torch.tensor([1, 0]), 1) is not None
-    regimes = objective.left_to_right(run.settings.length, run.path)
+    regimes = objective.left_to_right(run.settings.length, run.path) if natural(run) else None
     if not own and not regimes:
         raise BadInput(f"{name} cannot write text: it says neither how it fills a sequence (`decoding`) nor "
                        "how it predicts from left to right (`left_to_right`)")
@@ -153,6 +177,8 @@ def reconstruct(run, patches, hidden, at_once=False):
     row, known = torch.arange(N, device=patches.device)[:, None], visible(patches, hidden)
     filled = patches.masked_fill(~known[..., None], 0)
     regimes = run.objective.left_to_right(S, path) if run.objective.one_stream != "mask" else None
+    if regimes and not natural(run):
+        raise BadInput(f"{describe(run.objective)} predicts in another order than these patches are taken in")
     if regimes and at_once:
         raise BadInput(f"--at-once is for masks; {describe(run.objective)} predicts from the patches before")
     if regimes:
@@ -253,10 +279,11 @@ def generate_command(args):
         raise BadInput(f"--temperature {args.temperature:g} and --top-k {args.top_k} are not both at least 0")
     prompt = run.tokenizer.encode(args.prompt).tolist() or [run.tokenizer.separator]
     suffix, texts = run.tokenizer.encode(args.suffix).tolist(), []
+    watch = functools.partial(show_step, run.tokenizer) if args.watch and args.json != "-" else None
     for k in range(args.samples):
         with autocast:
             ids = generate(run, prompt, args.tokens, args.temperature, args.top_k, args.seed + k, args.order,
-                           suffix)
+                           suffix, watch)
         texts.append(run.tokenizer.decode(prompt + ids + suffix))
         if args.json != "-":
             print(printable(texts[-1]) + "\n")
@@ -319,6 +346,7 @@ def add_commands(command):
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     sub.add_argument("--top-k", type=int, default=50, help="0 for all")
     sub.add_argument("--seed", type=int, default=0, help="of every random choice")
+    sub.add_argument("--watch", action="store_true", help="show how the sequence is filled, step by step")
     sub.add_argument("--order", choices=ORDERS, help="left to right, the surest hidden token first, or any "
                      "of them (default: confident for diffusion, blocks and spans, else left)")
 

@@ -12,7 +12,7 @@ import torch
 from conftest import WAYS, call, call_json, name_of
 
 import evaluate
-from data import Corpus
+from data import Corpus, TrainedTokenizer
 from masks import AnyOrder
 from objectives import from_options, target_nll
 from run import held_out_text, load_run
@@ -180,6 +180,38 @@ def test_regime_and_picture(trained, tmp_path):
     assert (tmp_path / "figure3.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_several_checkpoints_on_one_text(trained, tmp_path):
+    """Each as alone; the difference is paired where the sequences are the same."""
+    names = [trained("ar"), trained("vl --mask 0.15,0.3"), trained("ar", extra="--length 16")]
+    out = tmp_path / "result.json"
+    said = call(f"evaluate.py perplexity {' '.join(map(str, names))} --max-sequences 6 --json {out}")
+    a, b, short = json.loads(out.read_text())["checkpoints"]
+    for name, row in zip(names, (a, b, short)):
+        alone = call_json(f"evaluate.py perplexity {name} --max-sequences 6")["results"]
+        assert alone == {key: row[key] for key in alone} and row["checkpoint"] == str(name)
+    gap = np.subtract(b["regimes"]["padded"]["sequence_nll"], a["regimes"]["next"]["sequence_nll"])
+    found, half = b["difference"], 1.96 * gap.std(ddof=1) / math.sqrt(6)
+    assert found["nll"] == pytest.approx(gap.mean())
+    assert found["interval"] == pytest.approx([gap.mean() - half, gap.mean() + half])
+    assert "difference" not in a and short["difference"] is None
+    assert f"{found['nll']:+.4f}" in said and "not paired" in said and said.count("unigram") == 3
+
+
+def test_another_tokenizer_reads_the_same_text(trained):
+    pytest.importorskip("tokenizers")
+    first = load_run(trained("ar"))
+    other, corpus = load_run(trained("ar")), held_out_text(first)
+    text = first.tokenizer.decode(corpus.val)
+    other.tokenizer = TrainedTokenizer.train("bpe", 300, [text])
+    again = evaluate.same_text(other, first, corpus)
+    assert again.name == corpus.name and again.val_bytes == pytest.approx(corpus.val_bytes, rel=0.01)
+    assert other.tokenizer.decode(again.val).strip() == text.strip()
+    assert evaluate.same_text(first, first, corpus) is corpus
+    first.tokenizer.kind = "wordpiece"
+    with pytest.raises(BadInput, match="--data|data"):
+        evaluate.same_text(other, first, corpus)
+
+
 def test_bound_command(trained, tmp_path):
     out = tmp_path / "result.json"
     line = f"evaluate.py bound {trained('diffusion')} --max-sequences 4 --draws 6 --dtype fp32"
@@ -246,7 +278,8 @@ def test_perplexity_of_a_diverged_model_is_infinite(trained, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["perplexity none --plot x.txt", "connectivity none --plot x.jpg",
-                                   "reconstruct none --picture x.jpg", "perplexity none --json ."])
+                                   "reconstruct none --picture x.jpg", "perplexity none --json .",
+                                   "export none --out .", "predict none --data x --csv ."])
 def test_what_cannot_be_written_is_refused_before_the_work(flags):
     with pytest.raises(BadInput, match=flags.split()[-1]):
         call(f"evaluate.py {flags}")

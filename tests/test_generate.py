@@ -42,6 +42,36 @@ def test_greedy_generation_takes_the_most_likely_token(way, make_run):
         prompt.append(token)
 
 
+@dataclass(frozen=True)
+class Backward(Objective):
+    def groups(self, batch, length, generator=None):
+        return torch.arange(length, 0, -1).repeat(batch, 1)
+
+    def chain(self, length):
+        return torch.arange(length - 1, -1, -1)
+
+    def left_to_right(self, length, path):
+        return {"from right to left": self.groups(1, length)}
+
+
+def test_another_chain_is_scored_in_its_order_and_writes_no_text(make_run):
+    run, x = make_run(Backward(), "two-stream"), torch.randint(11, (2, 8))
+    nll = evaluate.left_to_right(run, x)["from right to left"]
+    for k in range(1, 8):                                       # with k tokens before it
+        f, p = Backward().groups(2, 8), torch.full((2, 1), 7 - k)
+        expected = target_nll(run.model, x, f, p, "two-stream")[:, 0].float()
+        assert torch.allclose(nll[:, k - 1], expected, atol=1e-5)
+    with pytest.raises(BadInput, match="cannot write text"):
+        generate.generate(run, [1], 2)
+
+
+def test_watch_shows_each_step(trained):
+    line = f"evaluate.py generate {trained('diffusion')} --prompt ab --tokens 5 --watch --seed 1"
+    steps = call(line).splitlines()
+    assert [step.count("·") for step in steps[:5]] == [4, 3, 2, 1, 0]
+    assert all(step.startswith("ab") and "\x1b" not in step for step in steps[:5])
+
+
 def fill_by_hand(run, tokens, blank):
     """The surest of the blanks again and again, each by a pass of its own."""
     tokens, blank = torch.tensor([tokens]), list(blank)
