@@ -333,7 +333,7 @@ def table8(place):
     fair = ("MAE with the same images seen; the same hidden patches for all, never the first. L2 is over "
             "hidden patches only and in units of the data's variance (the paper says neither the unit nor "
             f"the part), and judged as a factor.{VIT_B} The linear probe is ours, as in Table 3. Picture: "
-            "original, hidden in grey, then the trained rows in order.")
+            "original, hidden patches in their mean colour, then the trained rows in order.")
     return Table("Table 8: reconstruction of hidden patches, one at a time", fair,
                  with_guess(MEAN_COLOUR, rows), columns, paper, claims, (picture,))
 
