@@ -335,6 +335,27 @@ def dots(path, results):
     save(figure, path)
 
 
+def trend(path, claims):
+    """Effects with intervals over the tokens read: a panel a contrast and regime, a line a size."""
+    panels = list(dict.fromkeys(c["at"]["panel"] for c in claims))
+    columns = -(-len(panels) // 2)
+    figure = new_figure(path, 4 * columns, 6.5)
+    axes = figure.subplots(2, columns, sharex=True, squeeze=False)
+    for axis, panel in zip(axes.T.flat, panels):
+        shown = [c for c in claims if c["at"]["panel"] == panel]
+        for k, line in enumerate(dict.fromkeys(c["at"]["line"] for c in shown)):
+            points = sorted((c["at"]["tokens"], c["difference"], c["smallest_visible"] or 0) for c in shown
+                            if c["at"]["line"] == line)
+            tokens, effect, half = np.array(points).T
+            low, high = np.exp(effect) - np.exp(effect - half), np.exp(effect + half) - np.exp(effect)
+            axis.errorbar(tokens, np.exp(effect), (low, high), fmt="o-", color=f"C{k}", capsize=3, label=line)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.axhline(np.exp(shown[0]["effect"]), color="black", linestyle="--", label="the paper's effect")
+        style(axis, xscale="log", title=panel, xlabel="tokens read", ylabel="ratio of perplexities")
+    legend(figure, axes.flat, len(axes) + 1)
+    save(figure, path)
+
+
 def far_row(seeds):
     """The row without which all others span less than a fifth of the axis, or None. seeds: a list a row."""
     for k, row in enumerate(seeds):

@@ -11,6 +11,7 @@ from stages. A stage is one command line of this project. Tables share stages, w
 again, and an interrupted training goes on. DIR holds, as far as the targets need it:
 
     text/       raw text or a token folder of data.py
+    val/        text to measure on (optional; else a share of text/)
     images/     class folders, CIFAR files or an image folder of data.py
     glue/       the official GLUE files
     transfer/   any number of image sets (optional; Table 6)
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.measures import SCALES, Place, read_json, with_needs
+from experiments.measures import SCALES, Place, read_json, scale_of, with_needs
 from experiments.pages import stages_of, write_report, write_results
 from experiments.tables import TARGETS
 from run import load_checkpoint
@@ -116,19 +117,19 @@ def main(argv=None):
     for name, value in budgets.items():
         if not value > 0:
             raise BadInput(f"--{name} {value:g} is not a positive number")
-    scale, plans, left_out = SCALES[args.scale] | budgets, {}, 0
-    work = args.work or Path("runs", "reproduce", args.scale)
-    place = Place(args.scale, Path(args.data_dir).absolute(), work, scale)
+    work, plans, left_out = args.work or Path("runs", "reproduce", args.scale), {}, 0
     for name in TARGETS if args.target == "all" else [args.target]:
+        scale = scale_of(args.scale, name) | budgets
+        place = Place(args.scale, Path(args.data_dir).absolute(), work, scale)
         table, seeds = TARGETS[name](place), args.seeds or scale["seeds"]
         if all(model.hub for model in table.rows.values()):  # public models; the theory has seeds of its own
             seeds = 1
-        plans[name] = table, seeds, stages_of(place, table, seeds)
+        plans[name] = place, table, seeds, stages_of(place, table, seeds)
     if args.dry_run:
         stages = with_needs([stage for *_, stages in plans.values() for stage in stages])
         print("\n".join(readable(command(stage)) for stage in stages if not stage.done()))
         return 0
-    for name, (table, seeds, stages) in plans.items():
+    for name, (place, table, seeds, stages) in plans.items():
         read = {word for stage in stages for word in stage.argv if word.startswith(f"{place.data}{os.sep}")}
         if absent := sorted(word for word in read if not Path(word).exists()):
             text = f"{name} at {place.name} scale reads {', '.join(absent)}, which is not there"

@@ -32,6 +32,7 @@ PAPER_TEXT = "hf:monology/pile-uncopyrighted"  # the Pile itself is no longer di
 #   curve             shares of the epochs after which `dose` probes, each a training of its own
 #   prepare, train    {kind of data: flags of data.py, of train.py}
 #   evaluate          {command, or command and kind: flags of evaluate.py}
+#   TARGET            what differs for that target; sizes: {preset: shares of the tokens}
 SCALES = {
     "smoke": {
         "about": "two cores, minutes, nothing downloaded; the numbers mean nothing",
@@ -41,7 +42,8 @@ SCALES = {
         "evaluate": {"perplexity": "--max-sequences 16", "connectivity": "--features 500 --top 2000",
                      "probe": "--max-train 300 --max-test 300", "reconstruct": "--max-images 20",
                      "finetune": "--epochs 1 --max-train 300 --max-test 300",
-                     "transfer": "--max-train 300 --max-test 300"}},
+                     "transfer": "--max-train 300 --max-test 300"},
+        "trend": {"sizes": {"tiny": (0.5, 1)}, "train": {"text": "--length 32 --batch-size 8"}}},
     "cpu": {
         "about": "4 layers x 128; texts of 128 tokens (WordPiece, 1,024 words), perplexity on 64 of them, "
                  "probes on at most 5,000; images of 32 x 32 in 16 patches, probes and fine-tuning on "
@@ -53,7 +55,12 @@ SCALES = {
         "evaluate": {"perplexity": "--max-sequences 64", "probe text": "--pool mean --max-train 5000",
                      "probe images": "--max-train 10000", "finetune": "--epochs 8 --max-train 10000",
                      "reconstruct": "--max-images 200", "transfer": "--max-train 10000",
-                     "glue": "--seeds 1 --epochs 3 --max-train 5000 --pool mean"}},
+                     "glue": "--seeds 1 --epochs 3 --max-train 5000 --pool mean"},
+        "trend": {
+            "about": "4 layers; texts of 128 tokens (WordPiece, 4,096 words), perplexity on 64 of them",
+            "tokens": 1e7, "sizes": {"tiny": (0.1, 0.3, 1)},
+            "prepare": {"text": "--tokenizer wordpiece --vocab 4096"},
+            "train": {"text": "--batch-size 16 --optimizer muon"}}},
     "gpu": {
         "about": "8 layers x 512 for text and 12 x 384 for images of 32 x 32; one H100 or H200",
         "seeds": 3, "tokens": 4e8, "epochs": 100, "curve": (0.1, 0.2, 0.5, 1),
@@ -62,7 +69,8 @@ SCALES = {
                   "images": "--preset vit-small --size 32 --patch 4 --batch-size 1024 --lr 2e-3"},
         "evaluate": {"perplexity": "--max-sequences 1024", "probe text": "--pool mean",
                      "finetune": "--epochs 50", "reconstruct": "--max-images 10000",
-                     "glue": "--seeds 1 --max-train 60000"}},
+                     "glue": "--seeds 1 --max-train 60000"},
+        "trend": {"tokens": 5e8, "sizes": {"small": (0.03, 0.1, 0.3, 1)}, "train": {"text": ""}}},
     "paper": {
         "about": "the paper's settings",
         "seeds": 1, "tokens": 100_000 * 8192 * 128, "epochs": 200, "curve": (1,),
@@ -72,7 +80,13 @@ SCALES = {
         "train": {"text": "--preset paper", "images": "--preset vit-base", "images100": "--preset vit-small"},
         "evaluate": {"perplexity": "--max-sequences 4096", "probe images": "--classifier sgd",
                      "finetune": "--batch-size 4096", "reconstruct": "--max-images 50000 --lpips alex",
-                     "glue": "--seeds 3"}}}
+                     "glue": "--seeds 3"},
+        "trend": {"sizes": {"paper": (0.01, 0.1, 1)}, "train": {"text": ""}}}}
+
+
+def scale_of(name, target):
+    """The budgets of a scale for a target."""
+    return SCALES[name] | SCALES[name].get(target, {})
 
 
 # ---------------------------------------------------------------------------- stages
@@ -147,10 +161,12 @@ class Model:
     kind: str = "text"   # of its data: text, images or images100
     budget: float = 1    # what its budget is multiplied with
     instead: str = None  # untrained; or no network: pixels, or a guess by what is frequent or the mean
+    preset: str = None   # of train.py, where it is not the scale's
 
     def __str__(self):
         budget = f" x{self.budget:g}" if self.budget != 1 else ""
-        return self.flags if self.hub else f"{self.instead or ''} {self.kind}{budget}: {self.flags}".strip()
+        words = [self.instead, self.preset, f"{self.kind}{budget}: {self.flags}"]
+        return self.flags if self.hub else " ".join(filter(None, words))
 
     @property
     def hub(self):
@@ -170,6 +186,8 @@ def source(place, kind):
     if Path(raw, "manifest.json").exists():  # prepared by data.py
         return raw, ()
     argv = "data.py", kind.removesuffix("100"), raw, *place.scale["prepare"][kind].split()
+    if kind == "text" and (place.data / "val").exists():
+        argv += "--val", str(place.data / "val")
     stage = place.stage(f"data-{kind}", argv, suffix="")
     return str(stage.out), (stage,)
 
@@ -190,7 +208,7 @@ def budget_of(place, model, flags):
 def pretrain(place, model, seed):
     """The stage that trains a model."""
     model, (data, needs) = replace(model, instead=None), source(place, model.kind)
-    flags = place.scale["train"][model.kind].split()
+    flags = place.scale["train"][model.kind].split() + (["--preset", model.preset] if model.preset else [])
     argv = ("train.py", "--objective", *model.flags.split(), *flags, *budget_of(place, model, flags),
             "--data", data, "--seed", str(seed))
     title = f"{model} seed{seed}".replace(": ", " ").replace("--", "").replace(" ", "-")
@@ -413,13 +431,11 @@ NINE = ("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers
 
 
 def transfer(place):
-    """{column: Column}: logistic regression on the paper's nine sets, elsewhere on those in transfer/, and
-    the mean."""
+    """{column: Column}: logistic regression on the paper's nine sets, elsewhere on those in transfer/ and the
+    drawn shapes, and the mean."""
     folder = place.data / "transfer"
-    found = [folder / name for name in NINE] if place.name == "paper" else sorted(
-        path for path in folder.glob("*") if path.is_dir())
-    if place.name == "smoke" or not found:
-        found = [Path("shapes")]
+    there = sorted(path for path in folder.glob("*") if path.is_dir() and place.name != "smoke")
+    found = [folder / name for name in NINE] if place.name == "paper" else [*there, Path("shapes")]
 
     def column(k):
         def read(model, x):

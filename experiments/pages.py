@@ -13,7 +13,7 @@ import numpy as np
 
 import plots
 from evaluate import exp
-from experiments.measures import SCALES, pretrain, read_json, with_needs
+from experiments.measures import SCALES, pretrain, read_json, scale_of, with_needs
 from experiments.verdicts import (
     EXCLUDED,
     MEANING,
@@ -93,7 +93,7 @@ def summarise(place, name, table, seeds):
     run += ["--data-dir DATA"] if place.name != "smoke" else []
     run += [f"--seeds {seeds}"] if table.rows else []
     run += [f"--{budget} {place.scale[budget]:.12g}" for budget in ("tokens", "epochs")
-            if place.scale[budget] != SCALES[place.name][budget]]
+            if place.scale[budget] != scale_of(place.name, name)[budget]]
     where = {str(place.data): "DATA", str(place.work): f"runs/reproduce/{place.name}"}
     cells = read_cells(place, table, seeds)
     content = {
@@ -229,6 +229,23 @@ def tail_findings(reported):
                    f"predict, **{told}** over those that do")
 
 
+def trend_findings(reported):
+    """Where the effect of the trend's primary claim goes, in a sentence."""
+    for slope in [c for x in reported if x["target"] == "trend" for c in x["claims"] if c["primary"]]:
+        [x] = [x for x in reported if x["target"] == "trend"]
+        name = slope["claim"].split(": more")[0]
+        last = [c for c in x["claims"] if c["at"] and c["claim"].startswith(name)][-1]
+        (low, high), gap = slope["interval"], last["effect"] - last["difference"]
+        goes = "is not seen to move"
+        if not low < 0 < high:
+            goes = "moves towards the paper's" if (low > 0) == (gap > 0) else "moves away from the paper's"
+        ours, paper, tenfold, low, high = (effect_text(value, "factor") for value in (
+            last["difference"], last["effect"], slope["difference"], low, high))
+        yield (f"- with more tokens the effect of [0.15, 0.3] against 0.3 **{goes}**: it is {ours} at the "
+               f"largest budget ({paper} in the paper) and grows {tenfold} ({low} .. {high}) with every "
+               "tenfold of tokens")
+
+
 def in_short(reported, primaries, missing):
     """Half a page in plain words: what was run, what was found, what cannot be said."""
     tables, paper = [x for x in reported if x["rows"]], SCALES["paper"]
@@ -254,7 +271,8 @@ def in_short(reported, primaries, missing):
               "pretraining, however large it is.")
     if missing:
         limits += f" Of {', '.join(missing)} nothing is known, as they did not run."
-    found = [*map(finding, primaries), *tail_findings(reported)]
+    found = [*(finding(c) for c in primaries if c["target"] != "trend"), *trend_findings(reported),
+             *tail_findings(reported)]
     return [run, "", "**What was found.**", "", *found, "", limits, ""]
 
 
@@ -272,6 +290,8 @@ def write_results(place, name, table, seeds, folder):
         column = next(iter(table.columns.values()))
         table.picture(picture, {row: column.stages(place, model, 0)[0].result()
                                 for row, model in table.rows.items() if not model.instead})
+    elif find_spec("matplotlib") and (placed := [c for c in content["claims"] if c["at"]]):
+        plots.trend(picture, placed)
     elif find_spec("matplotlib") and table.rows:
         rows = [{**row, "cells": {name: cell if cell["mean"] is not None else {**cell, "seeds": []}
                                   for name, cell in row["cells"].items()}} for row in content["rows"]]

@@ -9,7 +9,8 @@ seeds and n examples, and Student's t, half of the interval is
     half^2 = t(S - 1)^2 of_seeds + t(n - 1)^2 of_examples
 
 One t of estimated degrees of freedom for the sum covers too little: where three seeds lie close together by
-chance, it takes them for many.
+chance, it takes them for many. With few seeds at each of B budgets, the contrasts of all of these share one
+variance of seeds, with B (S - 1) degrees of freedom.
 """
 
 import functools
@@ -56,13 +57,15 @@ def mean_cell(values, test="", scale=1.0):
 
 
 class Estimate(NamedTuple):
-    """A contrast, and the variances of its mean over `seeds` pretraining seeds and over `n` test examples."""
+    """A contrast, and the variances of its mean over `seeds` pretraining seeds and over `n` test examples;
+    `freedom` are the degrees of freedom of the first."""
 
     difference: float
     of_seeds: float
     of_examples: float
     seeds: int
     n: int
+    freedom: int
 
 
 def bootstrap(contrast, cells, draws):
@@ -78,21 +81,33 @@ def bootstrap(contrast, cells, draws):
     return total
 
 
-def estimate(contrast, cells, draws=1000):
+def over_seeds(contrast, cells):
+    """What each pretraining seed says of a contrast -> (seeds,)."""
+    return sum(weight * np.array([cell.value for cell in cells[key]]) for key, weight in contrast.items())
+
+
+def estimate(contrast, cells, pool=(), draws=1000):
     """The Estimate of a contrast {key: weight} of cells {key: [a Cell for each pretraining seed]}.
+
+    `pool`: contrasts of different models which share one variance of seeds; `contrast` is a sum of them.
 
     Let d_si be the contrast of seed s and example i, the sum of mu, A_s, B_i and C_si. The spread of the
     seeds' means has A and C in it; the covariance of two seeds' bootstrap draws is that of B alone. One
     seed: its examples are all there is.
     """
-    per_seed = sum(weight * np.array([cell.value for cell in cells[key]]) for key, weight in contrast.items())
+    per_seed = over_seeds(contrast, cells)
     seeds, drawn = len(per_seed), bootstrap(contrast, cells, draws)
     n = min((cell.n for key in contrast for cell in cells[key] if cell.n), default=0)
     if seeds == 1:
-        return Estimate(float(per_seed[0]), 0.0, float(drawn.var(ddof=1)), 1, n)
+        return Estimate(float(per_seed[0]), 0.0, float(drawn.var(ddof=1)), 1, n, 0)
     covariance = np.cov(drawn.T)
     of_examples = max(0.0, (covariance.sum() - np.trace(covariance)) / (seeds * (seeds - 1)))
-    return Estimate(float(per_seed.mean()), float(per_seed.var(ddof=1)) / seeds, float(of_examples), seeds, n)
+    variance, freedom = per_seed.var(ddof=1), seeds - 1
+    if pool:
+        weights = [contrast.get(key, 0) / weight for key, weight in (next(iter(one.items())) for one in pool)]
+        spread = np.mean([over_seeds(one, cells).var(ddof=1) for one in pool])
+        variance, freedom = spread * np.sum(np.square(weights)), len(pool) * (seeds - 1)
+    return Estimate(float(per_seed.mean()), float(variance) / seeds, float(of_examples), seeds, n, freedom)
 
 
 # ---------------------------------------------------------------------------- intervals and p-values
@@ -115,7 +130,7 @@ def quantile(p, freedom):
 
 def half_width(found, p=0.05):
     """Half of the interval of level 1 - p: the smallest effect that such a measurement would tell from 0."""
-    return np.sqrt(quantile(p, found.seeds - 1) ** 2 * found.of_seeds
+    return np.sqrt(quantile(p, found.freedom) ** 2 * found.of_seeds
                    + quantile(p, found.n - 1) ** 2 * found.of_examples)
 
 
@@ -152,21 +167,23 @@ class Claim:
     unit: str = ""          # of the contrast: points, factor (it is a logarithm), dB
     floors: dict = None     # {key of a cell: that of what learned nothing, which it has to be better than}
     lower: bool = False     # is better, in the cells of floors
+    pool: tuple = ()        # contrasts that share one variance of seeds
+    at: dict = None         # where a picture shows it
 
 
 def judge(claim, cells, draws=1000):
     """All about a claim that a page shows, for JSON. The verdict is not corrected for other claims."""
-    found, floors, gains = estimate(claim.contrast, cells, draws), claim.floors or {}, {}
+    found, floors, gains = estimate(claim.contrast, cells, claim.pool, draws), claim.floors or {}, {}
     for row in dict.fromkeys(row for row, _ in floors):  # of a column that is a mean all its parts
         pairs = [(key, floor) for key, floor in floors.items() if key[0] == row and floor in cells]
         if pairs:
             weight = (-1 if claim.lower else 1) / len(pairs)
             above = {key: weight for key, _ in pairs} | {floor: -weight for _, floor in pairs}
-            gain = estimate(above, cells, draws)
+            gain = estimate(above, cells, draws=draws)
             gains[row] = [gain.difference, float(half_width(gain))]
     half = float(half_width(found))
     judged = {"claim": claim.text, "ours": claim.ours, "primary": claim.primary, "unit": claim.unit,
-              "effect": claim.effect, "difference": found.difference,
+              "effect": claim.effect, "at": claim.at, "difference": found.difference,
               "interval": [found.difference - half, found.difference + half] if half else None,
               "smallest_visible": half or None, **found._asdict(), "gain_over_untrained": gains,
               "measured": {*floors.values()} <= {*cells} and all(gain > low for gain, low in gains.values()),

@@ -19,7 +19,7 @@ import data
 import reproduce
 import train
 from experiments import measures, pages
-from experiments.measures import NINE, SCALES, Model, Place, Stage, pretrain
+from experiments.measures import NINE, SCALES, Model, Place, Stage, pretrain, scale_of
 from experiments.pages import stages_of
 from experiments.verdicts import NOT_MEASURED, judge, mean_cell
 from run import load_checkpoint
@@ -29,8 +29,8 @@ from util import BadInput
 HERE = Path(__file__).resolve().parent.parent
 
 
-def place_at(scale, folder):
-    return Place(scale, folder / "data", folder / "work", SCALES[scale])
+def place_at(scale, folder, target=""):
+    return Place(scale, folder / "data", folder / "work", scale_of(scale, target))
 
 
 def in_process(stage):
@@ -71,10 +71,11 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
     for name in ("austen_emma", "austen_persuasion", "eliot_romola", "eliot_middlemarch"):
         (tmp_path / "data" / "text").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / "text" / f"{name}.txt").write_text("x")
-    place = place_at(scale, tmp_path)
-    kinds = {(stage.argv[:2], *(word for word in stage.argv if word[0] == "-")): stage.line()
-             for target in reproduce.TARGETS.values()
-             for stage in stages_of(place, target(place), 1)}  # one of each command and set of flags
+    kinds = {}  # one of each command and set of flags
+    for name, target in reproduce.TARGETS.items():
+        place = place_at(scale, tmp_path, name)
+        kinds |= {(stage.argv[:2], *(word for word in stage.argv if word[0] == "-")): stage.line()
+                  for stage in stages_of(place, target(place), 1)}
     monkeypatch.setattr(train, "train", train_nothing)
     for name, *argv in kinds.values():
         module = importlib.import_module(name.removesuffix(".py"))
@@ -89,8 +90,8 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
 def test_claims_are_contrasts_of_cells_that_exist(scale, tmp_path):
     """One primary claim a table at most; all positive in the paper; for every model that is compared what it
     must beat; and every number of the paper in a row and a column that exist."""
-    place = place_at(scale, tmp_path)
-    for target in reproduce.TARGETS.values():
+    for name, target in reproduce.TARGETS.items():
+        place = place_at(scale, tmp_path, name)
         table = target(place)
         cells = {(row, name) for row, model in table.rows.items() for name, column in table.columns.items()
                  if column.stages(place, model, 0)}
@@ -123,6 +124,21 @@ def test_budgets_are_equal_and_the_papers(tmp_path):
     assert not {"--batch-size", "--length", "--lr"} & settings(paper, Model("dar --t 2")).keys()
     half = settings(paper, Model("dar --t 2", "images", 0.5))
     assert (half["--epochs"], half["--warmup"]) == ("100", "0.1")
+
+
+def test_the_trend(tmp_path):
+    """An effect of e^(0.1 + 0.02 log10 tokens) at every budget has the slope 0.02 in every regime; its runs
+    differ in objective and steps alone."""
+    place = place_at("cpu", tmp_path, "trend")
+    table = reproduce.TARGETS["trend"](place)
+    [slope] = [claim for claim in table.claims if claim.primary]
+    gains = {key: key[0].startswith("Variable") * (0.1 + 0.02 * math.log10(table.rows[key[0]].budget * 1e7))
+             for key in slope.contrast}
+    cells = {key: [mean_cell(np.full(9, 4 - gain))] * 2 for key, gain in gains.items()}
+    found = judge(slope, cells | {floor: [mean_cell(np.full(9, 9.0))] * 2 for floor in slope.floors.values()})
+    assert found["difference"] == pytest.approx(0.02) and found["freedom"] == len(slope.pool) == 3
+    lines = [pretrain(place, model, 0).argv for model in table.rows.values() if not model.instead]
+    assert len({" ".join(line[line.index("--batch-size"):line.index("--steps")]) for line in lines}) == 1
 
 
 def test_the_papers_numbers(tmp_path):

@@ -37,16 +37,17 @@ def test_students_distribution(freedom):
     for of_seeds, of_examples in ((1.0, 0.0), (0.0, 1.0)):
         for t in (0.1, 1.0, 2.5, 6.0):
             expected = pytest.approx(2 * student.sf(t), rel=1e-3, abs=1e-9)
-            assert p_value(Estimate(t, of_seeds, of_examples, freedom + 1, freedom + 1)) == expected
-            assert p_value(Estimate(3 - t, of_seeds, of_examples, freedom + 1, freedom + 1), at=3) == expected
-        found = Estimate(0.0, 4 * of_seeds, 4 * of_examples, freedom + 1, freedom + 1)
+            more = of_seeds, of_examples, freedom + 1, freedom + 1, freedom
+            assert p_value(Estimate(t, *more)) == expected
+            assert p_value(Estimate(3 - t, *more), at=3) == expected
+        found = Estimate(0.0, 4 * of_seeds, 4 * of_examples, freedom + 1, freedom + 1, freedom)
         assert half_width(found) == pytest.approx(2 * student.ppf(0.975), rel=1e-4)
-    assert p_value(Estimate(1.0, 0.0, 0.0, 3, 9)) == 0 and p_value(Estimate(0.0, 0.0, 0.0, 3, 9)) == 1
+    assert p_value(Estimate(1.0, 0.0, 0.0, 3, 9, 2)) == 0 and p_value(Estimate(0.0, 0.0, 0.0, 3, 9, 2)) == 1
 
 
 def test_seeds_and_examples_have_a_t_of_their_own():
     student = pytest.importorskip("scipy.stats").t
-    found = Estimate(2.0, 0.09, 0.16, seeds=3, n=64)
+    found = Estimate(2.0, 0.09, 0.16, seeds=3, n=64, freedom=2)
     expected = math.hypot(0.3 * student.ppf(0.975, 2), 0.4 * student.ppf(0.975, 63))
     assert half_width(found) == pytest.approx(expected, rel=1e-4)
     assert p_value(found, at=2 + expected) == pytest.approx(0.05, rel=1e-3)
@@ -174,6 +175,22 @@ def test_a_mean_is_measured_by_all_its_parts():
     found = judge(Claim("a better", contrast, floors=base), cells)
     gains = {row: gain for row, (gain, _) in found["gain_over_untrained"].items()}
     assert gains == pytest.approx({"a": 4.0, "b": 0.07}, abs=0.1) and found["verdict"] == NOT_MEASURED
+
+
+def test_one_variance_of_seeds_over_budgets():
+    """Contrasts of different models that share one spread of seeds: the mean of their variances, with the
+    degrees of freedom of all; a slope over them has the variance of its weights."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 2))  # (budgets, seeds)
+    cells = {budget: [mean_cell([x]) for x in values[budget]] for budget in range(3)}
+    pool = tuple({budget: 1} for budget in range(3))
+    spread = values.var(axis=1, ddof=1).mean()
+    found = estimate({1: 1}, cells, pool)
+    assert (found.difference, found.of_seeds) == pytest.approx((values[1].mean(), spread / 2))
+    slope = estimate({0: -1 / 2, 2: 1 / 2}, cells, pool)
+    assert slope.difference == pytest.approx((values[2] - values[0]).mean() / 2)
+    assert slope.of_seeds == pytest.approx(spread / 2 / 2) and slope.freedom == 3
+    assert estimate({1: 1}, cells).freedom == 1
 
 
 def test_holm_runs_over_the_primaries():
