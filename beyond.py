@@ -1,19 +1,16 @@
 """Objectives beyond the paper, each as somebody would write it who adds one of their own.
 
-An objective says three things about a batch of sequences of S tokens:
+An objective is a frozen dataclass whose fields are its options: `t: int = 2` is the flag --t. It says three
+things about sequences of S tokens; where a class here is silent on the last two, they are the default.
 
     f          who stands in which group: 0 left out, 1 given, 2, 3, .. predicted in this order
     queries    which (token p, cut c) are asked; row (p, c) sees {j : 0 < f(j) < c}. By default every p with
                f(p) > 1, at c = f(p)
     weights    how much each query counts in the loss. By default 1
 
-It is a frozen dataclass whose fields are its options: `t: int = 2` is the flag --t. `groups`, which draws f,
-is all that must be written, and `queries` where they are not the default: training, drawing and the spectrum
-follow. Look first at Permutation and PrefixLM, which say f only. MultiToken asks each token several times,
-Blocks only some of those with f > 1; Spans and Segments are made of pieces.
-
-What f cannot express: a target that is predicted from its own, possibly replaced token (the 10% random and
-10% kept of BERT's rule, ELECTRA), and targets that are features of another network.
+Look first at Permutation and PrefixLM, which say f only. MultiToken asks each token several times, Blocks
+only some of those with f > 1; Spans and Segments are made of pieces. f cannot express a target that is
+predicted from its own, possibly replaced token (BERT's 80/10/10, ELECTRA), or features of another network.
 """
 
 import itertools
@@ -41,11 +38,9 @@ from util import BadInput
 
 @dataclass(frozen=True)
 class Permutation(Objective):
-    """Predict the tokens in a random order (XLNet; Yang et al. 2019).
+    """Predict the tokens in a random order.
 
     f          a uniform permutation of 1..S; its first token, anywhere in the sequence, is given
-    queries    default, each token once
-    weights    1
     """
 
     paper = "permutation order (XLNet, Yang et al. 2019)"
@@ -70,11 +65,9 @@ class Permutation(Objective):
 
 @dataclass(frozen=True)
 class PrefixLM(Objective):
-    """Continue a prefix that is read in both directions (UniLM; Dong et al. 2019; T5's decoder).
+    """Continue a prefix that is read in both directions.
 
     f          1 for a prefix of 1..S-1 tokens, every length being equally likely, then 2, 3, .. in order
-    queries    default, each token after the prefix
-    weights    1
     """
 
     paper = "prefix language model (UniLM, Dong et al. 2019; T5, Raffel et al. 2020)"
@@ -92,13 +85,11 @@ class PrefixLM(Objective):
 
 @dataclass(frozen=True)
 class MultiToken(Objective):
-    """From each prefix predict the next t tokens in parallel: Eq. 3 as it is printed. Gloeckle et al. (2024)
-    have t output heads, which weigh alike; here t query rows have the positions of their targets.
+    """From each prefix predict the next t tokens in parallel: Eq. 3 as it is printed.
 
     f          1, 2, .., S
     queries    (k + h, k + 1) for each prefix k = 1..S-1 and h = 1..t with k + h <= S
-    weights    1/min(t, S - k): each prefix counts the same. With weights of 1 the loss of large batches
-               would be that of `dar`, which draws about a t-th of these pairs in each pass
+    weights    1/min(t, S - k): each prefix counts the same. With weights of 1 this would be `dar`
     """
 
     t: int = option(2, "tokens predicted from each prefix")
@@ -126,18 +117,15 @@ class MultiToken(Objective):
     def check(self, length):
         super().check(length)
         if self.t not in range(1, length):
-            raise BadInput(f"--t {show(self.t)} is not in 1..{length - 1}: no prefix of {length} tokens has "
-                           "more behind it")
+            raise BadInput(f"--t {show(self.t)} is not in 1..{length - 1}, what a prefix has behind it")
 
 
 @dataclass(frozen=True)
 class Diffusion(AnyOrder):
-    """Masked diffusion (MDLM; Sahoo et al. 2024; LLaDA; Nie et al. 2025): any number of tokens may be hidden.
+    """Any number of tokens may be hidden. The expected loss is that of `permutation` with x_1 given.
 
     f          x_1 is given; n uniform in 1..S-1; a uniform n-subset of the others is hidden, 2, the rest 1
-    queries    default, the hidden tokens
-    weights    (S - 1)/n, so that each n counts the same, and the expected loss of a sequence is at least
-               -log P(x_2 .. x_S | x_1). It equals that of `permutation` with x_1 given (see AnyOrder)
+    weights    (S - 1)/n, so that each n counts the same (see AnyOrder)
     """
 
     paper = "masked diffusion (MDLM, Sahoo et al. 2024; LLaDA, Nie et al. 2025)"
@@ -165,16 +153,14 @@ class Diffusion(AnyOrder):
 
 @dataclass(frozen=True)
 class Blocks(Objective):
-    """Block diffusion (BD3LM; Arriola et al. 2025): blocks from left to right, masked diffusion within each.
+    """Blocks from left to right, masked diffusion within each.
 
     f          x_1 is given; in block b = 1, 2, .. of B tokens (the last may be shorter) n uniform in 1..B; a
                uniform n-subset of it is hidden, 2b + 1, the rest visible, 2b
     queries    the hidden tokens, which see the blocks before and what is visible in their own
-    weights    B/n for the hidden, 0 for the visible. With B = 1 the contexts and weights are those of `ar`,
-               with B = S - 1 those of `diffusion`
+    weights    B/n. B = 1 is `ar`, B = S - 1 `diffusion`
 
-    In two streams one pass serves all blocks: content rows are the clean text, query rows the hidden one. A
-    finished block has 2b + 1 throughout, the outcome n = B: what it computed is kept for those behind it.
+    In two streams one pass serves all blocks: content rows are the clean text, query rows the hidden one.
     """
 
     block: int = option(8, "tokens in a block")
@@ -190,36 +176,34 @@ class Blocks(Objective):
     def groups(self, batch, length, generator=None):
         _, size = self.blocks(length)
         n = 1 + (torch.rand(batch, len(size), generator=generator) * size).long()
-        return self.hide(batch, length, n, generator)[0]
+        return self.hide(batch, length, n, generator)
 
     def hide(self, batch, length, n, generator):
-        """f with n (B, blocks) random tokens of each block hidden, and every token's rank in its block."""
+        """f with n (B, blocks) random tokens of each block hidden."""
         block, size = self.blocks(length)
         place = block + torch.rand(batch, length, generator=generator, dtype=torch.float64)
-        rank = place.argsort(dim=1).argsort(dim=1) - (size.cumsum(0) - size)[block]
-        return 2 * block + (rank < n[:, block]).long(), rank
+        rank = place.argsort(dim=1).argsort(dim=1) - (size.cumsum(0) - size)[block]      # within the block
+        return 2 * block + (rank < n[:, block]).long()
 
     def queries(self, groups):
         block, size = self.blocks(groups.shape[1])
         hidden = (groups > 1) & (groups % 2 == 1)
-        n = torch.zeros(len(groups), len(size)).index_add(1, block, hidden.float())
+        n = hidden.float() @ F.one_hot(block).float()                                    # (B, blocks)
         return queries_of(groups, hidden * (size / n.clamp(min=1))[:, block], groups.shape[1] - 1)
 
     def outcomes(self, length, limit=200_000):
         if 2 ** (length - 1) <= limit:
             block, size = self.blocks(length)
             hidden = torch.tensor(list(itertools.product([1], *[[0, 1]] * (length - 1))))
-            n = torch.zeros(len(hidden), len(size), dtype=torch.long).index_add(1, block, hidden)
-            f, n, size = (2 * block + hidden)[n.amin(1) > 0], n[n.amin(1) > 0].double(), size.double()
-            choices = torch.lgamma(size + 1) - torch.lgamma(n + 1) - torch.lgamma(size - n + 1)
-            return f, (-choices).exp().div(size).prod(1)          # 1/B / comb(B, n) for each block
+            n = hidden @ F.one_hot(block)                                                # (K, blocks)
+            f, n = (2 * block + hidden)[n.amin(1) > 0], n[n.amin(1) > 0].tolist()
+            share = [math.prod(1 / B / math.comb(B, k) for B, k in zip(size.tolist(), row)) for row in n]
+            return f, torch.tensor(share, dtype=torch.float64)
 
     def left_to_right(self, length, path):
-        """Pass j scores token j of every block: the j before it are visible. The first of a block, which has
-        its prefix as context in every pass, counts once."""
-        block, size = self.blocks(length)
-        within = torch.arange(length) - (size.cumsum(0) - size)[block]
-        hidden = within >= torch.arange(self.block)[:, None]
+        """Pass j scores token j of every block: the j before it are visible."""
+        block, _ = self.blocks(length)
+        hidden = (torch.arange(length) - 1) % self.block >= torch.arange(self.block)[:, None]
         return {"next": torch.where(block == 0, 1, 2 * block + hidden.long())}
 
     def bound(self, batch, length, generator=None):
@@ -227,7 +211,7 @@ class Blocks(Objective):
         visible = stratified(batch, self.block, generator)[:, None] - 1
         block, size = self.blocks(length)
         n = (size - visible).clamp(min=0).index_fill(1, torch.tensor([0]), 1)
-        f = self.hide(batch, length, n, generator)[0]
+        f = self.hide(batch, length, n, generator)
         return f, ((f > 1) & (f % 2 == 1)) * (self.block / n.clamp(min=1))[:, block]
 
     def decoding(self, order, given):
@@ -239,19 +223,15 @@ class Blocks(Objective):
     def check(self, length):
         super().check(length)
         if self.block not in range(1, length):
-            raise BadInput(f"--block {show(self.block)} is not in 1..{length - 1}: the first of {length} "
-                           "tokens is given, and blocks are made of the others")
+            raise BadInput(f"--block {show(self.block)} is not in 1..{length - 1}: the first token is given")
 
 
 @dataclass(frozen=True)
 class Spans(Objective):
-    """Fill in contiguous spans, token by token. GLM (Du et al. 2022) draws their lengths from a Poisson
-    distribution, shuffles the spans, and does not tell how long a gap is; here positions tell it.
+    """Fill in contiguous spans, token by token, from left to right (GLM shuffles them).
 
     f          visible 1; hidden 2, 3, .. from left to right. All sets of n = round(rho S) hidden tokens that
                form exactly m = round(n/L) spans, or as many as there is room for, are equally likely
-    queries    default, the hidden tokens: each sees all visible ones and the hidden ones before it
-    weights    1
     """
 
     mask: float = option(0.15, "ratio rho of hidden tokens")
@@ -295,8 +275,7 @@ class Spans(Objective):
     def max_targets(self, length):
         return self.counts(length)[0]
 
-    def min_targets(self, length):
-        return self.counts(length)[0]
+    min_targets = max_targets
 
     def decoding(self, order, given):
         f = (order - given + 1).clamp(min=1) * (order > 0)
@@ -305,12 +284,9 @@ class Spans(Objective):
 
 @dataclass(frozen=True)
 class Segments(Objective):
-    """Squares of patches of an image in a random order, those of a square in parallel (RandSAC; Hua et al.
-    2023).
+    """Squares of patches of an image in a random order, those of a square in parallel.
 
     f          the rank, from 1, of the square that the patch lies in; all orders are equally likely
-    queries    default, every patch but those of the first square
-    weights    1
     """
 
     segment: int = option(2, "side of a square, in patches")
@@ -335,18 +311,14 @@ class Segments(Objective):
     def max_targets(self, length):
         return length - self.segment ** 2
 
-    def min_targets(self, length):
-        return length - self.segment ** 2
+    min_targets = max_targets
 
     def check(self, length):
         super().check(length)
-        side = math.isqrt(length)
-        if side ** 2 != length:
-            raise BadInput(f"segments are squares in a square of patches, and {length} is no square number; "
-                           f"take {(side + 1) ** 2}")
-        if side % self.segment or side == self.segment:
-            raise BadInput(f"--segment {self.segment} does not divide {side} x {side} patches into two or "
-                           "more squares")
+        side = math.ceil(math.sqrt(length))
+        if side ** 2 != length or side % self.segment or side == self.segment:
+            raise BadInput(f"--segment {self.segment} does not divide a square of {length} patches, such as "
+                           f"{side} x {side}, into two or more squares")
 
 
 def subsets(n, k):

@@ -11,9 +11,6 @@ One rule gives every attention mask: a row with limit c sees { j : 0 < f(j) < c 
     query of token p     limit f(p)        M_g: everything before its group
     content of token i   limit f(i) + 1    M_h: its own group too
     a query with a cut   limit c           token p is asked for from a shorter context
-
-The file has the paper's samplers of f, the masks, and what an objective may say: f, queries, weights. Draw
-them with: python objectives.py dar --t 2 --length 8
 """
 
 from dataclasses import dataclass, field
@@ -34,8 +31,8 @@ def ar_groups(length):
 def dar_groups(length, t, first):
     """Diversity-enhanced autoregressive, L_semi,t (Eq. 6): a first group of `first` tokens, then groups of t.
 
-    Ints `t` and `first` give (S,); LongTensors (B,) give (B, S). With `first` uniform in 1..t every pair
-    (context 1..k, target p) with k < p <= min(k + t, S) is equally likely.
+    Ints give (S,), LongTensors (B,) give (B, S). With `first` uniform in 1..t every pair (context 1..k,
+    target p) with k < p <= min(k + t, S) is equally likely.
     """
     first, t = torch.as_tensor(first)[..., None], torch.as_tensor(t)[..., None]
     i = torch.arange(1, length + 1)
@@ -45,8 +42,8 @@ def dar_groups(length, t, first):
 def masked_groups(batch, length, ratio, generator=None):
     """Masked, L_m (a ratio), and variable-length masked, L_vm of Eq. 5 (a range): 1 visible, 2 hidden. (B, S)
 
-    `ratio` is a float or (low, high), from which each sequence draws its own. It hides exactly round(rho S)
-    tokens, at least 1 and at most S - 1, every subset of that size being equally likely.
+    A range (low, high) is what each sequence draws its own ratio from. All subsets of hidden_count tokens are
+    equally likely.
     """
     low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
     scores = torch.rand(batch, length, generator=generator)
@@ -57,16 +54,14 @@ def masked_groups(batch, length, ratio, generator=None):
 
 
 def hidden_count(rho, length):
-    """How many of `length` tokens a ratio (a number or a tensor) hides: round(rho S), within 1..S-1.
-    LongTensor."""
+    """How many of `length` tokens a ratio, a number or a tensor, hides: round(rho S), within 1..S-1."""
     return (torch.as_tensor(rho, dtype=torch.float64) * length).round().clamp(1, length - 1).long()
 
 
 # ---------------------------------------------------------------------------- attention masks
 
 def sees(groups, limits):
-    """Row i may attend to column j where 0 < f(j) < limit(i). groups (..., S), limits (..., n) -> bool (...,
-    n, S)."""
+    """Row i sees column j where 0 < f(j) < limit(i). groups (..., S), limits (..., n) -> bool (..., n, S)."""
     return (groups[..., None, :] > 0) & (groups[..., None, :] < limits[..., :, None])
 
 
@@ -76,8 +71,7 @@ def content_mask(groups):
 
 
 def query_mask(groups, cuts=None):
-    """M_g of Eq. 24: a query sees what comes before its cut c, by default c = f. (..., S) -> bool (..., n,
-    S).
+    """M_g of Eq. 24: a query sees what comes before its cut, by default f. (..., S) -> bool (..., n, S).
 
     The rows of padding and of the first group see nothing; they are never scored.
     """
@@ -114,7 +108,6 @@ def option(default, help):
 class Objective:
     """An objective is a frozen dataclass whose fields are its options. Only `groups` must be written.
 
-    `queries` says what is asked, where that is not every p with f(p) > 1 at the cut f(p) and the weight 1.
     `left_to_right`, `bound` and `decoding` say what evaluation needs; each returns None where there is no
     such thing.
     """
@@ -127,10 +120,11 @@ class Objective:
 
     def groups(self, batch, length, generator=None):
         """Draw f for `batch` sequences -> LongTensor (batch, length)."""
-        raise TypeError(f"{type(self).__name__} does not define groups(batch, length, generator)")
+        raise NotImplementedError(f"{type(self).__name__} does not define groups")
 
     def queries(self, groups):
-        """What is asked under f (B, S) -> Queries of n = max_targets(S) rows."""
+        """What is asked under f (B, S) -> Queries of n = max_targets(S) rows. By default every p with
+        f(p) > 1, at the cut f(p), with the weight 1."""
         return queries_of(groups, (groups > 1).float(), self.max_targets(groups.shape[1]))
 
     def max_targets(self, length):
@@ -149,15 +143,12 @@ class Objective:
         return f, counts.double() / counts.sum()
 
     def left_to_right(self, length, path):
-        """How the model computes P(x_p | x_1 .. x_{p-1}), p = 2..S (Eq. 2), the way it was trained.
-
-        Returns {regime: f (passes, length)}: every p has its whole prefix and nothing else as its context in
-        a pass of each regime, of which the first counts. None where there is no exact likelihood.
-        """
+        """How the model computes P(x_p | x_1 .. x_{p-1}), p = 2..S (Eq. 2), the way it was trained:
+        {regime: f (passes, length)}. In each regime every p has its whole prefix and nothing else as its
+        context in some pass, of which the first counts. None where there is no exact likelihood."""
 
     def chain(self, length):
-        """The positions (length,) in the order of `left_to_right`, which may be another one, such as from
-        right to left. The first is given."""
+        """The positions (length,) in the order of `left_to_right`, of which the first is given."""
         return torch.arange(length)
 
     def bound(self, batch, length, generator=None):
@@ -177,10 +168,9 @@ class Objective:
 class AnyOrder(Objective):
     """What objectives share that predict any hidden tokens, f = 2, from the visible ones, f = 1.
 
-    Such a network can uncover x_2 .. x_S, given x_1, in any order o. The mixture P = E_o P_o is one
-    distribution, and by Jensen -log P <= E_o sum_k -log P(x_{o_k} | x_1, x_{o_1} .. x_{o_{k-1}}). Where n
-    tokens are still hidden, they are a uniform subset and the next one is uniform among them. So the right
-    side is also E_n E_mask (S - 1)/n sum_hidden -log P(x_p | visible), n uniform in 1..S-1.
+    Such a network can uncover x_2 .. x_S, given x_1, in any order o. By Jensen the mixture P = E_o P_o has
+    -log P <= E_o sum_k -log P(x_{o_k} | x_1, x_{o_1} .. x_{o_{k-1}}), which is
+    E_n E_mask (S - 1)/n sum_hidden -log P(x_p | visible), n uniform in 1..S-1.
     """
 
     one_stream = "mask"
@@ -211,30 +201,28 @@ def equally_likely(groups):
     return groups, torch.full((len(groups),), 1 / len(groups), dtype=torch.float64)
 
 
+# ---------------------------------------------------------------------------- as text
+
 def show(value):
     """An option's value as one types it: 0.15 or 0.15,0.3."""
     if isinstance(value, tuple):
         return ",".join(map(show, value))
-    return str(value) if isinstance(value, (bool, str)) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
-
-# ---------------------------------------------------------------------------- drawn as text
 
 def draw(groups, queries, words=None):
-    """f (S,) and both masks as text: rows attend, columns are attended to.
-
-    `queries` is [(position, cut, weight), ..]; `words`, one for each token, stand behind the rows.
-    """
-    def row(i, seen, note=""):
+    """f (S,) and both masks; `queries` is [(position, cut, weight), ..], and each row ends with its word."""
+    def row(i, limit):
+        seen = sees(groups, torch.tensor([limit]))[0].tolist()
         word = f"  {words[i]}" if words else ""
-        return f"{i + 1:3d} " + " ".join("■" if cell else "·" for cell in seen) + word + note
+        return f"{i + 1:3d} " + " ".join("■" if cell else "·" for cell in seen) + word
 
-    lines = ["position i  " + " ".join(f"{i:2d}" for i in range(1, len(groups) + 1)),
-             "group f(i)  " + " ".join(f"{g:2d}" for g in groups.tolist()),
+    f = groups.tolist()
+    lines = ["position i  " + " ".join(f"{i:2d}" for i in range(1, len(f) + 1)),
+             "group f(i)  " + " ".join(f"{group:2d}" for group in f),
              "", "M_h, content stream: what token i may read"]
-    lines += [row(i, seen) for i, seen in enumerate(content_mask(groups).tolist())]
+    lines += [row(i, group + 1) for i, group in enumerate(f)]
     lines += ["", "M_g, query stream: what token i is predicted from"]
     for p, c, weight in queries:
-        note = f"  cut {c}, weight {weight:.3g}" if (c, weight) != (groups[p], 1) else ""
-        lines.append(row(p, sees(groups, torch.tensor([c]))[0].tolist(), note))
+        lines.append(row(p, c) + (f"  cut {c}, weight {weight:.3g}" if (c, weight) != (f[p], 1) else ""))
     return "\n".join(lines)

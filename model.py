@@ -8,8 +8,8 @@
 The [MASK] vector of `mask` and the start of the query stream are one parameter: a query *is* a [MASK] that
 nothing else can see. Every path returns the features of the target positions only.
 
-Text and images differ at the two ends alone. A token is an id, embedded by a table that also scores the
-output; or it is a patch of pixels, embedded and predicted by linear maps, at a two-dimensional position.
+A token is an id, embedded by a table that also scores the output; or it is a patch of pixels, embedded and
+predicted by linear maps, at a two-dimensional position.
 
 Architecture (the Cramming protocol, paper Sec. 5.1): pre-norm with a final norm, GEGLU feed-forward, no
 biases, scaled sinusoidal positions, a norm after the embedding, output layer tied to the embedding.
@@ -56,13 +56,11 @@ class Config:
     blind: bool = False   # two streams: queries are not told which position they predict
 
     @property
-    def values(self):
-        """Numbers in a patch."""
+    def values(self):  # numbers in a patch
         return len(self.mean) * self.patch ** 2
 
     @property
-    def size(self):
-        """Side of an image in pixels."""
+    def size(self):  # side of an image in pixels
         return math.isqrt(self.length) * self.patch
 
 
@@ -162,8 +160,7 @@ class Block(nn.Module):
     def forward(self, x, S, bias=None, causal=False, select=None):
         """x (B, N, D) -> (B, N, D). The first S rows are the content stream and give the keys and values.
 
-        `select`, in the last layer, picks the rows that go on: a function of (B, N, D). Nobody reads the
-        others again.
+        `select`, in the last layer, picks the rows that go on: a function of (B, N, D).
         """
         h = self.norm1(x)
         content = h[:, :S]
@@ -190,8 +187,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
 
     def forward(self, x, given, filler, targets):
-        """x (B, v, D): the encoded tokens of positions `given` (B, v), but not where `filler` -> (B, n,
-        width)."""
+        """Encoded tokens x (B, v, D) of the positions `given`, but not where `filler` -> (B, n, width)."""
         S = len(self.positions)
         x = torch.where(filler[..., None], self.query.to(x.dtype), self.embedding(x))
         h = self.query.to(x.dtype).expand(len(x), S, -1).scatter(1, given[..., None].expand_as(x), x)
@@ -225,21 +221,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Every initial value but that of the norms, which start at 1.
+        """Embedding and query are as large as the scaled positions they are added to, 1 / sqrt(2 D).
 
-        Embedding and query are as large as the scaled positions they are added to, 1 / sqrt(2 D) an element.
-        Matrices are normal(0, sqrt(0.4 / D)), those that end a feed-forward divided by sqrt(2 layers).
-        Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter 2023):
-        queries and keys are one map, twice as large, and the output map is the transpose of the values' over
-        sqrt(layers). Otherwise small masked models can stay at the unigram loss for millions of tokens.
+        Attention starts as "look at what is near and alike, and add some of it" (Trockman & Kolter 2023).
+        Otherwise small masked models can stay at the unigram loss for millions of tokens.
         """
         if self.config.patch:
             self.pixels.weight.normal_(std=0.02)
             self.pixels.bias.zero_()
         for stack in filter(None, (self, self.decoder)):
             D, L = len(stack.query), len(stack.blocks)
-            is_table = isinstance(stack.embedding, nn.Embedding)
-            inputs = 1 if is_table else stack.embedding.in_features
+            inputs = 1 if isinstance(stack.embedding, nn.Embedding) else stack.embedding.in_features
             stack.embedding.weight.normal_(std=(2 * D * inputs) ** -0.5)
             stack.query.normal_(std=(2 * D) ** -0.5)
             stack.position_scale.fill_(D ** -0.5)
@@ -253,24 +245,22 @@ class Transformer(nn.Module):
                 block.feed_forward.down.weight.div_(math.sqrt(2 * L))
 
     def embed(self, tokens):
-        """tokens (B, N), or patches (B, N, values) -> (B, N, D), not normalised yet."""
+        """Tokens (B, N), or patches (B, N, values) -> (B, N, D), not normalised yet."""
         return self.embedding(tokens) + self.position_scale * self.positions[:tokens.shape[1]]
 
     def ask(self, targets):
-        """What the query stream starts from, positions (B, n) -> (B, n, D). Blind queries of one context are
-        alike: the theory's f(X), where told ones are f(X, p)."""
+        """What the query stream starts from, (B, n, D): the theory's f(X) where blind, else f(X, p)."""
         if self.config.blind:
             return self.query.expand(*targets.shape, -1)
         return self.query + self.position_scale * self.positions[targets]
 
     def run(self, x, S, bias=None, causal=False, select=None, last_bias=None):
         """All blocks and the final norm over embedded x (B, N, D). `select` picks the rows of the last block,
-        and `last_bias` is the mask of the rows that it picks, by default that of all layers."""
+        whose mask is `last_bias`."""
         x = self.dropout(self.embedding_norm(x))
         for block in self.blocks[:-1]:
             x = block(x, S, bias, causal)
-        last_bias = bias if last_bias is None else last_bias
-        return self.norm(self.blocks[-1](x, S, last_bias, causal, select))
+        return self.norm(self.blocks[-1](x, S, bias if last_bias is None else last_bias, causal, select))
 
     def forward(self, tokens, groups, targets, path, cuts=None, blank=None, padded=True, given=None):
         """The features from which the targets are predicted, (B, n, D).
@@ -354,8 +344,7 @@ def sinusoids(length, width):
 
 
 def grid_sinusoids(length, width):
-    """Two-dimensional positions of a square in raster order: half of the width for the row, half for the
-    column."""
+    """Positions of a square in raster order: half of the width for the row, half for the column."""
     side = math.isqrt(length)
     line = sinusoids(side, width // 2)
     return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
