@@ -304,7 +304,7 @@ def made_up(argv, rng):
                     "unigram": regime(), "data": "x", "dev": 160, "tasks": tasks,
                     "layers": {"4": layer, "pixels": layer},
                     "correct": [right] if argv[1] == "finetune" else right,
-                    "sets": [{"data": "x", "correct": right}] * 9},
+                    "sets": [{"data": "x", "correct": right}] * 10},
         "rows": [images], "checkpoints": [{"inner_product": similar, "cosine": similar}], "findings": []}
 
 
