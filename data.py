@@ -11,6 +11,7 @@ tokenizer.json and manifest.json. Images are named the same way: see images.py.
 """
 
 import ast
+import contextlib
 import functools
 import gzip
 import io
@@ -34,32 +35,54 @@ from images import example, files_in, new_folder, prepare_images, read_manifest
 from util import BadInput, Parser, command_line, import_optional, note, positive
 
 SEPARATOR, UNKNOWN = "[SEP]", "[UNK]"
-LONGEST = 100  # characters of a word; trained tokenizers cut a longer one, whose time would be quadratic
+LONGEST = 100           # characters of a word; a longer one is cut, as its time would be quadratic
+TRAIN_ON = 200_000_000  # bytes of each source that a tokenizer is trained on
 
 # ---------------------------------------------------------------------------- tokenizers
 
-class ByteTokenizer:
-    """UTF-8 bytes as tokens, and a separator. Needs no package and no training."""
-
-    kind, vocab, separator = "byte", 257, 256
-
-    def encode(self, text):
-        """str -> uint16 array of ids."""
-        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
+class Tokenizer:
+    """`kind`, `vocab`, `separator` (an id that ends each document), encode: str -> array of ids, and back."""
 
     def encode_all(self, texts):
         return [self.encode(text) for text in texts]
 
     def decode(self, ids):
-        """Ids -> str; each separator becomes an empty line."""
+        """Ids -> str; separators become an empty line."""
         parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
-        return "".join("\n\n" if cut else bytes(part).decode("utf-8", "replace") for cut, part in parts)
+        return "".join("\n\n" if separates else self.decode_text(list(part)) for separates, part in parts)
 
     def to_json(self):
-        return json.dumps({"kind": self.kind})
+        return json.dumps({"kind": self.kind, **vars(self)})
 
 
-class TrainedTokenizer:
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as tokens, and a separator. Needs no package and no training."""
+
+    kind, vocab, separator = "byte", 257, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
+
+    def decode_text(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+class IdTokenizer(Tokenizer):
+    """For ids that are given from Python: a text is ids with spaces between them."""
+
+    kind, separator = "ids", 0
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+
+    def encode(self, text):
+        return np.array(text.split(), token_type(self.vocab))
+
+    def decode(self, ids):
+        return " ".join(map(str, np.asarray(ids).tolist()))
+
+
+class TrainedTokenizer(Tokenizer):
     """WordPiece (lower-cased, accents stripped, as in the Cramming protocol) or byte-level BPE."""
 
     def __init__(self, tokenizer):
@@ -69,26 +92,17 @@ class TrainedTokenizer:
 
     @classmethod
     def train(cls, kind, vocab, texts):
-        """Train on at most 200 MB of an iterator of str."""
-        pieces, left = [], 200 << 20
-        for piece in itertools.chain.from_iterable(map(cut_at_lines, texts)):
-            pieces.append(piece)
-            left -= len(piece)
-            if left <= 0:
-                break
-        lib = import_optional("tokenizers")
+        lib, pieces = import_optional("tokenizers"), [piece for text in texts for piece in cut_at_lines(text)]
         if kind == "wordpiece":
             tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))
             tokenizer.normalizer = lib.normalizers.BertNormalizer(lowercase=True)
-            tokenizer.decoder = lib.decoders.WordPiece()
-            words, special = lib.pre_tokenizers.BertPreTokenizer(), [UNKNOWN, SEPARATOR]
-            trainer = functools.partial(lib.trainers.WordPieceTrainer, show_progress=False)
+            tokenizer.decoder, words = lib.decoders.WordPiece(), lib.pre_tokenizers.BertPreTokenizer()
+            trainer, alphabet, special = lib.trainers.WordPieceTrainer, [], [UNKNOWN, SEPARATOR]
         else:
-            tokenizer = lib.Tokenizer(lib.models.BPE())
+            tokenizer, words = lib.Tokenizer(lib.models.BPE()), lib.pre_tokenizers.ByteLevel(False)
             tokenizer.decoder = lib.decoders.ByteLevel()
-            words, special = lib.pre_tokenizers.ByteLevel(add_prefix_space=False), [SEPARATOR]
-            trainer = functools.partial(lib.trainers.BpeTrainer, initial_alphabet=words.alphabet(),
-                                        show_progress=False)
+            trainer, alphabet, special = lib.trainers.BpeTrainer, words.alphabet(), [SEPARATOR]
+        trainer = functools.partial(trainer, initial_alphabet=alphabet, show_progress=False)
         cut = lib.pre_tokenizers.FixedLength(LONGEST)
         tokenizer.pre_tokenizer, inner = lib.pre_tokenizers.Sequence([words, cut]), []
         if kind == "wordpiece":
@@ -105,38 +119,16 @@ class TrainedTokenizer:
         return np.concatenate(self.encode_all([*cut_at_lines(text), ""]))
 
     def encode_all(self, texts):
-        """[str] -> [array of ids], on all cores."""
+        """On all cores."""
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair: "?"
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(text.ids, token_type(self.vocab)) for text in encoded]
 
-    def decode(self, ids):
-        parts = itertools.groupby(np.asarray(ids).tolist(), key=lambda i: i == self.separator)
-        return "".join("\n\n" if cut else self.tokenizer.decode(list(part)) for cut, part in parts)
+    def decode_text(self, ids):
+        return self.tokenizer.decode(ids)
 
     def to_json(self):
         return self.tokenizer.to_str()
-
-
-class IdTokenizer:
-    """Stands for the tokenizer of somebody who gives ids: a text is ids with spaces between them."""
-
-    kind, separator = "ids", 0
-
-    def __init__(self, vocab):
-        self.vocab = vocab
-
-    def encode(self, text):
-        return np.array(text.split(), token_type(self.vocab))
-
-    def encode_all(self, texts):
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids):
-        return " ".join(map(str, np.asarray(ids).tolist()))
-
-    def to_json(self):
-        return json.dumps({"kind": self.kind, "vocab": self.vocab})
 
 
 def tokenizer_from_json(text):
@@ -199,17 +191,12 @@ def byte_count(text):
 
 
 def text_files(source):
-    """(name, text) of a file, or of the files in a folder but hidden ones: UTF-8, any line ends, .gz and .xz
-    unpacked."""
-    root = Path(source)
-    if not source or not root.exists():
-        raise BadInput(f"{source or 'the empty name'} does not exist; give a text file, a folder, pydoc or "
-                       "hf:NAME")
-    if read_manifest(root):
+    """(name, text) of a file, or of the files in a folder: UTF-8, any line ends, .gz and .xz unpacked."""
+    if not source:
+        raise BadInput("--data is the empty name")
+    if read_manifest(source):
         raise BadInput(f"{source} is prepared already; give it to train.py --data as it is")
-    if not root.is_dir() and not root.is_file():
-        raise BadInput(f"{source} is neither a file nor a folder")
-    for path in files_in(root) if root.is_dir() else [root]:
+    for path in files_in(source):
         try:
             with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)(path, "rb") as file:
                 text = file.read().decode("utf-8-sig", "replace")
@@ -217,25 +204,24 @@ def text_files(source):
             raise BadInput(f"{path} is not a whole {path.suffix[1:]} file: {error}") from None
         if text.count("\ufffd") + text.count("\0") > 0.1 * len(text):
             raise BadInput(f"{path} is not UTF-8 text; give text, or a folder of images")
-        name = path.name if path == root else str(path.relative_to(root))
+        name = path.name if path == Path(source) else str(path.relative_to(source))
         yield name, text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def hub_texts(source, streaming):
-    """(row number, text) of a Hugging Face dataset: downloaded and cached by `datasets`, or streamed. Rows
-    without a text are left out."""
+    """(row number, text) of a Hugging Face dataset, but rows of null; `datasets` downloads and caches it, or
+    streams it."""
     name, _, subset = source[3:].partition("::")
     load_dataset, empty = import_optional("datasets").load_dataset, 0
     try:
         for k, row in enumerate(load_dataset(name, subset or None, split="train", streaming=streaming)):
-            if not isinstance(row.get("text", 0), str | None):
-                raise BadInput(f"row {k} of {source} has no text in a column 'text': {str(row)[:80]}")
-            if row["text"] is not None:
-                yield str(k), row["text"]
-            else:
+            text = row.get("text", 0)
+            if isinstance(text, str):
+                yield str(k), text
+            elif text is None:
                 empty += 1
-    except BadInput:
-        raise
+            else:
+                raise ValueError(f"row {k} has no text in a column 'text': {str(row)[:80]}")
     except Exception as error:  # noqa: BLE001  depends on the network and on the kind of its files
         raise BadInput(f"{source} could not be read: {type(error).__name__}: {error}") from None
     if empty:
@@ -244,11 +230,8 @@ def hub_texts(source, streaming):
 
 @functools.cache  # parsing all sources takes seconds
 def pydoc_texts():
-    """[(name, text)] of every module of the standard library and of every pydoc topic.
-
-    Docstrings are read from the sources without importing them. Parts that some distributions leave out
-    (tests, Tk, IDLE, ...) are left out everywhere, so that the corpus depends on the version of Python alone.
-    """
+    """[(name, text)] of every module of the standard library, read without importing it, and of every pydoc
+    topic. What some distributions leave out is left out everywhere: the version of Python alone decides."""
     optional = {"test", "tests", "idlelib", "lib2to3", "distutils", "ensurepip", "tkinter", "turtle",
                 "turtledemo", "site-packages", "dist-packages", "pydoc_data", "__pycache__", "venv", "curses",
                 "dbm", "sqlite3"}
@@ -284,15 +267,13 @@ class Corpus:
 
 
 def load_corpus(source, hf_bytes=None):
-    """What --data names, for training: raw text as bytes, of a Hugging Face dataset the first `hf_bytes`.
-
-    From Python it may be a sequence of str, each a document, or an array of token ids.
-    """
+    """What --data names, for training: raw text as bytes, of a Hugging Face dataset the first `hf_bytes`; or
+    from Python a sequence of str, each a document, or an array of token ids."""
     if not isinstance(source, str | Path):
         return given_corpus(source)
     source = str(source)
     if read_manifest(source):
-        return open_tokens(source)
+        return open_tokens(Path(source))
     if toy_noise(source) is not None:
         return toy_corpus(source)
     max_bytes = hf_bytes if source.startswith("hf:") else None
@@ -319,12 +300,9 @@ def load_evaluation(source, tokenizer):
     if read_manifest(source) or toy_noise(source) is not None:
         corpus = load_corpus(source)
         if corpus.tokenizer.to_json() != tokenizer.to_json():
-            raise BadInput(f"{source} was tokenized with another tokenizer than the checkpoint's; give the "
-                           "text itself")
+            raise BadInput(f"{source} has another tokenizer than the checkpoint; give the text itself")
         return corpus
-    if source == "pydoc":
-        return in_memory(source, tokenizer, 0.1)
-    return in_memory(source, tokenizer, 1, 50_000_000)
+    return in_memory(source, tokenizer, 0.1 if source == "pydoc" else 1, 50_000_000)
 
 
 def in_memory(source, tokenizer, fraction, max_bytes=None):
@@ -339,8 +317,7 @@ def split(sources, val, fraction, max_bytes=None):
     """("train" or "val", text) of each document of the sources, and of those in `val`, all for validation.
 
     Without `val` a share of the documents is held out, none if there are fewer than 20: by a checksum of its
-    name, of pydoc's modules by that of their package, so that every machine holds out the same. What is in
-    `val` is not trained on.
+    name, of pydoc's modules by that of their package, so that every machine holds out the same.
     """
     found = itertools.chain.from_iterable(documents(source, max_bytes) for source in sources)
     few = fraction < 1 and len(list(itertools.islice(found, 20))) < 20
@@ -365,11 +342,9 @@ def split(sources, val, fraction, max_bytes=None):
 
 
 def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_bytes=None):
-    """Write the token ids of all documents, each closed by a separator, to two binary files.
-
-    If no document is for validation, that share of the tokens is, from the end.
-    Returns {side: {"tokens": .., "bytes": of the text}}.
-    """
+    """Write the token ids of all documents, each closed by a separator, to two binary files. If no document
+    is for validation, that share of the tokens is, from the end.
+    -> {side: {"tokens": .., "bytes": of the text}}"""
     separator = np.array([tokenizer.separator], token_type(tokenizer.vocab))
     files, size = {"train": train, "val": val}, {"train": 0, "val": 0}
     pieces = ((side, piece) for side, text in split(sources, val_sources, fraction, max_bytes)
@@ -381,10 +356,7 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
                 files[side].write((separator if piece is None else ids).tobytes())
                 size[side] += byte_count(piece or "")
             bar.update(size["train"] + size["val"] - bar.n)
-    if not size["train"] and fraction < 1 or not size["train"] + size["val"]:
-        names = ", ".join(map(str, sources))
-        raise BadInput(f"no text in {names}" + " that is not in --val" * bool(val_sources))
-    if not size["val"] and not val_sources:
+    if size["train"] and not size["val"] and not val_sources:
         tokens = train.tell() // separator.itemsize
         tail = max(1, round(fraction * tokens))
         start = train.seek((tokens - tail) * separator.itemsize)
@@ -394,20 +366,18 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
         size["train"] -= size["val"]
     counts = {side: {"tokens": file.seek(0, os.SEEK_END) // separator.itemsize, "bytes": size[side]}
               for side, file in files.items()}
-    if fraction < 1 and min(counts["val"].values()) < 2:
-        names = ", ".join(map(str, val_sources or sources))
-        raise BadInput(f"{names}: {size['val']} bytes of text are too few for validation")
+    for side, names in (("train", sources), ("val", val_sources or sources)):
+        if min(counts[side].values()) < 2 and (side == "val" or fraction < 1):
+            raise BadInput(f"{', '.join(map(str, names))}: {size[side]} bytes of text are too few for "
+                           + {"train": "training", "val": "validation"}[side])
     return counts
 
 
 # ---------------------------------------------------------------------------- sequences
 
 class Sequences:
-    """A token stream cut into sequences of `length`, in a seeded order that is drawn anew for each epoch.
-
-    Every token is seen once per epoch; separators fill up the last sequence. Sequence number k is the same
-    whoever asks, which makes resuming exact. seed None: in order.
-    """
+    """A token stream cut into sequences of `length`, in an order drawn anew for each epoch (seed None: as it
+    is). Separators fill up the last one. Sequence k is the same whoever asks, which makes resuming exact."""
 
     def __init__(self, tokens, length, separator, seed=None):
         self.tokens, self.length, self.separator, self.seed = tokens, length, separator, seed
@@ -434,28 +404,21 @@ class Sequences:
 def prefetch(draw, steps):
     """draw(k) for each of the steps; a thread draws the next one while this one is used."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for k in steps:
-            ready, waiting = waiting, pool.submit(draw, k)
-            if ready:
-                yield ready.result()
-        if waiting:
-            yield waiting.result()
+        drawn = itertools.chain((pool.submit(draw, k) for k in steps), [None])
+        for this, _ in itertools.pairwise(drawn):
+            yield this.result()
 
 
 # ---------------------------------------------------------------------------- token folders
 
 def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None):
-    """Write a token folder -> its manifest.
-
-    tokenizer     byte, or wordpiece or bpe, which are trained on the text for training
-    val           sources for validation; without them a share of the others is
-    max_bytes     of text that is read of each source
-    """
+    """Write a token folder, of the command line's arguments -> its manifest."""
+    kind = tokenizer
     with new_folder(out, (*sources, *val)) as folder:
-        kind, tokenizer = tokenizer, ByteTokenizer()
-        if kind != tokenizer.kind:
-            found = split(sources, val, val_fraction, max_bytes)
+        if kind == ByteTokenizer.kind:
+            tokenizer = ByteTokenizer()
+        else:
+            found = split(sources, val, val_fraction, min(max_bytes or TRAIN_ON, TRAIN_ON))
             tokenizer = TrainedTokenizer.train(kind, vocab, (text for side, text in found if side == "train"))
         with open(folder / "train.bin", "w+b") as train, open(folder / "val.bin", "w+b") as val_file:
             counts = write_tokens(train, val_file, tokenizer, sources, val, val_fraction, max_bytes)
@@ -469,10 +432,7 @@ def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fractio
 
 def open_tokens(folder):
     """A token folder as a Corpus, memory-mapped."""
-    folder = Path(folder)
     manifest = read_manifest(folder)
-    if "tokenizer" not in manifest:
-        raise BadInput(f"{folder} does not hold tokens of data.py text")
     tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     train, val = (np.memmap(folder / f"{side}.bin", manifest["dtype"], "r") for side in ("train", "val"))
     return Corpus(str(folder), tokenizer, train, val, max(1, manifest["val"]["bytes"]))
@@ -487,16 +447,13 @@ CLASSES, POSITIONS, VALUES = 4, 8, 2
 
 def toy_noise(source):
     """How often the class of a token is drawn anew: 0 for toy, EPS for toy:EPS, None for other data."""
-    name, colon, text = str(source).partition(":")
+    name, _, text = str(source).partition(":")
     if name != "toy":
         return None
-    try:
-        eps = float(text) if colon else 0.0
-    except ValueError:
-        eps = math.nan
-    if not 0 <= eps < 1:
-        raise BadInput(f"--data {source}: type toy or toy:EPS, where EPS is at least 0 and less than 1")
-    return eps
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text or 0) < 1:
+            return float(text or 0)
+    raise BadInput(f"--data {source}: type toy or toy:EPS, where EPS is at least 0 and less than 1")
 
 
 def draw_tokens(r, s, T, eps, N, generator):
@@ -542,15 +499,10 @@ def main(argv=None):
     args = vars(parser.parse_args(argv))
     if not 0 < args["val_fraction"] < 1:
         raise BadInput(f"--val-fraction {args['val_fraction']:g} is not between 0 and 1")
-    if args.pop("command") == "images":
-        manifest = prepare_images(**args)
-        about = f"{manifest['size']} x {manifest['size']} pixels, {len(manifest['classes'])} classes"
-    else:
-        manifest = prepare_text(**args)
-        about = f"{manifest['tokenizer']} tokenizer with {manifest['vocab']:,} tokens"
+    prepare = {"text": prepare_text, "images": prepare_images}[args.pop("command")]
+    manifest = prepare(**args)
     for side in ("train", "val"):
         print(f"{side:5s}", ", ".join(f"{count:,} {name}" for name, count in manifest[side].items()))
-    print(f"{args['out']}: {about}")
 
 
 if __name__ == "__main__":

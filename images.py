@@ -6,8 +6,8 @@
     DIR          the binary files of CIFAR-10 or CIFAR-100 (fine labels)
     DIR          a prepared folder, memory-mapped: python data.py images INPUT --size N --out DIR
 
-Files are decoded into memory when they are opened. A set that memory cannot hold is prepared once. A prepared
-folder holds train.bin and val.bin (uint8, N x size x size x RGB), labels (int64) and manifest.json.
+Files are decoded into memory when they are opened; a set that memory cannot hold is prepared once. Images of
+another size than the model's are resized batch by batch.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from util import BadInput, import_optional, note, printable
@@ -58,7 +59,6 @@ class Images:
     """A training and a validation set of the same classes."""
 
     name: str
-    size: int
     classes: tuple  # names, by label
     mean: tuple     # of each channel of the training images, in 0..1
     std: tuple
@@ -78,71 +78,49 @@ def is_images(source):
 
 
 def load_images(source, size=None):
-    """What --data names as Images of size x size pixels; None: files 224, others the size they have.
-
-    BadInput: no images, a damaged file, prepared images of another size, too many for memory.
-    """
+    """What --data names as Images. Shapes are drawn (default: 32) and files decoded (224) at that size; CIFAR
+    and prepared folders keep their own."""
     root = Path(source)
     if source == "shapes":
-        classes, size = tuple(SHAPES), size or 32
-        train, val = (ImageSet(*shapes(count, size, seed), np.arange(count))
+        classes = tuple(SHAPES)
+        train, val = (ImageSet(*shapes(count, size or 32, seed), np.arange(count))
                       for seed, count in enumerate((8000, 2000)))
     elif read_manifest(root):
-        return open_images(root, size)
+        return open_images(root)
+    elif cifar_files(root):
+        classes, train, val = open_cifar(root)
     else:
-        classes, own, sides = find_images(root)
-        size = size or own
-        total = sum(len(labels) for _, labels in sides.values()) * size * size * 3
-        if total > IN_MEMORY:
-            raise BadInput(f"{root} holds {total / 1e9:.1f} GB of pixels, too many for memory; prepare them "
-                           f"once and give that folder: python data.py images {root} --size {size} --out DIR")
-        train, val = (decode_all(found, labels, size) for found, labels in sides.values())
-    counts = sum(map(channel_histogram, np.array_split(train.images, 1 + len(train) // 1000)))
-    return Images(str(source), size, classes, *moments(counts), train, val)
+        classes, *sides = find_images(root)
+        train, val = (decode_all(files, labels, size or 224) for files, labels in sides)
+    return Images(str(source), classes, *moments(train.images), train, val)
 
 
 def load_unlabelled(source, size):
-    """All images of a folder and of those below it, or one file, to predict their classes; of other sources
-    that load_images knows those for validation. Labels are 0 -> ImageSet."""
-    root = Path(source)
-    if source == "shapes" or cifar_files(root) or read_manifest(root):
-        return load_images(source).val
-    files = sorted(files_in(root), key=str) if root.is_dir() else [root]
-    files = [path for path in files if path.suffix.lower() in SUFFIXES]
+    """The images of a folder and of those below it, or one file, to predict their classes; labels are 0."""
+    files = [path for path in sorted(files_in(source), key=str) if path.suffix.lower() in SUFFIXES]
     if not files:
-        raise BadInput(f"{root} is neither a folder of images (of {', '.join(FORMATS)}) nor one of them")
+        raise BadInput(f"{source} is neither a folder of images (of {', '.join(FORMATS)}) nor one of them")
     return decode_all(files, np.zeros(len(files), np.int64), size)
-
-
-def decode_all(found, labels, size):
-    """Files, or pixels of CIFAR, and their labels -> ImageSet in memory."""
-    places = np.arange(len(found)) if isinstance(found, np.ndarray) else np.array(list(map(str, found)))
-    return ImageSet(np.concatenate([*decoded(found, size)]), labels, places)
 
 
 # ---------------------------------------------------------------------------- files
 
-def files_in(folder, above=()):
-    """The files of a folder and of those below it, in the order of their names, but hidden ones. Links are
-    followed. What cannot be read raises OSError."""
-    real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
-        return
-    with os.scandir(folder) as entries:
-        entries = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.is_dir():
-            yield from files_in(entry.path, (*above, real))
-        elif entry.is_file():
-            yield Path(entry.path)
-        else:
-            raise BadInput(f"{entry.path} is neither a file nor a folder: a link to nothing, or a device")
+def files_in(path, above=()):
+    """A file, or the files of a folder and of those below it, in the order of their names, but hidden ones.
+    Links are followed."""
+    path = Path(path)
+    if path.is_file():
+        yield path
+    elif not path.is_dir():
+        raise BadInput(f"{path} does not exist, or is neither a file nor a folder")
+    elif (real := path.resolve()) not in above:  # else a link to a folder that it lies in
+        for inner in sorted(path.iterdir()):
+            if not inner.name.startswith("."):
+                yield from files_in(inner, (*above, real))
 
 
 def find_images(root, val_fraction=0.1):
-    """Images as they come -> class names, their size, {side: (files, or pixels of CIFAR; labels (N,))}."""
-    if cifar_files(root):
-        return open_cifar(root)
+    """A folder of image files -> class names, (files, labels (N,)) for training, the same for validation."""
     files = sorted(files_in(root), key=str) if root.is_dir() else []
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
@@ -150,37 +128,37 @@ def find_images(root, val_fraction=0.1):
     parts = {}  # the images by the folder that they lie in
     for path in images:
         parts.setdefault(path.relative_to(root).parts[0].lower(), []).append(path)
-    train, val = (next((by_class(root, parts[name], 1) for name in names if name in parts), None)
-                  for names in (TRAIN, VAL))
-    if not (train and val):  # a class may be called train or test, too: then others stand beside it
-        alone, others = train or val, parts.keys() - {*TRAIN, *VAL}
-        classes = by_class(root, images, 0) if not alone or "" in alone and others else alone
-        train, val = hold_out(classes, val_fraction)
+    train, val = (next((parts[name] for name in names if name in parts), []) for names in (TRAIN, VAL))
+    if train and val:
+        train, val = by_class(train), by_class(val)
+    else:  # a folder called train may be a class: then it holds images, and others stand beside it
+        alone = train or val or images
+        if len(parts) > 1 and any(len(path.relative_to(root).parts) == 2 for path in alone):
+            alone = images
+        train, val = hold_out(by_class(alone), val_fraction)
     odd = sorted(train.keys() ^ val.keys()) or [name for name, files in train.items() if not files]
     if odd:
         raise BadInput(f"{root} needs images of the same classes for training and for validation, and lacks "
                        f"some of {', '.join(name or 'no class' for name in odd)}")
-    found = {}
-    for side, classes in (("train", train), ("val", val)):
-        labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
-        found[side] = list(itertools.chain(*classes.values())), labels
-    taken = set().union(*(files for files, _ in found.values()))
-    for kind, left in (("images", images), ("files of other kinds", set(files) - set(images))):
-        if left := sorted(set(left) - taken):
+    taken = set(itertools.chain(*train.values(), *val.values()))
+    for kind, found in (("images", images), ("files of other kinds", set(files) - set(images))):
+        if left := sorted(set(found) - taken):
             note(f"{root}: {kind} left out: {len(left):,}, such as {left[0]}")
-    return tuple(printable(name) for name in train if name), 224, found
+    sides = [(list(itertools.chain(*classes.values())),
+              np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()]))
+             for classes in (train, val)]
+    return tuple(printable(name) for name in train if name), *sides
 
 
-def by_class(root, files, depth):
-    """{class: files} by the folders at that depth; {"": files}, no classes, if images stand beside them or in
-    one of them only."""
-    classes = {}
+def by_class(files):
+    """{class: files} by the folders in the one that holds all of them; {"": files}, no classes, if images
+    stand beside these folders."""
+    root, classes = os.path.commonpath([path.parent for path in files]), {}
     for path in files:
-        inner = path.relative_to(root).parts[depth:]
-        classes.setdefault(inner[0] if len(inner) > 1 else "", []).append(path)
+        folder, *inner = path.relative_to(root).parts
+        classes.setdefault(folder if inner else "", []).append(path)
     if "" in classes and len(classes) > 1:
         note(f"{root}: its folders are no classes, as images stand beside them, such as {classes[''][0]}")
-    if "" in classes or len(classes) < 2 and not depth:
         return {"": files}
     return dict(sorted(classes.items()))
 
@@ -189,9 +167,9 @@ def hold_out(classes, fraction):
     """{class: files} -> the same for training and for validation, which gets a seeded share of each class."""
     rng, train, val = np.random.default_rng(0), {}, {}
     for name, files in classes.items():
-        held = set(rng.permutation(len(files))[:max(1, round(fraction * len(files)))].tolist())
-        train[name] = [path for k, path in enumerate(files) if k not in held]
-        val[name] = [path for k, path in enumerate(files) if k in held]
+        order, count = rng.permutation(len(files)), max(1, round(fraction * len(files)))
+        train[name] = [files[k] for k in sorted(order[count:])]
+        val[name] = [files[k] for k in sorted(order[:count])]
     return train, val
 
 
@@ -207,72 +185,70 @@ def decode(path, size):
             with contextlib.suppress(Exception):     # EXIF data may be damaged where the pixels are not
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
-                upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
-                image = Image.fromarray(upper.astype(np.uint8))
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             elif image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                wide, high = image.size
-                side = min(wide, high)
-                left, top = (wide - side) / 2, (high - side) / 2
-                box = left, top, left + side, top + side
-                image = image.resize((size, size), Image.Resampling.BICUBIC, box)
-            return np.array(image)
+            return np.array(ImageOps.fit(image.convert("RGB"), (size, size)))
     except Exception as error:  # noqa: BLE001  a damaged file can fail in any way
         raise BadInput(f"{path} cannot be decoded ({error}); remove or replace it") from None
 
 
-def decoded(found, size):
-    """Files, or pixels of CIFAR -> uint8 (n, size, size, 3), chunk by chunk."""
+def decoded(files, size):
+    """Image files -> uint8 (n, size, size, 3), chunk by chunk."""
     count = max(1, CHUNK // (size * size * 3))
     with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(found), count), desc="decoding", delay=5, mininterval=10):
-            chunk = found[start:start + count]
-            if isinstance(chunk, np.ndarray):
-                yield fit(chunk, size)
-            else:
-                yield np.stack(list(pool.map(functools.partial(decode, size=size), chunk)))
+        for start in tqdm(range(0, len(files), count), desc="decoding", delay=5, mininterval=10):
+            yield np.stack(list(pool.map(decode, files[start:start + count], itertools.repeat(size))))
+
+
+def decode_all(files, labels, size):
+    """Image files and their labels as an ImageSet in memory."""
+    total = len(files) * size * size * 3
+    if total > IN_MEMORY:
+        raise BadInput(f"{files[0]} and others have {total / 1e9:.1f} GB of pixels, too many for memory; "
+                       f"prepare them once: python data.py images INPUT --size {size} --out DIR")
+    return ImageSet(np.concatenate([*decoded(files, size)]), labels, np.array(list(map(str, files))))
 
 
 def cifar_files(root):
-    """{side: binary files} of CIFAR-10 or CIFAR-100; nothing if the folder is another."""
+    """Binary files of CIFAR-10 or CIFAR-100 -> (class names, bytes before the pixels, training, validation);
+    None in any other folder."""
     if (root / "test_batch.bin").exists():
-        return {"train": sorted(root.glob("data_batch_*.bin")), "val": [root / "test_batch.bin"]}
+        return root / "batches.meta.txt", 1, sorted(root.glob("data_batch_*.bin")), [root / "test_batch.bin"]
     if (root / "fine_label_names.txt").exists():
-        return {"train": [root / "train.bin"], "val": [root / "test.bin"]}
-    return {}
+        return root / "fine_label_names.txt", 2, [root / "train.bin"], [root / "test.bin"]
+    return None
 
 
 def open_cifar(root):
-    """Records of one label byte (CIFAR-100: coarse and fine, the fine one is kept) and 3 x 32 x 32 bytes."""
-    hundred = (root / "fine_label_names.txt").exists()
-    names, first = ("fine_label_names.txt", 2) if hundred else ("batches.meta.txt", 1)
-    sides = {}
-    for side, paths in cifar_files(root).items():
+    """Records of one label byte (CIFAR-100: coarse and fine, the fine one is kept) and 3 x 32 x 32 bytes ->
+    class names, an ImageSet for training, one for validation."""
+    names, first, *sides = cifar_files(root)
+    sets = []
+    for paths in sides:
         data = np.concatenate([np.fromfile(path, np.uint8) for path in paths])
         if len(data) % (first + 3072):
             raise BadInput(f"{', '.join(map(str, paths))}: not a multiple of {first + 3072} bytes, not whole")
         data = data.reshape(-1, first + 3072)
         images = np.ascontiguousarray(data[:, first:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        sides[side] = images, data[:, first - 1].astype(np.int64)
-    return tuple(map(printable, (root / names).read_text(encoding="utf-8").split())), 32, sides
+        sets.append(ImageSet(images, data[:, first - 1].astype(np.int64), np.arange(len(data))))
+    return tuple(map(printable, names.read_text(encoding="utf-8").split())), *sets
 
 
 # ---------------------------------------------------------------------------- prepared folders
+# train.bin and val.bin (uint8, N x size x size x RGB), their labels (int64), manifest.json
 
 @contextlib.contextmanager
 def new_folder(out, sources):
     """A folder to write, which gets its name `out` when it is whole. Nothing remains of a failure."""
     out = Path(out)
-    if os.path.lexists(out):
-        raise BadInput(f"{out} exists; choose another --out or remove it")
+    partial = Path(f"{out}.partial")
+    for path in (out, partial):  # never removed: it may be of somebody else
+        if os.path.lexists(path):
+            raise BadInput(f"{path} exists; choose another --out, or remove it if nothing is writing it")
     if any(out.resolve().is_relative_to(Path(source).resolve()) for source in sources):
         raise BadInput(f"{out} lies inside the input and would be read with it; write to another folder")
-    partial = out.with_name(out.name + ".partial")
-    if os.path.lexists(partial):  # never removed: it may be of somebody else
-        raise BadInput(f"{partial} exists: another command is writing it, or was killed; remove it then")
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -293,67 +269,57 @@ def read_manifest(folder):
 
 
 def prepare_images(source, out, size=None, val_fraction=0.1):
-    """Write a prepared folder, chunk by chunk -> its manifest. size None: as in load_images."""
+    """Write a prepared folder, chunk by chunk -> its manifest. size: as in load_images."""
+    root, size = Path(source), size or 224
     with new_folder(out, [source]) as folder:
-        classes, own, sides = find_images(Path(source), val_fraction)
-        size, histograms = size or own, {}
+        if cifar_files(root):
+            classes, *sets = open_cifar(root)
+            size, sides = 32, [([part.images], part.labels) for part in sets]
+        else:
+            classes, *sides = find_images(root, val_fraction)
+            sides = [(decoded(files, size), labels) for files, labels in sides]
         manifest = {"format": "images", "size": size, "classes": classes, "sources": [source]}
-        for side, (found, labels) in sides.items():
+        for side, (chunks, labels) in zip(("train", "val"), sides):
             with open(folder / f"{side}.bin", "wb") as file:
-                for chunk in decoded(found, size):
+                for chunk in chunks:
                     chunk.tofile(file)
-                    histograms[side] = histograms.get(side, 0) + channel_histogram(chunk)
             labels.tofile(folder / f"{side}.labels.bin")
             manifest[side] = {"images": len(labels)}
-        manifest["mean"], manifest["std"] = moments(histograms["train"])
+        manifest["mean"], manifest["std"] = moments(
+            np.memmap(folder / "train.bin", np.uint8, "r").reshape(-1, size, size, 3))
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return manifest
 
 
-def open_images(folder, size=None):
+def open_images(folder):
     """A prepared folder as Images, memory-mapped."""
-    manifest = read_manifest(folder)
-    own, classes = manifest["size"], tuple(map(printable, manifest["classes"]))
-    if size not in (None, own):
-        raise BadInput(f"{folder} holds images of {own} x {own} pixels, not {size} x {size}; make another "
-                       f"with python data.py images INPUT --size {size} --out DIR")
-    sets = []
+    manifest, sets = read_manifest(folder), []
+    size = manifest["size"]
     for side in ("train", "val"):
         labels = np.fromfile(folder / f"{side}.labels.bin", np.int64)
-        pixels = np.memmap(folder / f"{side}.bin", np.uint8, "r").reshape(-1, own, own, 3)
+        pixels = np.memmap(folder / f"{side}.bin", np.uint8, "r").reshape(-1, size, size, 3)
         sets.append(ImageSet(pixels, labels, np.arange(len(labels))))
-    return Images(str(folder), own, classes, tuple(manifest["mean"]), tuple(manifest["std"]), *sets)
+    classes = tuple(map(printable, manifest["classes"]))
+    return Images(str(folder), classes, tuple(manifest["mean"]), tuple(manifest["std"]), *sets)
 
 
-def channel_histogram(images):
-    """uint8 (B, H, W, 3) -> counts (3, 256), from which the moments follow exactly."""
-    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
-
-
-def moments(histogram):
+def moments(images):
     """Mean and standard deviation of each channel, in 0..1; the latter is at least one grey level."""
-    values, share = np.arange(256) / 255, histogram / histogram.sum(axis=1, keepdims=True)
+    counts = np.zeros((3, 256))
+    for part in np.array_split(images, 1 + len(images) // 1000):
+        counts += [np.bincount(part[..., c].ravel(), minlength=256) for c in range(3)]
+    values, share = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
     return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
 
 
-def fit(images, size):
-    """uint8 (B, H, W, 3) -> uint8 (B, size, size, 3): the centre square, resized if need be."""
-    if images.shape[1:3] == (size, size):
-        return images
-    x = crop(torch.from_numpy(images), None, size)
-    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-# ---------------------------------------------------------------------------- crops
+# ---------------------------------------------------------------------------- crops and patches
 
 def random_views(count, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Random resized crops and flips, drawn on the CPU -> (count, 5): centre x, y, width, height, sign.
-
-    Lengths are in 0..1. The share of the area is uniform in `scale`, the side ratio log-uniform in that part
-    of `ratio` which fits into the image, the place uniform. Half of the views are mirrored: sign -1.
-    """
+    """Random resized crops and flips, drawn on the CPU -> (count, 5): centre x, y, width, height in 0..1, and
+    -1 for the half that is mirrored. The share of the area is uniform in `scale`, the side ratio log-uniform
+    in that part of `ratio` which fits into the image, the place uniform."""
     u = torch.rand(5, count, generator=generator)
     area = scale[0] + (scale[1] - scale[0]) * u[0]
     low, high = area.log().clamp(min=math.log(ratio[0])), (-area.log()).clamp(max=math.log(ratio[1]))
@@ -367,8 +333,7 @@ def crop(images, views, size):
     """Cut views out of images and resize them -> float32 (B, 3, size, size) in 0..1, on the images' device.
 
     images uint8 (B, H, W, 3); views of random_views, or None for the largest centred square. Bilinear,
-    averaging over the area of a new pixel if that is larger than an old one. The filter is separable: the
-    whole batch takes two products, with weights (B, size, H) and (B, size, W).
+    averaging over the area of a new pixel if that is larger than an old one: two products for the batch.
     """
     B, H, W, _ = images.shape
     x = images.permute(0, 3, 1, 2).float() / 255                                # (B, 3, H, W)
@@ -384,8 +349,7 @@ def crop(images, views, size):
 
 def resize_weights(centre, extent, length, size):
     """Weights (B, size, length) that resample `length` pixels to `size` within centre +- extent/2, given in
-    0..1 as (B,). Each row is a triangle around its place, as wide as the larger of both pixels, of sum one. A
-    negative extent mirrors."""
+    0..1 as (B,): triangles as wide as the larger of both pixels. A negative extent mirrors."""
     place = (torch.arange(size, device=centre.device) + 0.5) / size - 0.5
     place = (centre[:, None] + extent[:, None] * place) * length                # (B, size), in old pixels
     pixel = torch.arange(length, device=centre.device) + 0.5
@@ -394,21 +358,15 @@ def resize_weights(centre, extent, length, size):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-# ---------------------------------------------------------------------------- patches
-
 def patchify(x, patch):
     """(B, C, H, W) -> (B, S, C * patch * patch): patches in raster order, each channel by channel."""
-    B, C, H, W = x.shape
-    x = x.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, -1, C * patch * patch)
+    return F.unfold(x, patch, stride=patch).transpose(1, 2).contiguous()
 
 
-def unpatchify(patches, patch, channels=3):
+def unpatchify(patches, patch):
     """The inverse of patchify for square images: (B, S, C * patch * patch) -> (B, C, H, W)."""
-    B, S, _ = patches.shape
-    side = math.isqrt(S)
-    x = patches.reshape(B, side, side, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(B, channels, side * patch, side * patch)
+    side = math.isqrt(patches.shape[1]) * patch
+    return F.fold(patches.transpose(1, 2), (side, side), patch, stride=patch)
 
 
 def example(number, count, seed):
@@ -427,7 +385,7 @@ class Patches:
     """An ImageSet as sequences of patches for a model of that Config: the counterpart of data.Sequences.
 
     seed   of the order and of the crops, both the same whoever asks; None: in order
-    least  share of the area that a random crop keeps; None: whole images, resized to the model's size
+    least  share of the area that a random crop keeps; None: the whole centred square
     """
 
     def __init__(self, images, config, seed=None, least=None, device="cpu"):
@@ -469,8 +427,7 @@ def mix(x, targets, generator, mixup=0.8, cutmix=1.0):
     """Mixup (arXiv 1710.09412) or CutMix (1905.04899), by even chance, of each image with the one before it.
 
     x (B, C, H, W), targets (B, K) -> the same. The batch shares one weight lambda ~ Beta(mixup, mixup), or
-    one box of area 1 - lambda with lambda ~ Beta(cutmix, cutmix), cut off at the border; its targets are
-    mixed by the area that is really there. A parameter of 0 switches its kind off.
+    one box of area 1 - lambda with lambda ~ Beta(cutmix, cutmix). A parameter of 0 switches its kind off.
     """
     if not mixup and not cutmix:
         return x, targets
@@ -485,7 +442,7 @@ def mix(x, targets, generator, mixup=0.8, cutmix=1.0):
         box = np.s_[:, :, max(0, top):max(0, top + high), max(0, left):max(0, left + wide)]
         mixed = x.clone()
         mixed[box] = x.roll(1, 0)[box]
-        share = 1 - x[box].numel() / x.numel()
+        share = 1 - x[box].numel() / x.numel()  # by what of the box lies inside
     else:
         mixed = share * x + (1 - share) * x.roll(1, 0)
     return mixed, share * targets + (1 - share) * targets.roll(1, 0)
@@ -501,8 +458,8 @@ def write_png(path, images, gap=2):
     lines = np.pad(lines, ((0, 0), (1, 0)))  # filter 0 before each line
 
     def part(kind, content):
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
     header = struct.pack(">IIBBBBB", columns * W, rows * H, 8, 2, 0, 0, 0)
     partial = Path(f"{path}.partial")  # a whole file, or none

@@ -38,7 +38,7 @@ def test_what_is_not_text_is_named(tmp_path):
     for name in ("cut.gz", "photo.jpg", "wide.txt", "nowhere", "pipe", "broken"):
         with pytest.raises(BadInput, match=name):
             load_corpus(str(tmp_path / name))
-    with pytest.raises(BadInput, match="broken is neither a file nor a folder"):
+    with pytest.raises(BadInput, match="broken .* neither a file nor a folder"):
         load_corpus(str(tmp_path))
 
 
@@ -143,7 +143,7 @@ def test_validation_text_is_not_trained_on(books, tmp_path, capsys):
     for ids, expected in ((corpus.train, texts.values()), (corpus.val, held)):
         assert corpus.tokenizer.decode(ids) == "".join(text + "\n\n" for text in expected)
     assert "--val has them: 2" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="not in --val"):
+    with pytest.raises(BadInput, match="too few for training"):
         call(f"data.py text {books / '07.txt'} --val {books} --out {tmp_path / 'none'}")
 
 
@@ -217,7 +217,7 @@ def test_hugging_face_datasets_are_read_or_streamed(tmp_path, monkeypatch, capsy
             assert [text for _, text in data.documents(f"hf:{tmp_path / name}")] == expected
             assert "null rows left out: 1" in capsys.readouterr().err
         else:
-            with pytest.raises(BadInput, match="row 0 of .* has no text"):
+            with pytest.raises(BadInput, match="row 0 has no text"):
                 list(data.documents(f"hf:{tmp_path / name}"))
     part = load_corpus(source, hf_bytes=500)
     assert 500 <= len(part.train) + len(part.val) <= 500 + len(texts) and len(part.val)

@@ -79,15 +79,12 @@ def test_cifar_directly_and_prepared(tmp_path, hundred):
     call(f"data.py images {raw} --out {out}")
     for source in (raw, out):
         found = load_images(str(source))
-        assert is_images(str(source)) and found.size == 32 and found.classes[7] == "name7"
+        assert is_images(str(source)) and found.classes[7] == "name7"
         assert np.allclose(found.mean, expected[0][0].mean(axis=(0, 1, 2)) / 255)
         assert np.allclose(found.std, expected[0][0].std(axis=(0, 1, 2)) / 255)
         for part, (pixels, labels) in zip((found.train, found.val), expected):
             assert np.array_equal(part.images, pixels) and np.array_equal(part.labels, labels)
     assert isinstance(found.train.images, np.memmap)
-    assert load_images(str(raw), 48).val.images.shape == (4, 48, 48, 3)
-    with pytest.raises(BadInput, match="32 x 32 pixels.* --size 64 "):
-        load_images(str(out), 64)
     (raw / ("test.bin" if hundred else "test_batch.bin")).write_bytes(bytes(5000))
     with pytest.raises(BadInput, match="not whole"):
         load_images(str(raw))
@@ -150,7 +147,7 @@ def test_names_are_shown_and_kinds_told_by_content(tmp_path):
         load_images(str(root), 8)
     os.remove(root / "b" / "picture.jpg")
     os.mkfifo(root / "b" / "pipe.jpg")
-    with pytest.raises(BadInput, match="pipe.jpg is neither a file"):
+    with pytest.raises(BadInput, match="pipe.jpg .* neither a file nor a folder"):
         load_images(str(root), 8)
 
 
@@ -169,7 +166,7 @@ def test_a_manifest_of_somebody_else_prepares_nothing(tmp_path):
         assert is_images(str(tmp_path / "raw")) and len(load_images(str(tmp_path / "raw"), 8).train) == 16
     os.remove(tmp_path / "raw" / "manifest.json")
     os.mkfifo(tmp_path / "raw" / "manifest.json")  # is not waited for
-    with pytest.raises(BadInput, match="manifest.json is neither a file"):
+    with pytest.raises(BadInput, match="manifest.json .* neither a file"):
         load_images(str(tmp_path / "raw"), 8)
 
 
@@ -269,7 +266,6 @@ def test_crop_is_the_plain_loop(H, W, size):
     centre = crop(torch.from_numpy(pixels), None, size)[0].permute(1, 2, 0).numpy()
     view = (0.5, 0.5, min(H, W) / W, min(H, W) / H, 1)
     assert np.abs(centre - plain_crop(pixels[0] / 255.0, view, size)).max() < 1e-5
-    assert np.abs(images.fit(pixels, size)[0] / 255 - centre).max() < 0.5 / 255 + 1e-6
 
 
 def test_random_views_are_uniform_and_inside():
