@@ -8,20 +8,13 @@ Queries that are told it have flat spectra, whatever the objective, so that the 
 Here both kinds learn objectives whose tails of Theorem 4.1 differ: the sum over j > r of sigma_j^4, of Abar
 with the noise at hand and as many features as there are classes.
 
-Network. The Transformer and the steps of train.py, in two streams; one layer, in which a query reads the
-embeddings of its context: like f(X), its feature depends on the context alone.
-
-Feature. The feature of a context is the mean, over all positions outside of it, of the features of their
-queries. Blind these are one and the same; told they are what the network predicts those positions from.
-
-Probe. As in `spectral.py toy`: ridge regression on 5 labels a class, its excess error over Bayes, the mean
-over choices of labels. On common contexts, where all sizes weigh the same, every network meets the same
-contexts, tokens and labels. The objective's own differ in size: there an order has other causes as well.
+The network is the Transformer of train.py in two streams, with one layer, so that a query's feature depends
+on its context alone. On common contexts every network meets the same contexts, tokens and labels. The
+objective's own differ in size: there an order has other causes as well.
 """
 
 import itertools
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,8 +25,8 @@ from tqdm import tqdm
 
 import plots
 from data import CLASSES, POSITIONS, VALUES, Sequences, draw_tokens, load_corpus, toy_bytes
+from experiments import toy
 from experiments.spectrum import pairs
-from experiments.toy import NoisyToy, bayes_loss, candidates, few_label_errors, spearman, spearman_text, split
 from model import Config, Transformer
 from objectives import describe, draw_batch, flag, loss_sum
 from run import choose_autocast, resolve
@@ -42,14 +35,13 @@ from util import BadInput, Parser, command_line, plain, positive, table, write_j
 
 WAYS = ("blind", "told")
 PLACES = ("common", "own")
-RECIPE = {"batch_size": 64, "lr": 8e-3, "streams": 2}
 
 
 # ---------------------------------------------------------------------------- one network
 
 def context_features(network, tokens, contexts):
-    """The mean over the positions outside of contexts, bool (N, s), of the features of their queries (N, D);
-    tokens (N, s) bytes."""
+    """The features of contexts, bool (N, s): the mean of the queries for all positions outside (N, D), which
+    are one and the same where queries are blind. tokens (N, s) bytes."""
     targets, outside = torch.arange(tokens.shape[1]).expand(tokens.shape), (~contexts).float()[..., None]
     groups = 2 - contexts.long()
     features = network(tokens, groups, targets, "two-stream", torch.full_like(groups, 2))     # (N, s, D)
@@ -57,49 +49,43 @@ def context_features(network, tokens, contexts):
 
 
 @torch.no_grad()
-def few_label_error(network, model, contexts, weight, seed, count=1024, labels=5, draws=20):
-    """Excess over Bayes of a probe with few labels, on `count` contexts of the NoisyToy model drawn from
-    contexts, bool (n, s), of that weight (n,)."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.tensor(contexts)[torch.multinomial(torch.tensor(weight), count, True, generator=generator)]
-    tokens, y = draw_tokens(model.r, model.s, model.T, model.eps, count, generator)
-    counts = (F.one_hot(tokens // model.T, model.r) * chosen[..., None]).sum(1)               # (count, r)
-    f = context_features(network, toy_bytes(tokens), chosen)
-    return few_label_errors(f[None], model.posterior(counts), y, labels, draws, generator).item()
+def errors_of(network, model, own, seed, count=1024):
+    """{place: excess over Bayes of a probe with few labels, as in `spectral.py toy`}; own: contexts and q of
+    an objective on the NoisyToy model."""
+    errors = {}
+    for place, (contexts, q) in zip(PLACES, (toy.common_contexts(model.s), map(torch.tensor, own))):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = contexts[torch.multinomial(q.sum(1), count, True, generator=generator)]      # (count, s)
+        tokens, y = draw_tokens(model.r, model.s, model.T, model.eps, count, generator)
+        counts = (F.one_hot(tokens // model.T, model.r) * chosen[..., None]).sum(1)           # (count, r)
+        f = context_features(network, toy_bytes(tokens), chosen)
+        errors[place] = toy.few_label_errors(f[None], model.posterior(counts), y, generator).item()
+    return errors
 
 
-def errors_of(network, model, own, seed):
-    """{place: few-label error}; own: contexts and q of an objective."""
-    subsets = np.indices((2,) * model.s).reshape(model.s, -1).T[1:-1] > 0
-    sizes = [1 / math.comb(model.s, int(m)) for m in subsets.sum(1)]
-    common, (contexts, q) = (subsets, sizes), own
-    return {"common": few_label_error(network, model, *common, seed),
-            "own": few_label_error(network, model, contexts, q.sum(1), seed)}
-
-
-def train_and_probe(objective, eps, blind, seed, steps, layers):
+def train_and_probe(objective, eps, blind, seed, steps):
     """One network -> its validation loss, the least there can be, errors by place, trained and untrained."""
     settings = resolve(objective=flag(objective), **asdict(objective), data=f"toy:{eps:g}", blind=blind,
-                       seed=seed, steps=steps, **RECIPE)
+                       seed=seed, steps=steps, batch_size=64, lr=8e-3, streams=2)
     (_, path), size, S = settings.task(), settings.batch_size, settings.length
-    toy, own = NoisyToy(CLASSES, POSITIONS, VALUES, eps), pairs(objective, S)
+    noisy, own = toy.NoisyToy(CLASSES, POSITIONS, VALUES, eps), pairs(objective, S)
     corpus = load_corpus(settings.data)
     vocab, separator = corpus.tokenizer.vocab, corpus.tokenizer.separator
     train_set, val_set = Sequences(corpus.train, S, separator, seed), Sequences(corpus.val, S, separator)
 
     torch.manual_seed(seed)
-    model = Transformer(Config(vocab, S, layers, width=64, heads=4, blind=blind))
+    model = Transformer(Config(vocab, S, layers=1, width=64, heads=4, blind=blind))
     loss_module, optimizer = LossModule(model, loss_sum), make_optimizer(model, settings)
     device, (autocast, _) = torch.device("cpu"), choose_autocast(torch.device("cpu"), "fp32")
 
-    untrained = errors_of(model, toy, own, seed)
+    untrained = errors_of(model, noisy, own, seed)
     for step in range(steps):  # the draws of train.py
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         batch = draw_batch(objective, path, train_set.batch(step * size, size), vocab, generator)
         update(loss_module, optimizer, [batch], float(batch.total[0]), path, autocast, settings.clip,
                learning_rate(settings, step / steps))
     loss = validation_loss(loss_module, objective, path, val_set, device, autocast, micro=64, count=2048)
-    return {"loss": loss, "bayes": bayes_loss(toy, *own, blind), **errors_of(model, toy, own, seed),
+    return {"loss": loss, "bayes": toy.bayes_loss(noisy, *own, blind), **errors_of(model, noisy, own, seed),
             **{f"untrained {place}": error for place, error in untrained.items()}}
 
 
@@ -107,7 +93,7 @@ def train_and_probe(objective, eps, blind, seed, steps, layers):
 
 def tail_of(objective, eps):
     """Theorem 4.1's tail at t = r under this noise."""
-    _, _, sigma, _ = split(NoisyToy(CLASSES, POSITIONS, VALUES, eps), *pairs(objective, POSITIONS))
+    _, _, sigma, _ = toy.split(toy.NoisyToy(CLASSES, POSITIONS, VALUES, eps), *pairs(objective, POSITIONS))
     return (sigma[CLASSES:] ** 4).sum()
 
 
@@ -115,7 +101,7 @@ def one_of_each_tail(quick=False):
     """Objectives with tails of their own on the clean model: where they differ by less than 5%, the first
     objective stands for all."""
     chosen = {}
-    for objective in candidates(POSITIONS, quick):
+    for objective in toy.candidates(POSITIONS, quick):
         found = tail_of(objective, 0.0)
         if all(abs(found - other) > 0.05 * other for other in chosen.values()):
             chosen[objective] = found
@@ -128,10 +114,9 @@ def run_train(args):
     rows, steps = [], args.steps or steps
     every = list(itertools.product(noises, one_of_each_tail(args.quick)))
     for eps, objective in tqdm(every, desc="objectives", mininterval=10):
-        ways = {way: train_and_probe(objective, eps, way == "blind", args.seed, steps, args.layers)
-                for way in WAYS}
+        ways = {way: train_and_probe(objective, eps, way == "blind", args.seed, steps) for way in WAYS}
         rows.append({"objective": describe(objective), "eps": eps, "tail": tail_of(objective, eps), **ways})
-    return {"seed": args.seed, "steps": steps, "layers": args.layers, "rows": rows}
+    return {"seed": args.seed, "steps": steps, "rows": rows}
 
 
 # ---------------------------------------------------------------------------- over seeds
@@ -145,57 +130,51 @@ def tail_order(tails, errors, resamples=1000):
     rng, (seeds, n) = np.random.default_rng(0), next(iter(errors.values())).shape
 
     def measured(rows, columns):
-        found = [spearman(tails[columns], x[rows][:, columns].mean(0)) for x in errors.values()]
+        found = [toy.spearman(tails[columns], x[rows][:, columns].mean(0)) for x in errors.values()]
         return [*found, None if None in found else found[0] - found[1]]
 
     middle = measured(np.arange(seeds), np.arange(n))
     drawn = [measured(rng.integers(seeds, size=seeds), rng.integers(n, size=n)) for _ in range(resamples)]
-    names, result = (*errors, "difference"), {}
-    for name, value, values in zip(names, middle, zip(*drawn)):
-        known = [x for x in values if x is not None]
-        ends = np.percentile(known, (2.5, 97.5)).tolist() if known else []
-        result[name] = None if value is None else [value, *ends]
+    result = dict.fromkeys((*errors, "difference"))
+    for name, value, values in zip(result, middle, zip(*drawn)):
+        if value is not None:
+            ends = np.percentile([x for x in values if x is not None], (2.5, 97.5))
+            result[name] = [value, *ends.tolist()]
     return result
 
 
 def run_summary(args):
-    """The networks of all seeds together, and as text."""
+    """The networks of all seeds together."""
     seeds = [json.loads(Path(path).read_text())["results"] for path in args.files]
-    made = [([row["objective"] for row in x["rows"]], x["steps"]) for x in seeds]
-    if any(one != made[0] for one in made):
+    if len({(x["steps"], *(row["objective"] for row in x["rows"])) for x in seeds}) > 1:
         raise BadInput(f"{', '.join(args.files)} were not made by the same command but for --seed")
-    rows = []
+    rows, orders = [], []
     for same in zip(*(x["rows"] for x in seeds)):
         ways = {way: {name: [row[way][name] for row in same] for name in same[0][way]} for way in WAYS}
-        for found in ways.values():
-            found["loss - least"] = [loss - least for loss, least in zip(found["loss"], found["bayes"])]
         rows.append({**same[0], **ways})
-    noises, orders = sorted({row["eps"] for row in rows}), []
-    measured = (*PLACES, *(f"untrained {place}" for place in PLACES), "loss - least")
-    for eps, place in itertools.product(noises, measured):
+    measured = (*PLACES, *(f"untrained {place}" for place in PLACES))
+    for eps, place in itertools.product(sorted({row["eps"] for row in rows}), measured):
         group = [row for row in rows if row["eps"] == eps]
         tails = np.array([row["tail"] for row in group])
         errors = {way: np.array([row[way][place] for row in group]).T for way in WAYS}
         orders.append({"eps": eps, "place": place, **tail_order(tails, errors)})
-    return {"seeds": len(seeds), "steps": seeds[0]["steps"], "layers": seeds[0]["layers"], "rows": rows,
-            "orders": orders}
+    return {"seeds": len(seeds), "steps": seeds[0]["steps"], "rows": rows, "orders": orders}
 
 
 def show_bridge(x):
     """The summary as text."""
     names = ("loss", "bayes", "common", "untrained common", "own", "untrained own")
-    text = [f"Means over {x['seeds']} seeds. loss: of new sequences, bayes: the least there can be (nats).\n"
-            + "common, own: excess error of a probe with 5 labels a class on such contexts"]
-    for way in WAYS:
-        rows = [(f"{way}: objective", "eps", "tail", *names)]
-        for row in sorted(x["rows"], key=lambda row: (row["eps"], -row["tail"])):
-            cells = (row["tail"], *(np.mean(row[way][name]) for name in names))
-            rows.append((row["objective"], f"{row['eps']:g}", *(f"{cell:.3f}" for cell in cells)))
-        text.append(table(rows))
-    rows = [("eps", "Spearman with the tail of", *WAYS, "difference")]
-    rows += [(f"{y['eps']:g}", y["place"], *(spearman_text(y[name]) for name in (*WAYS, "difference")))
-             for y in x["orders"]]
-    return "\n\n".join([*text, table(rows, "<")])
+    means = [("objective", "queries", "eps", "tail", *names)]
+    for way, row in itertools.product(WAYS, sorted(x["rows"], key=lambda row: (row["eps"], -row["tail"]))):
+        cells = (row["tail"], *(np.mean(row[way][name]) for name in names))
+        means.append((row["objective"], way, f"{row['eps']:g}", *(f"{cell:.3f}" for cell in cells)))
+    orders = [("eps", "Spearman with the tail of", *WAYS, "difference")]
+    for y in x["orders"]:
+        found = (toy.spearman_text(y[name]) for name in (*WAYS, "difference"))
+        orders.append((f"{y['eps']:g}", y["place"], *found))
+    return (f"Means over {x['seeds']} seeds. loss: of new sequences, bayes: the least there can be (nats).\n"
+            "common, own: excess error of a probe with 5 labels a class on such contexts\n\n"
+            f"{table(means)}\n\n{table(orders, '<')}")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -206,7 +185,6 @@ def main(argv=None):
     train = commands.add_parser("train", help="all networks of one seed")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--steps", type=positive, help="of training (default: 400, quick 20)")
-    train.add_argument("--layers", type=positive, default=1, help="of the Transformer")
     train.add_argument("--quick", action="store_true", help="six objectives, no noise, few steps")
     summary = commands.add_parser("summary", help="the order of objectives over seeds")
     summary.add_argument("files", nargs="+", metavar="FILE", help="what train wrote, one for each seed")
@@ -214,20 +192,19 @@ def main(argv=None):
     for command in (train, summary):
         command.add_argument("--json", metavar="FILE", help="- for standard output")
     args = parser.parse_args(argv)
-    picture = getattr(args, "plot", None)
-    if picture:
-        plots.check(picture)
-    target = Path(args.json or "-").absolute()
-    if target.is_dir() or not target.parent.is_dir():
+    if not Path(args.json or "-").absolute().parent.is_dir():
         raise BadInput(f"--json {args.json}: name a file in a folder that is there")
-    results = plain(run_train(args) if args.command == "train" else run_summary(args))
-    text = "" if args.command == "train" else show_bridge(results)
-    if text and args.json != "-":
-        print(text)
-    if picture:
-        plots.bridge(picture, results)
-    write_json(args.json, {"command": f"experiments.bridge {args.command}", "results": results,
-                           "text": text.splitlines()})
+    if args.command == "train":
+        results = run_train(args)
+    else:
+        if args.plot:
+            plots.check(args.plot)
+        results = plain(run_summary(args))
+        if args.json != "-":
+            print(show_bridge(results))
+        if args.plot:
+            plots.bridge(args.plot, results)
+    write_json(args.json, {"command": f"experiments.bridge {args.command}", "results": results})
 
 
 if __name__ == "__main__":

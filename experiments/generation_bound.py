@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from experiments.spectrum import hidden_of, row, token_sets
 from objectives import from_options, spectral_loss
-from util import BadInput
 
 
 class LinearAttention:
@@ -27,7 +26,7 @@ class LinearAttention:
         self.Q, self.K, self.V, self.W = Q, K, V, W                            # (vocab, d) each
 
     def features(self, tokens, visible):
-        """tokens (B, s), visible bool (B, s) -> f(X) (B, d)."""
+        """tokens (B, s), visible bool (s,) or (B, s) -> f(X) (B, d)."""
         q = (self.Q[tokens] * visible[..., None]).sum(1)                       # (B, d)
         k = self.K[tokens] * visible[..., None]                                # (B, s, d)
         return torch.einsum("bd,bsd,bse->be", q, k, self.V[tokens])
@@ -43,108 +42,80 @@ class LinearAttention:
         terms = a[..., None] * v if power == 2 else a[..., None, None] * v[:, None]
         return max(torch.cdist(g, g).max().item() for g in terms.flatten(1, -2))
 
-    def growth(self, same):
-        """How many terms f has on n copies of one token, `same` (1, n): how much larger it is than on one."""
-        visible = torch.ones_like(same) > 0
-        many, one = (self.features(same[:, :n], visible[:, :n]).norm().item() for n in (same.shape[1], 1))
-        return many / one
-
 
 # ---------------------------------------------------------------------------- the bounds
 
-def misalignment(s_m, k, power):
-    """w_k, how many terms f has at s_m visible tokens and not at k - 1."""
-    return s_m ** power - (k - 1) ** power
-
-
 def printed_bound(s_m, delta, norm, eta):
-    """Theorem 4.3 as printed: the term of each k = 2 .. s_m + 1, whose mean is the bound.
-
-    At k = 1 it divides by zero, which is left out here, and beyond s_m + 1 w_k is negative.
-    """
+    """Theorem 4.3 as printed: the term of each k = 2 .. s_m + 1, whose mean is the bound."""
     k = np.arange(2, s_m + 2)
-    w = misalignment(s_m, k, 3)
+    w = s_m ** 3 - (k - 1) ** 3  # terms that f has at s_m visible tokens and not at k - 1
     return (w ** 2 / (k - 1) ** 6 + w * norm ** 2 * eta) / 2 + delta + 1
 
 
-def corrected_bound(s_m, delta, B, norm, eta, prefix_norms, q=2):
-    """What does hold, term by term: delta + E[(1 + 2B) D_k + D_k^2], k = 2 .. s_m + 1. prefix_norms (s_m, N).
-
-    s_m visible tokens give s_m^q terms and the prefix (k-1)^q of them. Each missing one is within eta of each
-    present one, so f(X_m) = s_m^q / (k-1)^q f(X_<k) + eps with ||eps|| <= w_k eta, w_k = s_m^q - (k-1)^q, and
-    no score moves by more than D_k = w_k / (k-1)^q ||W f(X_<k)|| + w_k ||W|| eta. delta bounds -a + b^2 for
-    scores a, b of X_m, |b| <= B.
-    """
+def corrected_bound(s_m, delta, B, norm, eta, prefix_norms):
+    """What does hold (THEORY.md), term by term; norm is ||W||, prefix_norms (s_m, N) are ||W f(X_<k)||."""
     k = np.arange(2, s_m + 2)[:, None]
-    w = misalignment(s_m, k, q)
-    D = w / (k - 1) ** q * prefix_norms + w * norm * eta
+    w = s_m ** 2 - (k - 1) ** 2
+    D = w / (k - 1) ** 2 * prefix_norms + w * norm * eta
     return delta + ((1 + 2 * B) * D + D ** 2).mean(1)
 
 
 def measure_attention(model, tokens, s_m):
-    """Loss (coefficient 1) and mean ||W f|| on prefixes of each length 1..s-1, and both bounds for training
-    with s_m visible tokens.
-
-    delta and B are maxima over all sequences, masks with s_m visible, and tokens. On D_sim P_G is uniform.
-    """
-    N, s = tokens.shape
+    """Loss (coefficient 1, P_G uniform) and mean ||W f|| on prefixes of each length 1..s-1, and both bounds
+    for training with s_m visible tokens, where delta and B are maxima over sequences, masks and tokens."""
+    s = tokens.shape[1]
     prefixes = torch.ones(s, s).tril(-1)[1:] > 0                               # (s - 1, s): 1 .. s-1 visible
-    scores = torch.stack([model.scores(tokens, x.expand(N, -1)) for x in prefixes])  # (s - 1, N, vocab)
+    scores = torch.stack([model.scores(tokens, x) for x in prefixes])          # (s - 1, N, vocab)
     loss = [(y.square().mean(1) - y.gather(1, tokens[:, k:k + 1])[:, 0]).mean().item()
             for k, y in enumerate(scores, 1)]
     delta, B = -math.inf, 0.0
     for visible in itertools.combinations(range(s), s_m):
         mask = torch.tensor([i in visible for i in range(s)])
-        y = model.scores(tokens, mask.expand(N, -1))
+        y = model.scores(tokens, mask)
         worst = y.square().max(1).values - y.gather(1, tokens[:, ~mask]).min(1).values
         delta, B = max(delta, worst.max().item()), max(B, y.abs().max().item())
-    W, lengths = torch.linalg.matrix_norm(model.W, 2).item(), scores.norm(dim=2).numpy()      # (s - 1, N)
-    return {"loss": np.array(loss), "norm": lengths.mean(1),
+    W, norms = torch.linalg.matrix_norm(model.W, 2).item(), scores.norm(dim=2).numpy()        # (s - 1, N)
+    return {"loss": np.array(loss), "norm": norms.mean(1),
             "printed": printed_bound(s_m, delta, W, model.eta(tokens, 3)),
-            "corrected": corrected_bound(s_m, delta, B, W, model.eta(tokens, 2), lengths[:s_m])}
+            "corrected": corrected_bound(s_m, delta, B, W, model.eta(tokens, 2), norms[:s_m])}
 
 
 # ---------------------------------------------------------------------------- the printed proof
 
-def proof_steps(model, tokens, s_m):
-    """The steps of A.4 in numbers -> {step: (left, right)} for the sequence and k where it is most wrong.
+def proof_steps(model, tokens, s_m, k=2):
+    """The steps of A.4 on one sequence (1, s), as rows: the printed ones fail, the corrected ones hold.
 
-    X_m is the prefix X_<k and as many of the last tokens as make s_m; x_k is hidden. Powers are those of a
-    double sum, so that only the step itself is tested. "here" is what does hold.
+    X_m is the prefix X_<k and as many of the last tokens as make s_m. Powers are those of a double sum.
     """
-    found, eta, (N, s) = {}, model.eta(tokens, 2), tokens.shape
-    for k in range(2, s_m + 1):
-        before = torch.arange(s) < k - 1
-        shown = before | (torch.arange(s) >= s - (s_m - k + 1))
-        f, f_m = (model.features(tokens, mask.expand(N, -1)) for mask in (before, shown))
-        y, y_m = f @ model.W.T, f_m @ model.W.T
-        target = F.one_hot(tokens[:, k - 1], len(model.W)).to(y)
-        ratio, w = s_m ** 2 / (k - 1) ** 2, misalignment(s_m, k, 2)
-        eps = f_m - ratio * f
-        a, b, both = (x.square().sum(1) / 2 for x in (y - target, y_m - target, y_m - y))
-        moved, size = (f_m - f).norm(dim=1), eps.square().sum(1)
-        steps = {"Eq. 10  -[W f(X_<k)]_+ = |W f(X_<k) - 1|^2/2 - 1": (-(y * target).sum(1), a - 1),
-                 "Eq. 11  |x - 1|^2/2 <= |x - y|^2/2 + |y - 1|^2/2": (a, both + b),
-                 "  here  |x - 1|^2/2 <= |x - y|^2 + |y - 1|^2": (a, 2 * both + 2 * b),
-                 "Eq. 12  |W f(X_m) - 1|^2/2 = 1 - [W f(X_m)]_+": (b, 1 - (y_m * target).sum(1)),
-                 "Eq. 16  |eps|^2 <= w eta": (size, torch.full((N,), w * eta)),
-                 "  here  |eps|^2 <= (w eta)^2": (size, torch.full((N,), (w * eta) ** 2)),
-                 "Eq. 19  |f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) - eps|":
-                     (moved, ((ratio - 1) * f - eps).norm(dim=1)),
-                 "  here  |f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) + eps|":
-                     (moved, ((ratio - 1) * f + eps).norm(dim=1)),
-                 "Eq. 21  [W f(X_<k)]^2 <= 1 for every token": (y.square().max(1).values, torch.ones(N))}
-        for step, (left, right) in steps.items():
-            excess = (left - right).abs() if " = " in step else left - right
-            i = excess.argmax().item()
-            worst = (excess[i].item(), left[i].item(), right[i].item())
-            found[step] = max(found.get(step, worst), worst)
-    return {step: worst[1:] for step, worst in found.items()}
-
-
-def fails(step, left, right):
-    """Whether a step of the proof is wrong for these numbers."""
-    return (abs(left - right) if " = " in step else left - right) > 1e-9 * max(1, abs(right))
+    i, s = torch.arange(tokens.shape[1]), tokens.shape[1]
+    before, last = i < k - 1, i >= s - (s_m - k + 1)
+    f, f_m = (model.features(tokens, seen)[0] for seen in (before, before | last))
+    y, y_m = model.W @ f, model.W @ f_m
+    target = F.one_hot(tokens[0, k - 1], len(model.W)).to(y)
+    ratio, w_eta = s_m ** 2 / (k - 1) ** 2, (s_m ** 2 - (k - 1) ** 2) * model.eta(tokens, 2)
+    eps = f_m - ratio * f
+    a, b, both = (x.square().sum() / 2 for x in (y - target, y_m - target, y_m - y))
+    moved, size = (f_m - f).norm(), eps.square().sum()
+    minus, plus = (((ratio - 1) * f + sign * eps).norm() for sign in (-1, 1))
+    steps = [("Eq. 10", "-[W f(X_<k)]_+ = |W f(X_<k) - 1|^2/2 - 1", -y @ target, a - 1),
+             ("Eq. 11", "|x - 1|^2/2 <= |x - y|^2/2 + |y - 1|^2/2", a, both + b),
+             ("corrected", "|x - 1|^2/2 <= |x - y|^2 + |y - 1|^2", a, 2 * both + 2 * b),
+             ("Eq. 12", "|W f(X_m) - 1|^2/2 = 1 - [W f(X_m)]_+", b, 1 - y_m @ target),
+             ("Eq. 16", "|eps|^2 <= w eta", size, w_eta),
+             ("corrected", "|eps|^2 <= (w eta)^2", size, w_eta ** 2),
+             ("Eq. 19", "|f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) - eps|", moved, minus),
+             ("corrected", "|f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) + eps|", moved, plus),
+             ("Eq. 21", "[W f(X_<k)]^2 <= 1 for every token", y.square().max(), 1)]
+    rows = []
+    for equation, formula, left, right in steps:
+        excess, sides = left - right, f"left {left:.1f}, right {right:.1f}"
+        holds = (abs(excess) if " = " in formula else excess) <= 1e-9 * max(1, abs(right))
+        printed, computed, verdict = formula, sides, "does not hold"
+        if equation == "corrected":
+            printed, computed, verdict = "", f"{formula}: {sides}", "holds"
+        rows.append(row(f"A.4  {equation}, the same model", printed, computed, holds == (verdict == "holds"),
+                        verdict))
+    return rows
 
 
 def broken_model(c=60.0):
@@ -157,89 +128,77 @@ def broken_model(c=60.0):
 
 # ---------------------------------------------------------------------------- the experiment
 
-def train_attention(objective, tokens, vocab, d, steps, batch=128, lr=0.02, seed=0):
-    """Adam on objectives.spectral_loss, with groups drawn by the objective. The head is halved at the end,
+def descend(loss, weights, steps, lr=0.02):
+    """Minimise loss() over the weights by Adam, at a rate that falls linearly."""
+    optimizer = torch.optim.Adam(weights, lr=lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def train_attention(objective, tokens, vocab, d, steps, batch=128, seed=0):
+    """Train on objectives.spectral_loss, with groups drawn by the objective. The head is halved at the end,
     which minimises Eq. 1 as printed: L_1(f, W/2) = L_2(f, W) / 4."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(4, vocab, d, generator=generator, dtype=torch.float64) * d ** -0.5
     weights = [x.clone().requires_grad_() for x in weights]
     marginal = torch.full((vocab,), 1 / vocab, dtype=torch.float64)
-    optimizer = torch.optim.Adam(weights, lr=lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, steps)
-    for _ in range(steps):
+
+    def loss():
         x = tokens[torch.randint(len(tokens), (batch,), generator=generator)]
         groups = objective.groups(batch, tokens.shape[1], generator)
         which, p = (groups > 1).nonzero(as_tuple=True)
-        loss = spectral_loss(LinearAttention(*weights).scores(x, groups == 1)[which], x[which, p], marginal)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return spectral_loss(LinearAttention(*weights).scores(x, groups == 1)[which], x[which, p], marginal)
+
+    descend(loss, weights, steps)
     Q, K, V, W = (x.detach() for x in weights)
     return LinearAttention(Q, K, V, W / 2)
 
 
 def theorem43(r=2, s=6, T=2, rho=0.5, steps=1000, d=32, seed=0):
     """Linear attention trained with masks of one length and of every length, evaluated on prefixes of every
-    length -> its numbers and "rows".
-
-    Beside them two ideals, -1/4 sum_v P(v)^2 / P_G(v) with P_G = 1/(rsT): told the position, P = 1/T on T
-    tokens gives -rs/4; blind to it, as the masked loss is, P = 1/((s-m)T) on the tokens of all s - m
-    positions outside a prefix of m gives -rs / (4(s-m)). No mask ratio closes that gap.
-    """
-    hidden, vocab, m = hidden_of(rho, s), r * s * T, np.arange(1, s)
-    if r * T ** s > 2000:
-        raise BadInput(f"r = {r}, s = {s}, T = {T} give {r * T ** s} sequences and the limit is 2000; use a "
-                       "smaller --r, --s or --T")
-    s_m, sets = s - hidden, token_sets(r, s, T)
+    length, beside the least losses of models that are told the position and of those blind to it."""
+    hidden, sets, vocab, m = hidden_of(rho, s), token_sets(r, s, T), r * s * T, np.arange(1, s)
     tokens = torch.tensor([x for y in sets for x in itertools.product(*y.tolist())]) - int(sets.min())
-    masked, variable = from_options("mlm", mask=hidden / s), from_options("vl", mask=(0.5 / s, 1 - 0.5 / s))
-    one, all_lengths = (train_attention(x, tokens, vocab, d, steps, seed=seed) for x in (masked, variable))
-    x, every = measure_attention(one, tokens, s_m), [measure_attention(all_lengths, tokens, n) for n in m]
-    blind, told, broken = -r * s / (4 * (s - m)), np.full(s - 1, -r * s / 4), broken_model()
-    result = {
-        "visible": s_m, "prefix": m, "loss_one_length": x["loss"], "loss_all_lengths": every[0]["loss"],
-        "ideal_blind": blind, "ideal_told_position": told, "norm_one_length": x["norm"],
-        "printed_bound": x["printed"], "corrected_bound": x["corrected"],
-        "corrected_bound_all_lengths": np.array([y["corrected"][-1] for y in every]),  # s_m = m, D = 0
-        "share_of_blindness": (blind - told)[:s_m].sum() / (x["loss"] - told)[:s_m].sum(),
-        "share_of_blindness_all_prefixes": (blind - told).sum() / (x["loss"] - told).sum(),
-        "w": misalignment(s_m, np.arange(1, s + 1), 3), "growth": one.growth(tokens[:1, :1].expand(1, s_m)),
-        "counterexample": {key: value.mean() for key, value in measure_attention(*broken).items()},
-        "proof": proof_steps(one, tokens, s_m), "proof_counterexample": proof_steps(*broken)}
-    return {**result, "rows": list(rows43(result))}
+    # The least loss -1/4 sum_v P(v)^2 / P_G(v), P_G = 1/(rsT): told the position, P = 1/T on T tokens; blind,
+    # as the masked loss is, P = 1/((s-m)T) on those of all positions outside a prefix of m.
+    blind, told = -r * s / (4 * (s - m)), np.full(s - 1, -r * s / 4)
+    masks = from_options("mlm", mask=hidden / s), from_options("vl", mask=(0.5 / s, 1 - 0.5 / s))
+    model, all_lengths = (train_attention(x, tokens, vocab, d, steps, seed=seed) for x in masks)
+    s_m = s - hidden
+    x, every = measure_attention(model, tokens, s_m), [measure_attention(all_lengths, tokens, n) for n in m]
+    one, several, below = x["loss"], every[0]["loss"], np.array([y["corrected"][-1] for y in every])  # D = 0
+    short, whole = ((blind - told)[:n].sum() / (one - told)[:n].sum() for n in (s_m, s))
 
-
-def rows43(x):
-    """What Theorem 4.3 prints beside what was computed."""
-    broken, s_m, w, norms = x["counterexample"], x["visible"], x["w"], x["norm_one_length"]
-    yield row("4.3  printed bound, a model against it", f"L <= {broken['printed']:.1f}",
-              f"L = {broken['loss']:.1f}", broken["loss"] > broken["printed"], "does not hold")
-    yield row("4.3  corrected bound, the same model", "",
-              f"L = {broken['loss']:.1f} <= {broken['corrected']:.1f}", broken["loss"] <= broken["corrected"],
-              "holds")
-    for step, (left, right) in x["proof_counterexample"].items():
-        equation, formula = step.strip().split("  ")
-        wrong, here = fails(step, left, right), equation == "here"
-        yield row(f"A.4  {'corrected' if here else equation}, the same model", "" if here else formula,
-                  f"{formula}: " * here + f"left {left:.1f}, right {right:.1f}", wrong != here,
-                  "holds" if here else "does not hold")
-    yield row(f"4.3  terms of linear attention, {s_m} tokens", f"triple sum, {s_m ** 3}",
-              f"{x['growth']:.1f}", abs(x["growth"] - s_m ** 2) < 1e-6, "double sum")
-    yield row("4.3  the sum over k", "all k", f"w_k = {', '.join(map(str, w))}",
-              (w[:s_m + 1] >= 0).all() and (w[s_m + 1:] < 0).all(), "k = 2 .. s_m + 1 only")
-    yield row("4.3  ||W f||, by length of the prefix", "1", ", ".join(f"{norm:.2f}" for norm in norms),
-              len(norms) == 1 or np.ptp(norms) > 0, "differs by length")
-    one, every = x["loss_one_length"], x["loss_all_lengths"]
-    bound, below = x["corrected_bound"], x["corrected_bound_all_lengths"]
-    yield row("4.3  trained linear attention", f"L <= {x['printed_bound'].mean():.1f}",
-              f"L = {one[:s_m].mean():.3f} <= {bound.mean():.1f}",
-              (one[:s_m] <= bound).all() and (every <= below).all(), "holds, vacuous")
-    if len(one) > 1:  # there are other lengths
-        elsewhere = [np.delete(losses, s_m - 1).mean() for losses in (one, every)]
-        yield row(f"4.3  loss at lengths other than {s_m}", "all lengths better",
-                  f"one {elsewhere[0]:.3f}, all {elsewhere[1]:.3f}", elsewhere[1] < elsewhere[0], "holds")
-        short, whole = x["share_of_blindness"], x["share_of_blindness_all_prefixes"]
-        yield row("4.3  the gap to the ideal is blindness", "w_k and eta",
-                  f"{short:.0%} up to {s_m} tokens, {whole:.0%} of all", min(short, whole) > 0.5,
-                  "mostly neither")
+    broken = {key: value.mean() for key, value in measure_attention(*broken_model()).items()}
+    loss, printed, corrected = (broken[name] for name in ("loss", "printed", "corrected"))
+    rows = [row("4.3  printed bound, a model against it", f"L <= {printed:.1f}", f"L = {loss:.1f}",
+                loss > printed, "does not hold"),
+            row("4.3  corrected bound, the same model", "", f"L = {loss:.1f} <= {corrected:.1f}",
+                loss <= corrected, "holds"), *proof_steps(*broken_model())]
+    copies, w = tokens[:1, :1].expand(1, s_m), s_m ** 3 - np.arange(s) ** 3
+    f, f_of_one = (model.features(copies, torch.arange(s_m) < n).norm().item() for n in (s_m, 1))
+    rows += [row(f"4.3  terms of linear attention, {s_m} tokens", f"triple sum, {s_m ** 3}",
+                 f"{f / f_of_one:.1f}", abs(f / f_of_one - s_m ** 2) < 1e-6, "double sum"),
+             row("4.3  the sum over k", "all k", f"w_k = {', '.join(map(str, w))}",
+                 (w[:s_m + 1] >= 0).all() and (w[s_m + 1:] < 0).all(), "k = 2 .. s_m + 1 only"),
+             row("4.3  ||W f||, by length of the prefix", "1", ", ".join(f"{norm:.2f}" for norm in x["norm"]),
+                 s == 2 or np.ptp(x["norm"]) > 0, "differs by length"),
+             row("4.3  trained linear attention", f"L <= {x['printed'].mean():.1f}",
+                 f"L = {one[:s_m].mean():.3f} <= {x['corrected'].mean():.1f}",
+                 (one[:s_m] <= x["corrected"]).all() and (several <= below).all(), "holds, vacuous")]
+    if s > 2:  # there are other lengths
+        elsewhere = [np.delete(losses, s_m - 1).mean() for losses in (one, several)]
+        rows += [row(f"4.3  loss at lengths other than {s_m}", "all lengths better",
+                     f"one {elsewhere[0]:.3f}, all {elsewhere[1]:.3f}", elsewhere[1] < elsewhere[0], "holds"),
+                 row("4.3  the gap to the ideal is blindness", "w_k and eta",
+                     f"{short:.0%} up to {s_m} tokens, {whole:.0%} of all", min(short, whole) > 0.5,
+                     "mostly neither")]
+    return {"visible": s_m, "prefix": m, "loss_one_length": one, "loss_all_lengths": several,
+            "ideal_blind": blind, "ideal_told_position": told, "norm_one_length": x["norm"],
+            "printed_bound": x["printed"], "corrected_bound": x["corrected"],
+            "corrected_bound_all_lengths": below, "share_of_blindness": short,
+            "share_of_blindness_all_prefixes": whole, "rows": rows}

@@ -2,43 +2,32 @@
 
     python spectral.py toy [--quick] [--plot FILE.png]
 
-Noisy toy model. D_sim (Sec. 4.1.2: r classes, s positions, T values for each class and position), but the
-class of each token is redrawn uniformly with probability eps, independently. pi_y = P(y | x_S) is the
-posterior of a context of m = |S| tokens; it depends on how many of them are of each class alone.
-
-The split of the spectrum. Let R(m) = (r E sum_y pi_y^2 - 1) / (r - 1) and Q = q(S,p) / sqrt(q_C(S) q_G(p)).
-The non-zero singular values of Abar are those of Q, once, and those of Q with row S times
-(1 - eps) sqrt(R(|S|)), r - 1 times.
-
-The sector rule. The class survives a bottleneck of t features once t >= #{position sigma_j > sigma_1 of the
-class part} + r - 1, where contexts and targets are connected through q. THEORY.md has the proofs.
-
-The tail of Theorem 4.1 is the sum over j > t of sigma_j^4 of this Abar, with its noise, at the bottleneck t.
-Without a bottleneck it is 0: there the errors of probes with few labels are compared with the tail at t = r,
-as many features as classes.
+The noisy toy model is D_sim (Sec. 4.1.2), but the class of each token is redrawn uniformly with probability
+eps. THEORY.md proves how its spectrum splits into positions and classes, and how many features the class
+needs. The tail of Theorem 4.1 is the sum over j > t of sigma_j^4 of this Abar, with its noise, at the
+bottleneck t; where there is none, errors with few labels are compared with the tail at t = r.
 """
 
 import contextlib
 import itertools
 import math
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import CLASSES, POSITIONS, VALUES, draw_tokens
-from experiments.spectrum import best_features, pairs, probe_errors
+from data import draw_tokens
+from experiments.spectrum import best_features, normalised, pairs, probe_errors, subsets
 from objectives import OBJECTIVES, PAPER, describe, from_options
-from util import BadInput, numbers, plain, positive, table
+from util import BadInput, plain, table
 
 LOSSES = ("spectral", "cross-entropy")
 PLACES = ("own", "common")  # contexts
+LABELS = 5          # examples of each class, where few
 RIDGE = 0.1         # of few-label probes: a share of the mean squared length of the centred examples
 RESOLUTION = 0.001  # errors closer than this share a rank
-LIMIT = 40_000      # rows of the merged P_M: some seconds
 
 
 # ---------------------------------------------------------------------------- the noisy toy model, exactly
@@ -55,13 +44,11 @@ class NoisyToy:
     def __post_init__(self):
         if not 0 <= self.eps < 1:
             raise BadInput(f"--eps {self.eps:g} is not in [0, 1); at 1 tokens say nothing of the class")
-        if self.r < 2 or not 2 <= self.s <= 12:
-            raise BadInput(f"--r {self.r} --s {self.s}: give at least two classes, and 2 to 12 positions")
 
     def kinds(self, m):
         """Contexts of m tokens by how many are of each class -> P(counts) (n,), posterior pi (n, r)."""
-        drawn = [Counter(x) for x in itertools.combinations_with_replacement(range(self.r), m)]
-        counts = np.array([[x[c] for c in range(self.r)] for x in drawn])
+        drawn = itertools.combinations_with_replacement(range(self.r), m)
+        counts = np.array([[x.count(c) for c in range(self.r)] for x in drawn])
         ways = np.array([math.factorial(m) // math.prod(map(math.factorial, n)) for n in counts.tolist()])
         other = self.eps / self.r
         joint = (1 - self.eps + other) ** counts * other ** (m - counts) * ways[:, None] / self.r  # (n, r)
@@ -86,12 +73,11 @@ class NoisyToy:
 def split(model, contexts, q):
     """-> singular values of the position part, of each of the r - 1 class parts, of all, and the t that the
     sector rule asks for: how many of all are at least the least of the components' largest class values."""
-    q = q[:, q.sum(0) > 0]
-    Q = q / np.sqrt(q.sum(1, keepdims=True) * q.sum(0))
+    Q = normalised(q[:, q.sum(0) > 0])
     weighted = Q * (1 - model.eps) * np.sqrt([[model.R(int(m))] for m in contexts.sum(1)])
     position, classes = (np.linalg.svd(x, compute_uv=False) for x in (Q, weighted))
     every = np.sort(np.append(position, np.tile(classes, model.r - 1)))[::-1]
-    linked = np.linalg.matrix_power((weighted.T @ weighted > 0).astype(float), q.shape[1]) > 0  # two targets
+    linked = np.linalg.matrix_power((weighted.T @ weighted > 0).astype(float), Q.shape[1]) > 0  # two targets
     parts = (weighted[:, part] for part in np.unique(linked, axis=0) if part.any())
     last = min(np.linalg.svd(part, compute_uv=False)[0] for part in parts)
     return position, classes, every, int((every > last - 1e-9).sum())
@@ -102,32 +88,21 @@ def merged(model, contexts, q):
 
     Rows that become one are multiples of each other, and so are columns: the singular values stay.
     """
-    sizes = contexts.sum(1).tolist()
-    kinds = {m: model.kinds(m) for m in set(sizes)}
-    rows = sum(len(kinds[m][0]) for m in sizes)
-    if rows > LIMIT:
-        raise BadInput(f"--r {model.r} --s {model.s} give {rows} kinds of contexts and the limit is {LIMIT}; "
-                       "use smaller ones")
-    P = []
-    for m, targets in zip(sizes, q):
-        probability, pi = kinds[m]
-        P.append(np.einsum("n,p,nc->npc", probability, targets, model.of_target(pi)).reshape(len(pi), -1))
-    return np.concatenate(P), np.concatenate([kinds[m][1] for m in sizes])
+    kinds = [model.kinds(int(m)) for m in contexts.sum(1)]
+    P = [np.einsum("n,p,nc->npc", probability, targets, model.of_target(pi)).reshape(len(pi), -1)
+         for (probability, pi), targets in zip(kinds, q)]
+    return np.concatenate(P), np.concatenate([pi for _, pi in kinds])
 
 
 def bayes_loss(model, contexts, q, blind):
     """The least cross-entropy of a target in nats: H(X_p | x_S, p) where p is told, H(X_p, p | x_S) where a
     network is blind."""
-    sizes, C, total = contexts.sum(1), q.sum(1), math.log(model.T)
-    for m in np.unique(sizes):
-        probability, pi = model.kinds(int(m))
-        total += C[sizes == m].sum() * (probability @ entropy(model.of_target(pi)))
-    return total + C @ entropy(q / C[:, None]) if blind else total
+    def entropy(P):  # of each row
+        return torch.special.entr(torch.tensor(P)).sum(-1).numpy()
 
-
-def entropy(P):
-    """Of each row, in nats."""
-    return -(P * np.log(np.where(P > 0, P, 1))).sum(1)
+    C, kinds = q.sum(1), (model.kinds(int(m)) for m in contexts.sum(1))
+    loss = math.log(model.T) + C @ [P @ entropy(model.of_target(pi)) for P, pi in kinds]
+    return loss + C @ entropy(q / C[:, None]) if blind else loss
 
 
 def exact_probe(P, pi, ts, rotations=10, seed=0):
@@ -136,6 +111,12 @@ def exact_probe(P, pi, ts, rotations=10, seed=0):
     turned, _ = best_features(P[:, P.sum(0) > 0], rotations, seed)
     errors = np.mean([probe_errors(U, P.sum(1), pi) for U in turned], axis=0)
     return errors[np.minimum(ts, len(errors)) - 1]
+
+
+def common_contexts(s):
+    """The same for all objectives: contexts (2^s - 2, s) and q of that shape, every size alike."""
+    contexts = subsets(s)
+    return torch.tensor(contexts), torch.tensor([[1 / math.comb(s, int(m))] * s for m in contexts.sum(1)])
 
 
 # ---------------------------------------------------------------------------- networks, many at a time
@@ -154,17 +135,6 @@ def draw_texts(model, contexts, q, N, generator):
     target = model.of_target(pi).repeat_interleave(T, 1) / T                   # (N, r T), at every position
     P = (q[row] / q[row].sum(1, keepdim=True))[..., None] * target[:, None]    # (N, s, r T)
     return bag.flatten(1), P.flatten(1), pi, y
-
-
-def initial(V, ts, seeds, width, generator):
-    """Networks bag -> width -> t -> scores, for every seed and each of n ts: E, b, W2, W, and the features
-    that each may use."""
-    n, most = len(ts), max(ts)
-    used = (torch.arange(most) < torch.tensor(ts)[:, None]).float()            # (n, most)
-    E, W2, W = ((torch.randn(*shape, generator=generator) * scale).requires_grad_() for shape, scale in
-                (((seeds, V, n * width), 0.5), ((seeds * n, width, most), width ** -0.5),
-                 ((seeds * n, most, V), most ** -0.5)))
-    return [E, torch.zeros(seeds, 1, n * width, requires_grad=True), W2, W, used.repeat(seeds, 1)[:, None]]
 
 
 def features(weights, bag):
@@ -186,8 +156,14 @@ def network_losses(weights, bag, P, root, kind):
 
 
 def train_networks(model, contexts, q, ts, kind, seeds, steps, generator, batch=64, width=64, lr=0.03):
-    """Train all bottlenecks ts from `seeds` initialisations at once by Adam, each seed on own contexts."""
-    weights = initial(model.s * model.r * model.T, ts, seeds, width, generator)
+    """Networks bag -> width -> t -> scores, for every seed and each of n ts, trained at once by Adam, each
+    seed on own contexts -> their weights E, b, W2, W, the features that each may use, and sqrt(P_G)."""
+    V, n, most = model.s * model.r * model.T, len(ts), max(ts)
+    E, W2, W = ((torch.randn(*shape, generator=generator) * scale).requires_grad_() for shape, scale in
+                (((seeds, V, n * width), 0.5), ((seeds * n, width, most), width ** -0.5),
+                 ((seeds * n, most, V), most ** -0.5)))
+    used = (torch.arange(most) < torch.tensor(ts)[:, None]).float().repeat(seeds, 1)[:, None]
+    weights = [E, torch.zeros(seeds, 1, n * width, requires_grad=True), W2, W, used]
     root = (q.sum(0).repeat_interleave(model.r * model.T) / (model.r * model.T)).sqrt().clamp(min=1e-6)
     optimizer = torch.optim.Adam(weights[:4], lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -216,14 +192,14 @@ def all_labels(f, pi):
     return bayes_excess(f @ torch.linalg.solve(gram + ridge, f.mT @ pi), pi)
 
 
-def few_label_errors(f, pi, y, labels, draws, generator):
-    """Excess over Bayes of ridge regression on `labels` examples a class, a mean over draws (nets,)."""
+def few_label_errors(f, pi, y, generator, draws=20):
+    """Excess over Bayes of ridge regression on a few examples of each class, a mean over draws (nets,)."""
     total = torch.zeros(len(f))
     for _ in range(draws):
         order = torch.randperm(len(y), generator=generator)
-        chosen = torch.cat([order[y[order] == c][:labels] for c in range(pi.shape[1])])
+        chosen = torch.cat([order[y[order] == c][:LABELS] for c in range(pi.shape[1])])
         centre = f[:, chosen].mean(1, keepdim=True)
-        x = f[:, chosen] - centre                                              # (nets, labels r, t)
+        x = f[:, chosen] - centre                                              # (nets, LABELS r, t)
         gram, one_hot = x @ x.mT, torch.eye(pi.shape[1])[y[chosen]]
         size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         system = gram + (RIDGE * size + 1e-12) * torch.eye(len(chosen))
@@ -232,22 +208,20 @@ def few_label_errors(f, pi, y, labels, draws, generator):
     return total / draws
 
 
-def measure_networks(model, own, common, kind, args, generator, draws=20):
-    """Train one objective's networks under one loss -> excess errors over Bayes; own, common: contexts and q.
+def measure_networks(model, own, kind, ts, seeds, steps, generator):
+    """Train one objective's networks under one loss -> excess errors over Bayes; own: contexts and q.
 
     `all` (seeds, n): all labels, own contexts. `own`, `common` (1, seeds): few labels, no bottleneck.
     """
-    seeds, ts, result = args.seeds, args.bottlenecks, {}
-    steps = args.steps if kind in LOSSES else 0
-    weights, _ = train_networks(model, *own, ts, kind, seeds, steps, generator)
-    for place, drawn_from in (("own", own), ("common", common)):
-        bag, _, pi, y = draw_texts(model, *drawn_from, 2048, generator)
+    weights, _ = train_networks(model, *own, ts, kind, seeds, steps if kind in LOSSES else 0, generator)
+    found = {}
+    for place, (contexts, q) in zip(PLACES, (own, common_contexts(model.s))):
+        bag, _, pi, y = draw_texts(model, contexts, q, 2048, generator)
         f = features(weights, bag.expand(seeds, -1, -1))
-        widest = f[len(ts) - 1::len(ts)]
-        result[place] = few_label_errors(widest, pi, y, args.labels, draws, generator)[None]
+        found[place] = few_label_errors(f[len(ts) - 1::len(ts)], pi, y, generator)[None]
         if place == "own":
-            result["all"] = all_labels(f, pi).view(seeds, -1)
-    return {name: value.numpy() for name, value in result.items()}
+            found["all"] = all_labels(f, pi).view(seeds, -1)
+    return {name: value.numpy() for name, value in found.items()}
 
 
 # ---------------------------------------------------------------------------- what follows from the tail
@@ -269,23 +243,20 @@ def correlation(x, errors, resamples=300):
 
 
 def findings(rows, ts, r):
-    """For each noise and loss: what orders the objectives' errors, as Spearman correlations.
+    """For each noise and loss: Spearman correlations of the objectives' errors with Theorem 4.1's tail.
 
-    `at`: with the bottleneck t and Theorem 4.1's tail at that t; `exact_tail` is of the exact features.
-    `few`: few labels and no bottleneck, with the tail at r.
+    `at`: bottleneck t, tail at t; `exact_tail` is of the exact features. `few`: few labels, no bottleneck,
+    tail at r.
     """
     result = []
     for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
         group = [row for row in rows if row["eps"] == eps]
-        tails, needs = (np.array([row[name] for row in group]) for name in ("tails", "needs"))
-        exact = np.array([[row["exact"][t - 1] for t in ts] for row in group])  # (objectives, n)
+        tails, exact = (np.array([row[name] for row in group]).T for name in ("tails", "exact"))
         errors = np.stack([row[kind]["all"] for row in group], 1)              # (seeds, objectives, n)
-        few = {place: correlation(tails[:, r - 1], np.stack([row[kind][place][0] for row in group], 1))
+        few = {place: correlation(tails[r - 1], np.stack([row[kind][place][0] for row in group], 1))
                for place in PLACES}
-        at = [{"t": t, "exact_tail": spearman(tails[:, t - 1], exact[:, k]),
-               **{name: correlation(x, errors[:, :, k]) for name, x in
-                  (("tail", tails[:, t - 1]), ("needs", needs), ("exact", exact[:, k]))}}
-              for k, t in enumerate(ts)]
+        at = [{"t": t, "exact_tail": spearman(tails[t - 1], exact[t - 1]),
+               "tail": correlation(tails[t - 1], errors[:, :, k])} for k, t in enumerate(ts)]
         result.append({"eps": eps, "loss": kind, "few": few, "at": at})
     return result
 
@@ -304,32 +275,18 @@ def candidates(s, quick=False):
     return [objective for objective in made if not objective.images_only]
 
 
-def add_toy_arguments(parser):
-    """The options of `spectral.py toy`, but for --seed, --plot and --json."""
-    for name, default, text in (
-            ("r", CLASSES, "classes"), ("s", POSITIONS, "positions"),
-            ("T", VALUES, "values per class and position"),
-            ("labels", 5, "examples of each class, where few"), ("seeds", None, "(default: 5, quick 2)"),
-            ("steps", None, "of training (default: 1000, quick 300)")):
-        parser.add_argument(f"--{name}", type=positive, default=default, help=text)
-    parser.add_argument("--eps", type=numbers, help="how often a class is redrawn (default: 0,0.3,0.5)")
-    parser.add_argument("--bottlenecks", type=numbers, help="sizes t (default: 2,3,4,6,8,10,12,16)")
-    parser.add_argument("--quick", action="store_true", help="six objectives, few steps: half a minute")
-
-
 def run_toy(args):
     """Exact spectra, probes and trained networks of all objectives and noises -> results of plain numbers."""
-    quick, r, s = args.quick, args.r, args.s
-    args.seeds, args.steps = args.seeds or (2 if quick else 5), args.steps or (300 if quick else 1000)
-    args.eps = np.atleast_1d(args.eps or ((0.0, 0.5) if quick else (0.0, 0.3, 0.5))).tolist()
-    ts = np.unique(args.bottlenecks or ((2, 4, 8) if quick else (2, 3, 4, 6, 8, 10, 12, 16)))
-    args.bottlenecks = [*ts[ts < r * s].tolist(), r * s]  # the last: no less than the rank
-    models, chosen, rows = [NoisyToy(r, s, args.T, eps) for eps in args.eps], {}, []
-    for objective in candidates(s, quick):
+    r, s = args.r, args.s
+    seeds, steps, noises, ts = 5, 1000, (0.0, 0.3, 0.5), (2, 3, 4, 6, 8, 10, 12, 16)
+    if args.quick:
+        seeds, steps, noises, ts = 2, 300, (0.0, 0.5), (2, 4, 8)
+    noises = np.atleast_1d(args.eps or noises).tolist()
+    ts = [*(t for t in ts if t < r * s), r * s]  # the last: no less than the rank
+    models, chosen, rows = [NoisyToy(r, s, args.T, eps) for eps in noises], {}, []
+    for objective in candidates(s, args.quick):
         with contextlib.suppress(BadInput):                                    # too many f to list
             chosen[objective] = pairs(objective, s)
-    subsets = np.indices((2,) * s).reshape(s, -1).T[1:-1] > 0  # common contexts: all sizes alike
-    common = torch.tensor(subsets), torch.tensor([[1 / math.comb(s, int(m))] * s for m in subsets.sum(1)])
     for model, (objective, (contexts, q)) in itertools.product(models, chosen.items()):
         name, eps = describe(objective), model.eps
         _, _, sigma, needs = split(model, contexts, q)
@@ -342,10 +299,10 @@ def run_toy(args):
         for kind in (*LOSSES, "untrained"):
             key = f"{args.seed} {name} {eps} {kind}"                           # the same whatever else is run
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            row[kind] = measure_networks(model, own, common, kind, args, generator)
+            row[kind] = measure_networks(model, own, kind, ts, seeds, args.steps or steps, generator)
         rows.append(row)
-    return plain({"bottlenecks": args.bottlenecks, "classes": r, "labels": args.labels, "losses": LOSSES,
-                  "seeds": args.seeds, "rows": rows, "findings": findings(rows, args.bottlenecks, r)})
+    return plain({"bottlenecks": ts, "classes": r, "labels": LABELS, "losses": LOSSES, "seeds": seeds,
+                  "rows": rows, "findings": findings(rows, ts, r)})
 
 
 def spearman_text(x):
@@ -357,31 +314,26 @@ def show_toy(x):
     """The results of run_toy as text: errors with a bottleneck, errors with few labels, what orders them."""
     ts, r, losses = x["bottlenecks"], x["classes"], x["losses"]
     shown = [t for t in ts if t in (r, 2 * r, 3 * r)] or ts[:1]
-    first = ("objective", "eps", "Bayes")
-    narrow = [(*first, "needs t", *(f"t={t} {name}" for t in shown for name in ("tail", "exact", *losses)))]
     columns = list(itertools.product(PLACES, (*losses, "untrained")))
-    few = [(*first, "tail", *map(": ".join, columns))]
+    narrow = [("objective", "eps", "Bayes", "needs t",
+               *(f"t={t} {name}" for t in shown for name in ("tail", "exact", *losses)))]
+    few = [("objective", "eps", "Bayes", "tail", *map(": ".join, columns))]
+    orders = [("loss", "eps", "bottleneck t", "networks", "exact features")]
     for row in x["rows"]:
-        name = row["objective"], f"{row['eps']:g}", f"{row['bayes']:.3f}"
-        cells = []
+        name, cells = (row["objective"], f"{row['eps']:g}", f"{row['bayes']:.3f}"), []
         for t in shown:
-            networks = [np.mean(row[kind]["all"], 0)[ts.index(t)] for kind in losses]
+            networks = (np.mean(row[kind]["all"], 0)[ts.index(t)] for kind in losses)
             cells += [row["tails"][t - 1], row["exact"][t - 1], *networks]
         narrow.append((*name, str(row["needs"]), *(f"{cell:.3f}" for cell in cells)))
         cells = [row["tail"], *(np.mean(row[kind][place]) for place, kind in columns)]
         few.append((*name, *(f"{cell:.3f}" for cell in cells)))
-    orders = [("loss", "eps", "t", "tail at t", "needs t", "exact error", "exact error with tail at t")]
-    orders_few = [("loss", "eps", "own contexts", "common contexts")]
     for y in x["findings"]:
         name = y["loss"], f"{y['eps']:g}"
         for at in y["at"]:
-            found = (spearman_text(at[key]) for key in ("tail", "needs", "exact"))
             exact = "-" if at["exact_tail"] is None else f"{at['exact_tail']:.2f}"
-            orders.append((*name, str(at["t"]), *found, exact))
-        orders_few.append((*name, *(spearman_text(y["few"][place]) for place in PLACES)))
-    over = f"over objectives [95% over {x['seeds']} seeds]"
+            orders.append((*name, str(at["t"]), spearman_text(at["tail"]), exact))
+        orders += [(*name, f"few labels, {place}", spearman_text(y["few"][place]), "") for place in PLACES]
     return "\n\n".join([
         "Excess error over Bayes: all labels, bottleneck t; tail: sum over j > t of sigma_j^4", table(narrow),
         f"{x['labels']} labels a class, no bottleneck; tail: sum over j > r = {r}", table(few),
-        f"Spearman of the error with a bottleneck with .., {over}", table(orders, "<"),
-        f"Spearman of the error with few labels with the tail over j > {r}, {over}", table(orders_few, "<")])
+        f"Spearman of errors and tails over objectives [95% over {x['seeds']} seeds]", table(orders, "<")])

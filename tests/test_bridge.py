@@ -14,26 +14,6 @@ from experiments.spectrum import pairs
 from model import Config, Transformer
 from objectives import from_options
 
-SMALL = [("ar", {}), ("dar", {"t": 2}), ("mlm", {"mask": 0.5}), ("permutation", {}), ("mtp", {"t": 2})]
-
-
-@pytest.mark.parametrize("eps", [0, 0.4])
-@pytest.mark.parametrize(("name", "options"), SMALL)
-def test_least_loss_by_enumeration(name, options, eps):
-    model, (contexts, q) = toy.NoisyToy(r=2, s=3, T=2, eps=eps), pairs(from_options(name, **options), 3)
-    token = np.array([[(1 - eps) * (y == v // 2) + eps / 2 for v in range(4)] for y in range(2)]) / 2
-    blind = told = 0.0
-    for S, weight in zip(contexts, q):
-        for x in np.ndindex((4,) * int(S.sum())):
-            joint = np.prod([token[:, v] for v in x], axis=0) / 2
-            mass = np.outer(weight, joint @ token)                             # q(S, p) P(x_S, x_p)
-            for row in mass[mass.sum(1) > 0]:
-                row = row[row > 0]
-                told -= (row * np.log(row / row.sum())).sum()
-                blind -= (row * np.log(row / mass.sum())).sum()
-    assert toy.bayes_loss(model, contexts, q, False) == pytest.approx(told, abs=1e-12)
-    assert toy.bayes_loss(model, contexts, q, True) == pytest.approx(blind, abs=1e-12)
-
 
 @pytest.mark.parametrize("blind", [True, False])
 def test_features_of_one_layer_depend_on_the_context_alone(blind):
