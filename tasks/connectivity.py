@@ -12,21 +12,17 @@ from tqdm import tqdm
 
 import plots
 from objectives import draw_batch
-from run import evaluation_sequences, held_out_text
-from tasks.hub import about, open_run
+from run import evaluation_sequences
+from tasks.hub import about, open_runs
 from util import BadInput, positive, table
 
 # ---------------------------------------------------------------------------- similarity
 
 @torch.no_grad()
 def features_of(run, corpus, count, seed=0):
-    """`count` features f(X) of contexts X in held-out text, from which the run's network predicts X+.
-
-    The sequences are the same for every checkpoint of one tokenizer and length: `count` of them, or all that
-    there are. From each come equally many contexts, drawn by the run's own objective. Returns features
-    (n, D), float32, and the sequence that each came from (n,), both on the CPU; n < `count` only where the
-    text is too short.
-    """
+    """`count` features f(X) of contexts X in held-out text, from which the run's network predicts X+: equally
+    many from each of at most `count` sequences, drawn by the run's own objective. Returns features (n, D),
+    float32, and the sequence that each came from (n,), both on the CPU."""
     sequences, device = evaluation_sequences(run, corpus, count)[0], run.model.query.device
     each, generator, rows = math.ceil(count / len(sequences)), torch.Generator().manual_seed(seed), []
     for first in tqdm(range(0, len(sequences), 64), unit=" batches", leave=False, delay=2, mininterval=1):
@@ -47,8 +43,8 @@ def features_of(run, corpus, count, seed=0):
 
 
 def top_pairs(x, texts, count=100_000, block=256):
-    """The `count` largest inner products x_i . x_j of pairs from different texts, descending: x (N, D), texts
-    (N,). A block of rows at a time, so that memory grows with N and not with its square."""
+    """The `count` largest x_i . x_j of pairs from different texts, descending: x (N, D), texts (N,). A block
+    of rows at a time, so that memory grows with N and not with its square."""
     best = x.new_empty(0)
     for i in range(0, len(x), block):
         product = x[i:i + block] @ x[i:].T                                       # (block, N - i)
@@ -59,8 +55,7 @@ def top_pairs(x, texts, count=100_000, block=256):
 
 
 def mean_product(x, texts):
-    """Mean of x_i . x_j over all pairs from different texts: of the square of the sum, less that within each
-    text."""
+    """Mean of x_i . x_j over all pairs from different texts."""
     x, texts = x.cpu().double(), texts.cpu()                                   # MPS has no float64
     _, text, size = texts.unique(return_inverse=True, return_counts=True)
     within = x.new_zeros(len(size), x.shape[1]).index_add_(0, text, x)         # sum of x over each text
@@ -70,14 +65,9 @@ def mean_product(x, texts):
 
 def similarities(features, texts, count=100_000):
     """Figure 2's surrogate for how connected the samples are: the similarity of features of different texts.
-
-    `inner_product`, the paper's, is in units of the network's own; `cosine` compares networks. For each: the
-    mean over all pairs, and of the `count` most similar pairs the mean, the least, and the curve over their
-    rank.
-    """
+    `inner_product` is the paper's; `cosine`, which has no unit of the network's own, compares networks."""
     if len(texts.unique()) < 2:
-        raise BadInput("similarities are of features from different texts; give more --data or more "
-                       "--features")
+        raise BadInput("similarities take features from two texts; give more --data or more --features")
     results = {}
     for name, x in (("inner_product", features), ("cosine", F.normalize(features))):
         top = top_pairs(x, texts, count).cpu().double().numpy()
@@ -91,28 +81,21 @@ def similarities(features, texts, count=100_000):
 # ---------------------------------------------------------------------------- command
 
 def connectivity_command(args):
-    rows, corpus = [], None
-    for checkpoint in args.checkpoints:
-        run, autocast = open_run(args, checkpoint)
-        if args.data or corpus is None:
-            corpus = held_out_text(run, args.data)   # without --data the first one's, for all
-        elif run.tokenizer is None or run.tokenizer.to_json() != corpus.tokenizer.to_json():
-            raise BadInput(f"{checkpoint} does not have the tokenizer of {args.checkpoints[0]}; give a text "
-                           "for all with --data")
+    rows = []
+    for name, run, autocast, text in open_runs(args):
         with autocast:
-            features, texts = features_of(run, corpus, args.features, args.seed)
+            features, texts = features_of(run, text, args.features, args.seed)
         device = run.model.query.device
-        rows.append({"checkpoint": checkpoint, "label": str(checkpoint),
-                     **about(run), **similarities(features.to(device), texts.to(device), args.top)})
-    results = {"data": corpus.name, "checkpoints": rows}
-    if args.json != "-":
-        x = rows[0]
-        print(f"{x['features']:,} features f(X) of {x['texts']:,} sequences of {corpus.name}; "
-              f"the {x['pairs']:,} most similar pairs")
-        for name in ("inner_product", "cosine"):
-            cells = [[row["label"], *(f"{row[name][key]:.4g}" for key in ("mean_of_all", "mean", "least"))]
-                     for row in rows]
-            print("\n" + table([[name.replace("_", " "), "all pairs", "top pairs", "least"], *cells]))
+        rows.append({"checkpoint": name, "label": name, **about(run),
+                     **similarities(features.to(device), texts.to(device), args.top)})
+    x = rows[0]
+    print(f"{x['features']:,} features f(X) of {x['texts']:,} sequences of {text.name}; the {x['pairs']:,} "
+          "most similar pairs")
+    for name in ("inner_product", "cosine"):
+        cells = [[row["label"], *(f"{row[name][key]:.4g}" for key in ("mean_of_all", "mean", "least"))]
+                 for row in rows]
+        print("\n" + table([[name.replace("_", " "), "all pairs", "top pairs", "least"], *cells]))
+    results = {"data": text.name, "checkpoints": rows}
     if args.plot:
         plots.ranks(args.plot, results)
     return results, None
@@ -121,9 +104,9 @@ def connectivity_command(args):
 def add_commands(command):
     """Register `connectivity` with evaluate.py: `command(name, function, text, many)` gives a parser."""
     text = "similarity of features of held-out contexts (Figure 2)"
-    sub = command("connectivity", connectivity_command, text, many=True)
-    sub.add_argument("--data", help="as for perplexity (default: the first checkpoint's validation text)")
-    sub.add_argument("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
-    sub.add_argument("--top", type=positive, default=100_000, help="most similar pairs to show")
-    sub.add_argument("--seed", type=int, default=0, help="of the choice of contexts")
-    sub.add_argument("--plot", metavar="FILE", help="picture of similarity over rank")
+    add = command("connectivity", connectivity_command, text, many=True).add_argument
+    add("--data", help="as for perplexity (default: the first checkpoint's validation text)")
+    add("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
+    add("--top", type=positive, default=100_000, help="most similar pairs to show")
+    add("--seed", type=int, default=0, help="of the choice of contexts")
+    add("--plot", metavar="FILE", help="picture of similarity over rank")

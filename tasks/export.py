@@ -12,20 +12,18 @@ from pathlib import Path
 from images import new_folder
 from objectives import describe
 from run import Run
-from util import import_optional, plain
+from util import import_optional, write_json, write_text
 
 CARD = """# {name}
 
 A Transformer of {parameters:,} parameters ({layers} layers, width {width}), pretrained with the objective
-**{objective}**: {paper}.
+**{objective}** ({paper}; Look Ahead or Look Around?, arXiv 2407.00935), and run as {path}.
 
 | | |
 |---|---|
-| paper | Look Ahead or Look Around? (arXiv 2407.00935) |
 | data | {data} |
 | steps | {step:,}, batches of {batch_size} |
 | tokens | {tokens} |
-| run as | {path} |
 {scores}
 
 `config.json` has all settings. To use it, with the code that it was trained with:
@@ -36,8 +34,7 @@ run = load_run("{folder}")
 features = run.model.encode(tokens)  # tokens (B, S) -> (B, S, {width})
 ```
 
-It was trained on this data alone and repeats what it read there; nothing was done to make its texts true or
-harmless.
+It repeats what it read in this data; nothing was done to make its texts true or harmless.
 """
 
 
@@ -49,36 +46,29 @@ def export(run: Run, out, regimes):
         save_file({name: x.contiguous().cpu() for name, x in run.model.state_dict().items()},
                   str(folder / "model.safetensors"))
         tokens = "patches of images"
-        if run.tokenizer is not None:
+        if run.tokenizer:
             tokens = f"{run.tokenizer.kind}, vocabulary {config.vocab:,}, sequences of {config.length}"
             text = byte_tokenizer() if run.tokenizer.kind == "byte" else run.tokenizer.to_json()
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        content = {"settings": settings.to_dict(), "model_config": asdict(config), "step": run.step,
-                   "tokenizer": run.tokenizer and run.tokenizer.kind}
-        (folder / "config.json").write_text(json.dumps(plain(content), indent=1), encoding="utf-8")
+        write_json(folder / "config.json", {
+            "settings": settings.to_dict(), "model_config": asdict(config), "step": run.step,
+            "tokenizer": run.tokenizer and run.tokenizer.kind})
         scores = "\n".join(f"| perplexity, {name} | {x['perplexity']:.2f} |" for name, x in regimes.items())
-        card = CARD.format(
+        write_text(folder / "README.md", CARD.format(
             name=Path(out).name, parameters=sum(p.numel() for p in run.model.parameters()),
             layers=config.layers, width=config.width, objective=describe(run.objective),
             paper=run.objective.paper, data=settings.data, step=run.step, batch_size=settings.batch_size,
-            tokens=tokens, path=run.path, scores=scores, folder=out)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+            tokens=tokens, path=run.path, scores=scores, folder=out))
 
 
 def byte_tokenizer():
-    """data.ByteTokenizer as a tokenizer.json: id = byte, 256 the separator.
-
-    The library writes a byte as a character that can be printed: itself if it is one, else one from 256 on.
-    """
+    """data.ByteTokenizer as a tokenizer.json, in which a byte is a character that can be printed: itself, or
+    one from 256 on."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printed]
     vocab = {chr(b) if b in printed else chr(256 + others.index(b)): b for b in range(256)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     separator = {"id": 256, "content": "[SEP]", "single_word": False, "lstrip": False, "rstrip": False,
                  "normalized": False, "special": True}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
-             "merges": []}
-    return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [separator],
-                       "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
-                       "decoder": byte_level, "model": model})
+    return json.dumps({"version": "1.0", "added_tokens": [separator], "pre_tokenizer": byte_level,
+                       "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": []}})

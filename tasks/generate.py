@@ -3,14 +3,11 @@
     python evaluate.py generate CKPT --prompt TEXT [--suffix TEXT] [--order {left,confident,random}]
     python evaluate.py reconstruct CKPT [CKPT ...] --data DIR --picture completed.png
     python evaluate.py reconstruct CKPT --hide 0.75 --at-once --picture mae.png       as MAE's pictures
-
-Each step asks for tokens under an f, keeps one of the answers, and takes it into the context of the next.
 """
 
 import functools
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,69 +19,78 @@ from objectives import describe, scores_next
 from tasks.hub import about, open_run
 from util import BadInput, import_optional, positive, printable, table
 
-ORDERS = ("left", "confident", "random")
-
 # ---------------------------------------------------------------------------- text
 
 @torch.no_grad()
-def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, suffix=(),
-             watch=None):
-    """Continue `prompt`, a list of at least one id, by `count` ids -> list of the new ids.
+def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, suffix=(), watch=None):
+    """Continue `prompt`, a list of at least one id, by `count` ids, which `suffix` follows -> the new ids.
 
-    temperature  0 takes the most likely token                        top_k  0 for all tokens
-    suffix       ids that follow the new ones, which the model sees where its objective lets it
-    order        None: the objective's own default; or
-        left       from left to right, under the f that gives the next token its whole prefix as context
-        confident  the objective's own steps (`Objective.decoding`): of the tokens asked for, keep the surest
-        random     the same steps, keep any of them: a sample of the any-order mixture
-    watch        called after each step with (tokens, known): 1, 2, .. as they became known, 0 missing
-    A text that outgrows the model's sequence is continued from its last half. BadInput: an order that the
-    objective cannot follow, a gap longer than a sequence.
+    order   left       left to right, under the f that gives the next token its whole prefix as context
+            confident  the objective's own steps (`Objective.decoding`): of the tokens asked for, the surest
+            random     the same steps, any of them: a sample of the any-order mixture
+            None       the objective's own default
+    watch   called after each step with (tokens, known): 1, 2, .. as they became known, 0 missing
+
+    A text that outgrows the model's sequence goes on from its last half.
     """
     generator, S, ids = torch.Generator().manual_seed(seed), run.settings.length, list(prompt)
-    order, next_step = rule(run, order, suffix)
+    order, forward = rule(run, order, suffix)
     if suffix and len(prompt) + count + len(suffix) > S:
-        raise BadInput(f"{count} tokens between {len(prompt)} and {len(suffix)} others are more than the "
-                       f"model's {S}; a gap is filled within one sequence")
+        raise BadInput(f"{len(prompt) + count + len(suffix)} tokens are more than the model's {S}")
     while len(ids) < len(prompt) + count:
         before = ids if len(ids) < S else ids[-(S // 2):]
         P, given = len(before), len(before) + len(suffix)
         new = min(S - P, len(prompt) + count - len(ids))
-        tokens = torch.zeros(S, dtype=torch.long)            # what stands at a missing one is not read
-        tokens[:P], tokens[P + new:given + new] = torch.tensor(before), torch.tensor(suffix, dtype=torch.long)
-        known = torch.zeros(given + new, dtype=torch.long)   # 1, 2, .. as they became known; 0 missing
-        known[:P], known[P + new:] = torch.arange(1, P + 1), torch.arange(P + 1, given + 1)
+        tokens = torch.tensor([*before, *[0] * new, *suffix, *[0] * (S - given - new)])
+        known = torch.tensor([*range(1, P + 1), *[0] * new, *range(P + 1, given + 1)])
         for k in tqdm(range(new), unit=" tokens", leave=False, delay=2, mininterval=1):
-            f, targets = next_step(known, given)
+            f, targets = asked(run, known, given, forward)
             scores = scores_of(run, tokens, f, targets)                                          # (n, vocab)
-            if order == "random":
-                row = torch.rand(len(scores), generator=generator).argmax()
-            else:
-                row = scores.softmax(-1).amax(-1).argmax()
+            surest = scores.softmax(-1).amax(-1)
+            row = (torch.rand(len(scores), generator=generator) if order == "random" else surest).argmax()
             tokens[targets[row]] = sample(scores[row], temperature, top_k, generator)
             known[targets[row]] = given + k + 1
             if watch:
-                watch(tokens[:given + new], known)
+                watch(tokens, known)
         ids += tokens[P:P + new].tolist()
     return ids[len(prompt):]
 
 
-def show_step(tokenizer, tokens, known):
-    """Print a sequence that is being filled: what is missing as dots, the newest token in colour. A terminal
-    shows one picture after another, a file one line a step."""
-    terminal, text = sys.stdout.isatty(), ""
-    state = torch.where(known == known.max(), 2, (known > 0).long())     # 0 missing, 1 known, 2 new
-    for kind, part in itertools.groupby(zip(state.tolist(), tokens.tolist()), key=lambda pair: pair[0]):
-        ids = [i for _, i in part]
-        word = printable(tokenizer.decode(ids)) if kind else "·" * len(ids)
-        text += f"\x1b[1;32m{word}\x1b[0m" if terminal and kind == 2 else word
-    print("\x1b[H\x1b[J" + text if terminal else text.replace("\n", " "), flush=True)
+def rule(run, order, suffix):
+    """-> the order that is taken; from left to right also the f that asks for each token (S, S)."""
+    objective, name, S = run.objective, describe(run.objective), run.settings.length
+    fills, forward = objective.decoding(torch.tensor([1, 0]), 1) is not None, left_to_right(run, S)
+    if not fills and forward is None:
+        raise BadInput(f"{name} cannot write text: it says neither how it fills a sequence (`decoding`) nor "
+                       "how it predicts from left to right (`left_to_right`)")
+    order = order or (objective.generation if forward is not None else "confident")
+    if order != "left" and not fills:
+        raise BadInput(f"{name} writes from left to right only; leave out --order {order}")
+    if order == "left" and forward is None:
+        raise BadInput(f"{name} was not trained from left to right; use --order confident")
+    if order == "left" and suffix:
+        raise BadInput("from left to right nobody sees a --suffix; objectives that fill gaps take --order "
+                       "confident")
+    return order, forward if order == "left" else None
 
 
-def continue_text(run, prompt, tokens=100, **how):
-    """What the model writes behind a text -> str; `how` is that of `generate`."""
-    ids = run.tokenizer.encode(prompt).tolist() or [run.tokenizer.separator]
-    return run.tokenizer.decode(generate(run, ids, tokens, **how))
+def left_to_right(run, S):
+    """Of each token the first f that gives it its whole prefix (S, S); None if that is not how it learned."""
+    regimes = run.objective.left_to_right(S, run.path)
+    if regimes is None or not torch.equal(run.objective.chain(S), torch.arange(S)):
+        return None
+    *_, passes = regimes.values()
+    return passes[torch.stack([scores_next(f) for f in passes]).long().argmax(0)]
+
+
+def asked(run, known, given, forward):
+    """The f of the next step, and the positions that it asks for."""
+    if forward is None:
+        f = run.objective.decoding(known, given)
+        return f, ((f == f.max()) & (known == 0)).nonzero()[:, 0]
+    p = int((known == 0).nonzero()[0])
+    # One masked stream may be trained with [MASK]s behind p; for the others nothing behind p matters.
+    return (forward[p] if run.path == "mask" else forward[p, :p + 1]), torch.tensor([p])
 
 
 def scores_of(run, tokens, f, targets):
@@ -106,57 +112,27 @@ def sample(scores, temperature, top_k, generator):
     return torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[0]
 
 
-def natural(run):
-    """Whether the objective's chain goes from left to right."""
-    S = run.model.config.length if run.tokenizer is None else run.settings.length
-    return torch.equal(run.objective.chain(S), torch.arange(S))
+def continue_text(run, prompt, tokens=100, suffix="", **how):
+    """A text with what the model writes behind it, or before a suffix; `how` is that of `generate`."""
+    before = run.tokenizer.encode(prompt).tolist() or [run.tokenizer.separator]
+    after = run.tokenizer.encode(suffix).tolist()
+    return run.tokenizer.decode(before + generate(run, before, tokens, suffix=after, **how) + after)
 
 
-def rule(run, order, suffix):
-    """-> the order that is taken, and its steps as a function (known (L,), given), as for
-    `Objective.decoding` -> f, the positions asked for."""
-    objective, name = run.objective, describe(run.objective)
-    own = objective.decoding(torch.tensor([1, 0]), 1) is not None
-    regimes = objective.left_to_right(run.settings.length, run.path) if natural(run) else None
-    if not own and not regimes:
-        raise BadInput(f"{name} cannot write text: it says neither how it fills a sequence (`decoding`) nor "
-                       "how it predicts from left to right (`left_to_right`)")
-    order = order or (objective.generation if regimes else "confident")
-    if order != "left" and not own:
-        raise BadInput(f"{name} writes from left to right only (it has no `decoding`); leave out --order "
-                       f"{order}")
-    if order == "left" and not regimes:
-        raise BadInput(f"{name} was not trained from left to right; use --order confident")
-    if order == "left" and suffix:
-        instead = "use --order confident with it" if own else f"{name} cannot fill gaps"
-        raise BadInput(f"from left to right nobody sees a --suffix; {instead}")
-
-    def own_step(known, given):
-        f = objective.decoding(known, given)
-        return f, ((f == f.max()) & (known == 0)).nonzero()[:, 0]
-
-    if order != "left":
-        return order, own_step
-    *_, passes = regimes.values()
-    scored = torch.stack([scores_next(f) for f in passes])                                   # (passes, S)
-
-    def left_step(known, given):
-        p = int((known == 0).nonzero()[0])
-        f = passes[scored[:, p].nonzero()[0, 0]]     # the first pass that gives p its whole prefix
-        # One masked stream may be trained with [MASK]s behind p; for the others nothing behind p matters.
-        return (f if run.path == "mask" else f[:p + 1]), torch.tensor([p])
-
-    return order, left_step
+def show_step(tokenizer, tokens, known):
+    """Print a sequence that is being filled on one line, with dots for what is missing."""
+    text = ""
+    for there, part in itertools.groupby(zip(tokens.tolist(), known > 0), key=lambda pair: bool(pair[1])):
+        ids = [i for i, _ in part]
+        text += printable(tokenizer.decode(ids)) if there else "·" * len(ids)
+    print(text.replace("\n", " "), flush=True)
 
 
 # ---------------------------------------------------------------------------- images
 
 def hidden_patches(count, length, share, seed=0):
-    """Which patches of `count` images are hidden, in raster order -> LongTensor (count, n).
-
-    round(share (S - 1)) of the patches 1..S-1, every subset being equally likely. The first is never hidden:
-    left-to-right objectives do not predict it.
-    """
+    """Which patches of `count` images are hidden, in raster order -> LongTensor (count, n): a uniform subset
+    of all but the first, which left-to-right objectives do not predict."""
     if not 0 < share < 1:
         raise BadInput(f"--hide {share:g} is not between 0 and 1")
     n, generator = max(1, round(share * (length - 1))), torch.Generator().manual_seed(seed)
@@ -167,28 +143,22 @@ def hidden_patches(count, length, share, seed=0):
 def reconstruct(run, patches, hidden, at_once=False):
     """Predict patches (N, S, values) at `hidden` (N, n), one after another -> a copy with the predictions.
 
-    Each is predicted from what the objective was trained to predict from: `ar` and `dar` from all patches
-    before it, under the f in which it is first of its group; the others from all patches that are known by
-    then. mae's decoder shows [MASK] at the rest, and two streams leave it out (f = 0). What stands at a
-    hidden patch is never read. at_once: all in one pass from the visible ones, as in MAE's pictures.
+    `ar` and `dar` predict each from all patches before it, under the f in which it is first of its group;
+    the others from all that are known by then, with [MASK] (mae) or nothing (two streams, f = 0) at the rest.
+    at_once: all in one pass from the visible ones, as in MAE's pictures.
     """
     model, path, (N, S) = run.model, run.path, patches.shape[:2]
     patches, hidden = patches.to(model.query.device), hidden.to(model.query.device)
     row, known = torch.arange(N, device=patches.device)[:, None], visible(patches, hidden)
     filled = patches.masked_fill(~known[..., None], 0)
-    regimes = run.objective.left_to_right(S, path) if run.objective.one_stream != "mask" else None
-    if regimes and not natural(run):
-        raise BadInput(f"{describe(run.objective)} predicts in another order than these patches are taken in")
-    if regimes and at_once:
-        raise BadInput(f"--at-once is for masks; {describe(run.objective)} predicts from the patches before")
-    if regimes:
-        *_, passes = regimes.values()
-        first = torch.stack([scores_next(f) for f in passes]).long().argmax(0).to(patches.device)     # (S,)
-        passes = passes.to(patches.device)
+    directed = run.objective.one_stream != "mask" and run.objective.left_to_right(S, path) is not None
+    forward = left_to_right(run, S) if directed else None                                             # (S, S)
+    if directed and (at_once or forward is None):
+        raise BadInput(f"--at-once is for masks; {describe(run.objective)} predicts in an order of its own")
     steps = [hidden] if at_once else hidden.T[..., None]                                    # (N, 1) or (N, n)
     for targets in tqdm(steps, unit=" patches", leave=False, delay=2, mininterval=1):
-        if regimes:
-            groups = passes[first[targets[:, 0]]]                                                     # (N, S)
+        if directed:
+            groups = forward[targets[:, 0].cpu()].to(patches.device)                                  # (N, S)
         else:
             groups = torch.where(known, 1, 2 if path == "mae" else 0).scatter(1, targets, 2)
         filled[row, targets] = model.pixels(model(filled, groups, targets, path)).to(filled)
@@ -211,12 +181,8 @@ def with_mean(patches, hidden):
 
 
 def measures(config, patches, filled, hidden, perceptual=None):
-    """{name: (N,)} of reconstructions `filled` of `patches` (N, S, values).
-
-    l2     squared error, the mean over the numbers of the hidden patches: the training loss
-    psnr   of the completed image in 0..1, in decibels
-    lpips  of the completed image (Zhang et al. 2018), where `perceptual` is that network
-    """
+    """{name: (N,)} of reconstructions `filled` of `patches` (N, S, values): l2, the training loss, of the
+    hidden patches; psnr in decibels, and lpips (Zhang et al. 2018) by a network, of the completed images."""
     row = torch.arange(len(patches))[:, None]
     x, y = to_pictures(config, patches), to_pictures(config, filled)
     results = {"l2": (filled - patches)[row, hidden].square().mean(dim=(1, 2)),
@@ -233,8 +199,8 @@ def to_pictures(config, patches):
 
 
 def images_of(data, runs, size, count, seed):
-    """`count` of all images in the folder `data`, where no run was trained on it; else, and of data without
-    files of its own, the validation images. data None: what the first run was trained on."""
+    """`count` of all images in the folder `data`, or the validation images of a set that a run was trained on
+    or that has no files of its own. None: the first run's."""
     source, files = data or runs[0].settings.data, []
     own = {Path(run.settings.data).resolve() for run in runs}
     if Path(source).is_dir() and Path(source).resolve() not in own:
@@ -246,7 +212,7 @@ def images_of(data, runs, size, count, seed):
     images, total = load_images(source, size), runs[0].total
     if not data and total not in (None, len(images.train)):
         raise BadInput(f"{source} is not what {runs[0].name} was trained on: it has {len(images.train):,} "
-                       f"training images, not {total:,}; give images with --data")
+                       f"training images, not {total:,}")
     return images.val
 
 
@@ -254,12 +220,11 @@ def complete(source, hidden, fill, perceptual):
     """Complete the first images of `source` (Patches), 100 at a time, by fill(patches, hidden) -> means and
     standard errors of `measures` with the values of each image; the first 100 images."""
     found, pictures = [], []
-    for start in range(0, len(hidden), 100):
-        part = hidden[start:start + 100]
-        patches = source.batch(start, len(part))
+    for k, part in enumerate(hidden.split(100)):
+        patches = source.batch(100 * k, len(part))
         filled = fill(patches, part)
         found.append(measures(source.config, patches, filled, part, perceptual))
-        pictures = pictures if start else to_pictures(source.config, filled)
+        pictures = pictures if k else to_pictures(source.config, filled)
     results = {}
     for name in found[0]:
         x = torch.cat([part[name] for part in found])
@@ -277,16 +242,12 @@ def generate_command(args):
         raise BadInput(f"{run.name} was trained on images; this command writes text")
     if not 0 <= args.temperature < math.inf or args.top_k < 0:
         raise BadInput(f"--temperature {args.temperature:g} and --top-k {args.top_k} are not both at least 0")
-    prompt = run.tokenizer.encode(args.prompt).tolist() or [run.tokenizer.separator]
-    suffix, texts = run.tokenizer.encode(args.suffix).tolist(), []
-    watch = functools.partial(show_step, run.tokenizer) if args.watch and args.json != "-" else None
-    for k in range(args.samples):
+    how = {name: getattr(args, name) for name in ("tokens", "suffix", "temperature", "top_k", "order")}
+    texts, watch = [], functools.partial(show_step, run.tokenizer) if args.watch else None
+    for seed in range(args.seed, args.seed + args.samples):
         with autocast:
-            ids = generate(run, prompt, args.tokens, args.temperature, args.top_k, args.seed + k, args.order,
-                           suffix, watch)
-        texts.append(run.tokenizer.decode(prompt + ids + suffix))
-        if args.json != "-":
-            print(printable(texts[-1]) + "\n")
+            texts.append(continue_text(run, args.prompt, seed=seed, watch=watch, **how))
+        print(printable(texts[-1]) + "\n")
     return {"texts": texts}, run
 
 
@@ -299,37 +260,37 @@ def reconstruct_command(args):
         if run.tokenizer:
             raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")
         if (own.size, own.patch) != (config.size, config.patch):
-            raise BadInput(f"{run.name} cuts images of {own.size} pixels into patches of {own.patch}, "
-                           f"{first.name} of {config.size} into {config.patch}: compare those that see alike")
-    data = args.data or first.settings.data
+            raise BadInput(f"{run.name} has images of {own.size} pixels and patches of {own.patch}, "
+                           f"{first.name} of {config.size} and {config.patch}")
     images = images_of(args.data, [run for run, _ in runs], config.size, args.max_images, args.seed)
     hidden = hidden_patches(min(args.max_images, len(images)), config.length, args.hide, args.seed)
-    source = Patches(images, config, args.seed)
-    results, pictures = complete(source, hidden, with_mean, perceptual)
-    rows = [{"checkpoint": None, "label": "mean colour", **results}]
-    columns = [to_pictures(config, source.batch(0, len(pictures))), pictures]
+    original, rows = Patches(images, config, args.seed), []
+    columns = [to_pictures(config, original.batch(0, min(8, len(hidden))))]
+
+    def add(row, source, fill):
+        results, pictures = complete(source, hidden, fill, perceptual)
+        rows.append({**row, **results})
+        columns.append(pictures[:8])
+
+    add({"checkpoint": None, "label": "mean colour"}, original, with_mean)
     for checkpoint, (run, autocast) in zip(args.checkpoints, runs):
         label = "untrained " * checkpoint.startswith("untrained:") + f"{describe(run.objective)} ({run.path})"
-        source = Patches(images, run.model.config, args.seed)
-        fill = functools.partial(reconstruct, run, at_once=args.at_once)
         with autocast:
-            results, pictures = complete(source, hidden, fill, perceptual)
-        rows.append({"checkpoint": checkpoint, "label": label, **about(run), **results})
-        columns.append(pictures)
+            add({"checkpoint": checkpoint, "label": label, **about(run)},
+                Patches(images, run.model.config, args.seed),
+                functools.partial(reconstruct, run, at_once=args.at_once))
+    data, how = args.data or first.settings.data, "at once" if args.at_once else "one by one"
+    print(printable(f"{len(hidden):,} images of {data}, {hidden.shape[1]} of {config.length} patches hidden "
+                    f"and predicted {how}, never the first; mean ± standard error over images\n"))
+    names, cells = [name for name in ("l2", "psnr", "lpips") if name in rows[0]], []
+    for row in rows:
+        errors = [f" ± {row[f'{name}_stderr']:.4f}" * (len(hidden) > 1) for name in names]
+        cells.append([row["label"], *(f"{row[name]:.4f}{error}" for name, error in zip(names, errors))])
+    print(table([["", *names], *cells]))
     if args.picture:
-        pixels = torch.stack(columns, dim=1)[:8].permute(0, 1, 3, 4, 2)           # (rows, columns, H, W, 3)
+        pixels = torch.stack(columns, dim=1).permute(0, 1, 3, 4, 2)               # (rows, columns, H, W, 3)
         write_png(args.picture, (pixels * 255).round().byte().numpy())
-    if args.json != "-":
-        how = "at once" if args.at_once else "one by one"
-        print(printable(f"{len(hidden):,} images of {data}, {hidden.shape[1]} of {config.length} patches "
-                        f"hidden and predicted {how}, never the first; mean ± standard error over images\n"))
-        names = [name for name in ("l2", "psnr", "lpips") if name in results]
-        several = len(hidden) > 1
-        print(table([["", *names], *([row["label"], *(
-            f"{row[name]:.4f}" + f" ± {row[f'{name}_stderr']:.4f}" * several for name in names)]
-            for row in rows)]))
-        if args.picture:
-            print(f"\n{args.picture}: original, {', '.join(row['label'] for row in rows)}")
+        print(f"\n{args.picture}: original, {', '.join(row['label'] for row in rows)}")
     return {"data": data, "images": len(hidden), "hidden": hidden.shape[1], "patches": config.length,
             "rows": rows}, None
 
@@ -337,27 +298,27 @@ def reconstruct_command(args):
 def add_commands(command):
     """Register `generate` and `reconstruct` with evaluate.py: `command(name, function, text, many)` gives a
     parser."""
-    sub = command("generate", generate_command, "sample from the model")
-    sub.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
-    sub.add_argument("--suffix", default="", help="text behind what is added, for objectives that fill gaps")
-    sub.add_argument("--tokens", type=positive, default=100, help="tokens to add; a text that outgrows "
-                     "the model's sequence goes on from its last half")
-    sub.add_argument("--samples", type=positive, default=1, help="texts, of seeds --seed, --seed + 1, ...")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    sub.add_argument("--top-k", type=int, default=50, help="0 for all")
-    sub.add_argument("--seed", type=int, default=0, help="of every random choice")
-    sub.add_argument("--watch", action="store_true", help="show how the sequence is filled, step by step")
-    sub.add_argument("--order", choices=ORDERS, help="left to right, the surest hidden token first, or any "
-                     "of them (default: confident for diffusion, blocks and spans, else left)")
+    add = command("generate", generate_command, "sample from the model").add_argument
+    add("--prompt", default="", help="text to continue (default: the start of a document)")
+    add("--suffix", default="", help="text behind what is added, for objectives that fill gaps")
+    add("--tokens", type=positive, default=100, help="tokens to add; a text that outgrows the model's "
+                                                     "sequence goes on from its last half")
+    add("--samples", type=positive, default=1, help="texts, of seeds --seed, --seed + 1, ...")
+    add("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    add("--top-k", type=int, default=50, help="0 for all")
+    add("--seed", type=int, default=0, help="of every random choice")
+    add("--watch", action="store_true", help="show how the sequence is filled, step by step")
+    add("--order", choices=("left", "confident", "random"), help="left to right, the surest hidden token "
+        "first, or any of them (default: confident for diffusion, blocks and spans, else left)")
 
     text = "predict hidden patches, from the second on, and compare with what was there (Table 8)"
-    sub = command("reconstruct", reconstruct_command, text, many=True)
-    sub.add_argument("--data", help="images: all of a folder that was not trained on (default: the "
-                     "validation images of the first checkpoint's data)")
-    sub.add_argument("--hide", type=float, default=0.25, help="share of the patches to hide; 0.75 for MAE")
-    sub.add_argument("--at-once", action="store_true", help="masks: all in one pass, not one by one")
-    sub.add_argument("--max-images", type=positive, default=1000, help="the same for every checkpoint")
-    sub.add_argument("--seed", type=int, default=0, help="of the images and the hidden patches")
-    sub.add_argument("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network")
-    sub.add_argument("--picture", metavar="FILE", help="of 8 images the original, with the mean colour, and "
-                     "each reconstruction")
+    add = command("reconstruct", reconstruct_command, text, many=True).add_argument
+    add("--data", help="images: all of a folder that was not trained on (default: the validation images of "
+                       "the first checkpoint's data)")
+    add("--hide", type=float, default=0.25, help="share of the patches to hide; 0.75 for MAE")
+    add("--at-once", action="store_true", help="masks: all in one pass, not one by one")
+    add("--max-images", type=positive, default=1000, help="the same for every checkpoint")
+    add("--seed", type=int, default=0, help="of the images and the hidden patches")
+    add("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network")
+    add("--picture", metavar="FILE", help="of 8 images the original, with the mean colour, and each "
+                                          "reconstruction")

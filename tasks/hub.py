@@ -1,11 +1,10 @@
-"""Causal and masked language models of the transformers package behind the interface of model.Transformer.
+"""What CKPT names: runs, and language models of the transformers package as model.Transformer is used.
 
     python evaluate.py perplexity hf:PATH --data TEXT       PATH: a local folder or a name on the hub
 
-GPT-2 and its like are run as `ar` (causal, one stream), BERT and its like as `mlm 0.15` (masks, one stream),
-so that every command and the whole of left-to-right likelihood (Eq. 2) is the code that our own checkpoints
-go through. As ours, x_1 is given and x_2 .. x_S are scored. Around x the model sees what its tokenizer puts
-around a single text:
+GPT-2 and its like run as `ar`, BERT and its like as `mlm 0.15`, so that every command is the code that our
+own checkpoints go through. As in ours, x_1 is given and x_2 .. x_S are scored. Around x the model sees what
+its tokenizer puts around a single text:
 
     causal   prefix x_1 .. x_S                            prefix: nothing for GPT-2, <s> for Llama
     masked   [CLS] x_1 .. x_k [MASK] .. [MASK] [SEP]      `truncated` has one [MASK]
@@ -16,6 +15,7 @@ Weights are read from safetensors only, and no code that comes with a model is e
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,25 +24,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import TrainedTokenizer, token_type
+from data import TrainedTokenizer, load_evaluation, token_type
 from model import gather_rows
 from objectives import describe
-from run import Run, Settings, choose_autocast, choose_device, load_run
+from run import Run, Settings, choose_autocast, choose_device, held_out_text, load_run
 from util import BadInput, import_optional
 
 # ---------------------------------------------------------------------------- what CKPT names
 
 def open_run(args, checkpoint=None):
-    """The checkpoint (one of several, where a command takes several), device and precision that the arguments
-    name -> Run, autocast context."""
+    """The checkpoint (one of several, where a command takes several) on the device that the arguments name ->
+    Run, autocast context."""
     name, length = str(checkpoint or args.checkpoint), getattr(args, "length", None)
-    device = choose_device(args.device)
-    if length is not None and not name.startswith("hf:"):
-        raise BadInput(f"--length {length} is for hf: models; {name} is evaluated at the length of its "
-                       "training")
-    run = load_hub_model(name, device, length) if name.startswith("hf:") else load_run(name, device)
+    device, hub = choose_device(args.device), name.startswith("hf:")
+    if length and not hub:
+        raise BadInput(f"--length {length} is for hf: models; {name} has the length of its training")
+    run = load_hub_model(name, device, length) if hub else load_run(name, device)
     autocast, _ = choose_autocast(device, args.dtype)
     return run, autocast()
+
+
+def open_runs(args):
+    """Every checkpoint of a command that evaluates several on one text -> (name, Run, autocast context,
+    Corpus). The text is --data, or what the first one's data held out."""
+    first = None
+    for name in args.checkpoints:
+        run, autocast = open_run(args, name)
+        if args.data or first is None or run.tokenizer is None:
+            text = held_out_text(run, args.data)
+        else:
+            text = same_text(run, *first)
+        first = first or (run, text)
+        yield name, run, autocast, text
+
+
+def same_text(run, first, corpus):
+    """The held-out text `corpus` of the Run `first`, as another Run reads it."""
+    if run.tokenizer.to_json() == first.tokenizer.to_json():
+        return corpus
+    if first.tokenizer.kind not in ("byte", "bpe"):  # the others do not give back what they have read
+        raise BadInput(f"{run.name} does not have the tokenizer of {first.name}; give a text for all with "
+                       "--data")
+    return replace(load_evaluation([first.tokenizer.decode(corpus.val)], run.tokenizer), name=corpus.name)
 
 
 def about(run):
@@ -53,8 +76,7 @@ def about(run):
 # ---------------------------------------------------------------------------- tokenizer
 
 class HubTokenizer(TrainedTokenizer):
-    """A tokenizer of the transformers package as data.py's are used. `vocab` is the number of scores of its
-    model."""
+    """A tokenizer of the transformers package as data.py's are used; `vocab` scores has its model."""
 
     def __init__(self, tokenizer, name, vocab, causal):
         self.tokenizer, self.name, self.vocab, self.causal = tokenizer, name, vocab, causal
@@ -63,27 +85,26 @@ class HubTokenizer(TrainedTokenizer):
         # Where there is no tokenizer's file the library makes up one of special tokens alone.
         if not len(self.encode("a")) or self.separator is None or not causal and self.mask is None:
             needed = "an end-of-text token" if causal else "[SEP] and [MASK]"
-            raise BadInput(f"{name} has no tokenizer, or one without {needed}; save the tokenizer into the "
-                           "same folder")
+            raise BadInput(f"{name} has no tokenizer, or one without {needed}; save it into the same folder")
         self.layouts = [self.layout("a"), self.layout("a", "a")]
+        self.prefix, self.suffix = self.layouts[0][0], [] if causal else self.layouts[0][-1]
         if causal:  # prefix a separator b separator: the last token has seen everything
-            prefix = self.layouts[0][0]
-            self.layouts = [[prefix] + [[self.separator]] * texts for texts in (1, 2)]
+            self.layouts = [[self.prefix] + [[self.separator]] * texts for texts in (1, 2)]
 
     def layout(self, *texts):
         """The special tokens before, between and behind texts -> lists of ids."""
         x, found = self.tokenizer(*texts, return_special_tokens_mask=True), [[]]
-        tokens = zip(x["special_tokens_mask"], x["input_ids"])
-        for special, run in itertools.groupby(tokens, key=lambda token: token[0]):
+        tokens = zip(x["input_ids"], x["special_tokens_mask"])
+        for special, run in itertools.groupby(tokens, key=lambda token: token[1]):
             if special:
-                found[-1] = [i for _, i in run]
+                found[-1] += [i for i, _ in run]
             else:
                 found.append([])
         return found
 
     def pair(self, a, b=None):
-        """Ids of one text or of two -> ids with the model's special tokens: [CLS] a [SEP] b [SEP] for BERT,
-        a separator behind each text for causal models."""
+        """Ids of one text or of two -> ids with special tokens: [CLS] a [SEP] b [SEP] for BERT, a separator
+        behind each text for causal models."""
         first, *behind = self.layouts[b is not None]
         ids = list(first)
         for text, special in zip([a] if b is None else [a, b], behind):
@@ -103,22 +124,19 @@ class HubTokenizer(TrainedTokenizer):
 # ---------------------------------------------------------------------------- model
 
 class HubModel(nn.Module):
-    """A model with a language-model head as model.Transformer is used. Features are what enters its output
-    layer."""
+    """A language model as model.Transformer is used. Features are what enters its output layer."""
 
     def __init__(self, network, config, tokenizer):
         super().__init__()
         self.network, self.config, self.name = network, config, tokenizer.name
         self.causal, self.mask = tokenizer.causal, tokenizer.mask
-        self.prefix, self.suffix = tokenizer.layouts[0]
-        self.suffix = [] if self.causal else self.suffix
+        self.prefix, self.suffix = tokenizer.prefix, tokenizer.suffix
         self.embedding = network.get_output_embeddings()
         self.embedding.forward = lambda x: x  # the network's `logits` are now what enters its output layer
         self.query = self.embedding.weight    # stands for model.Transformer's, which tells callers the device
 
     def forward(self, tokens, groups, targets, path, cuts=None, blank=None, padded=True, given=None):
-        """As model.Transformer.forward, for the one path that the model was trained for. tokens (B, S)
-        without special tokens -> (B, n, D)."""
+        """As model.Transformer.forward, on the path that the model was trained for."""
         if path == "mask":
             tokens = torch.where(groups > 1 if blank is None else blank, self.mask, tokens)
         before, after = (tokens.new_tensor(x).expand(len(tokens), -1) for x in (self.prefix, self.suffix))
@@ -127,7 +145,6 @@ class HubModel(nn.Module):
         return gather_rows(x, (targets + len(self.prefix) - int(path == "causal")).clamp(min=0))
 
     def logits(self, features):
-        """Features (..., D) -> scores (..., vocab)."""
         return F.linear(features, self.embedding.weight, self.embedding.bias)
 
     def encode(self, tokens, padding=None, causal=False, every_layer=False):
@@ -145,22 +162,19 @@ class HubModel(nn.Module):
 
 @torch.no_grad()
 def load_hub_model(name, device="cpu", length=None):
-    """hf:FOLDER or hf:NAME as a Run whose sequences are `length` tokens long, or what special tokens leave of
-    the positions that it has (None: 128, as ours)."""
+    """hf:FOLDER or hf:NAME as a Run, whose sequences have `length` tokens (None: 128, as ours), or as many as
+    it has positions for."""
     network, tokenizer, causal = read_hub_model(name)
     vocab, config = network.get_output_embeddings().weight.shape[0], network.config.get_text_config()
     tokenizer = HubTokenizer(tokenizer, name, vocab, causal)
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     room = int(min(positions, tokenizer.tokenizer.model_max_length))
-    if length is not None and length > room:
-        raise BadInput(f"--length {length} is more than the {room} tokens that {name} takes at a time")
     ids = torch.full((2, 8), tokenizer.separator)
     ids[1, -1] = (tokenizer.separator + 1) % vocab              # one later token changes
     scores = network(input_ids=ids).logits
     largest = scores.abs().max().item()
     if causal and not torch.allclose(scores[0, :-1], scores[1, :-1], atol=1e-5 * largest):
-        raise BadInput(f"{name} is not causal: its scores of a token depend on later ones, so they are no "
-                       "likelihood")
+        raise BadInput(f"{name} is not causal: its scores of a token depend on later ones")
     sizes = SimpleNamespace(vocab=vocab, length=room, width=config.hidden_size)
     model = HubModel(network, sizes, tokenizer)
     if not torch.allclose(scores, model.logits(network(input_ids=ids).logits), atol=1e-3 * largest):
@@ -187,9 +201,8 @@ def read_hub_model(name):
                                                output_loading_info=True)
     except Exception as error:  # noqa: BLE001  whatever stands in that folder, or the network's state
         reason = str(error).strip().partition("\n")[0]
-        raise BadInput(f"{name} cannot be loaded: {reason} (It takes a folder, or a name on the hub, of a "
-                       "causal or masked language model, with config.json, tokenizer and safetensors "
-                       "weights, and without code of its own)") from None
+        raise BadInput(f"{name} is no causal or masked language model with tokenizer, safetensors weights "
+                       f"and no code of its own: {reason}") from None
     if report["missing_keys"]:  # which the library has filled with random numbers
         raise BadInput(f"{name} lacks weights of a language model, such as {min(report['missing_keys'])}")
     network = network.float().eval()

@@ -16,6 +16,7 @@ from data import Corpus, TrainedTokenizer
 from masks import AnyOrder
 from objectives import from_options, target_nll
 from run import held_out_text, load_run
+from tasks import hub
 from util import BadInput
 
 LEFT_TO_RIGHT = [way for way in WAYS if way[0].left_to_right(8, way[1])]
@@ -122,8 +123,7 @@ def test_summary_and_lengths():
     assert result["stderr"] == pytest.approx(1 / math.sqrt(3)) and result["sequence_nll"] == [2, 3, 4]
     assert result["bits_per_byte"] == pytest.approx(3 / math.log(2) / 2)
     curve = evaluate.by_length(nll)
-    assert curve["prefix"] == [1, 2, 3] and curve["nll"] == [2, 4, 3]
-    assert curve["stderr"] == pytest.approx([1 / math.sqrt(3)] * 3)
+    assert curve["nll"] == [2, 4, 3]
     assert curve["bins"] == [{"first": 1, "last": 1, "sequence_nll": [1, 2, 3]},
                              {"first": 2, "last": 3, "sequence_nll": [2.5, 3.5, 4.5]}]
 
@@ -203,13 +203,13 @@ def test_another_tokenizer_reads_the_same_text(trained):
     other, corpus = load_run(trained("ar")), held_out_text(first)
     text = first.tokenizer.decode(corpus.val)
     other.tokenizer = TrainedTokenizer.train("bpe", 300, [text])
-    again = evaluate.same_text(other, first, corpus)
+    again = hub.same_text(other, first, corpus)
     assert again.name == corpus.name and again.val_bytes == pytest.approx(corpus.val_bytes, rel=0.01)
     assert other.tokenizer.decode(again.val).strip() == text.strip()
-    assert evaluate.same_text(first, first, corpus) is corpus
+    assert hub.same_text(first, first, corpus) is corpus
     first.tokenizer.kind = "wordpiece"
     with pytest.raises(BadInput, match="--data|data"):
-        evaluate.same_text(other, first, corpus)
+        hub.same_text(other, first, corpus)
 
 
 def test_bound_command(trained, tmp_path):
@@ -246,11 +246,10 @@ def test_curves_command(tmp_path):
     assert x == {"name": "a", "unit": "tokens", "data": "books", "not_finite": 0, "loss": [4, 3, 2, 1],
                  "seen": [1000, 2000, 3000, 4000], "lr": [1e-3] * 4, "speed": [50, 100, 150, 200],
                  "val_seen": [2000, 4000], "val_loss": [3.5, 1.5]}
-    out = tmp_path / "curves.json"
-    said = call(f"evaluate.py curves {a} {b} --json {out}")
-    assert [(r["loss"], r["val_loss"], r["best_val_loss"], r["tokens"])
-            for r in json.loads(out.read_text())["results"]] == [(1, 1.5, 1.5, 4000), (4, 4.5, 4.5, 2000)]
-    assert (a / "compared.png").exists() and "bits per byte" not in said
+    said = call(f"evaluate.py curves {a} {b}")
+    assert "validation 1.5000" in said and "validation 4.5000" in said and "bits per byte" not in said
+    assert call_json(f"evaluate.py curves {a}")["results"] == [x]
+    assert (a / "compared.png").exists() and (a / "curves.png").exists()
     assert "bits per byte" in call(f"evaluate.py curves {a} {write_run(tmp_path / 'c', [3, 2], 'words')}")
 
 
@@ -259,7 +258,7 @@ def test_curves_of_a_diverged_run(tmp_path):
     run, out = write_run(tmp_path / "run", [4, 3, math.nan, math.inf, None]), tmp_path / "curves.json"
     assert "3 losses are not finite" in call(f"evaluate.py curves {run} --json {out}")
     x = json.loads(out.read_text())["results"][0]
-    assert (x["loss"], x["val_loss"], x["tokens"], x["not_finite"]) == (3, 3.5, 2000, 3)
+    assert (x["loss"], x["val_loss"], x["seen"], x["not_finite"]) == ([4, 3], [3.5], [1000, 2000], 3)
     assert (run / "curves.png").exists()
     with pytest.raises(BadInput, match="no finite losses"):
         call(f"evaluate.py curves {write_run(tmp_path / 'none', [math.nan, None])}")
