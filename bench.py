@@ -15,6 +15,7 @@ XLNet score every position, so their steps are more work: the ratio of FLOPs say
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import math
@@ -44,6 +45,7 @@ from util import BadInput, Parser, command_line, import_optional, positive, tabl
 SECONDS = 0.5  # that one case runs in one round, at least
 PEERS = {"causal": "GPT2LMHeadModel", "mask": "BertForMaskedLM", "two-stream": "XLNetLMHeadModel",
          "mae": "ViTMAEForPreTraining"}
+STATUS = Path("/proc/self/status")  # Linux: where a process reads its own peak memory
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,31 @@ class Case:
         return describe(self.objective)
 
 
-# ---------------------------------------------------------------------------- peers
+# ---------------------------------------------------------------------------- models
 
-def peers_of(case, transformers, nanogpt):
-    """The peers of a case: of transformers, where it has one, and nanoGPT in the folder `nanogpt`."""
-    text, found = not case.config.patch, []
-    fixed_ratio = case.path == "mae" and isinstance(case.objective.mask, float)  # ViTMAE knows no other
-    if transformers and (text or fixed_ratio):
-        found.append(replace(case, peer="transformers"))
-    if nanogpt and text and case.path == "causal":
-        if not Path(nanogpt, "model.py").exists():
-            raise BadInput(f"--peer-nanogpt {nanogpt}: there is no model.py; give a clone of nanoGPT")
-        found.append(replace(case, peer=nanogpt))
-    return found
+def make_model(case):
+    """(model, loss): loss(model, batch, path) is the sum of the losses over the targets."""
+    if not case.peer:
+        return Transformer(case.config), loss_sum
+    model, inputs = make_peer(case)
+
+    def loss(model, batch, path):
+        out = model(**inputs(batch))
+        return (out[1] if isinstance(out, tuple) else out.loss) * batch.total[0]
+
+    return model, loss
 
 
 def make_peer(case):
     """(the peer of a case, without dropout; a function from our Batch to the arguments of its forward)."""
     c = case.config
     if case.peer != "transformers":
-        model = load_nanogpt(case.peer, block_size=c.length, vocab_size=c.vocab, n_layer=c.layers,
-                             n_head=c.heads, n_embd=c.width, dropout=0.0, bias=False)
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(case.peer, "model.py"))
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks
+        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(None):  # it prints its number of parameters
+            model = module.GPT(module.GPTConfig(block_size=c.length, vocab_size=c.vocab, n_layer=c.layers,
+                                                n_head=c.heads, n_embd=c.width, dropout=0.0, bias=False))
         return model, lambda batch: {"idx": batch.tokens,  # -1 is not scored
                                      "targets": F.pad(batch.tokens[:, 1:], (0, 1), value=-1)}
 
@@ -124,30 +130,7 @@ def make_peer(case):
         "target_mapping": F.one_hot(batch.targets, batch.tokens.shape[1]).float()}
 
 
-def load_nanogpt(folder, **config):
-    """The GPT of the model.py in this folder."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder, "model.py"))
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks
-    spec.loader.exec_module(module)
-    with contextlib.redirect_stdout(None):  # it prints its number of parameters
-        return module.GPT(module.GPTConfig(**config))
-
-
 # ---------------------------------------------------------------------------- one step
-
-def make_model(case):
-    """(model, loss): loss(model, batch, path) is the sum of the losses over the targets."""
-    if not case.peer:
-        return Transformer(case.config), loss_sum
-    model, inputs = make_peer(case)
-
-    def loss(model, batch, path):
-        out = model(**inputs(batch))
-        mean = out[1] if isinstance(out, tuple) else out.loss
-        return mean * batch.total[0]
-
-    return model, loss
-
 
 def draw(case, k):
     """The batch of step k: random ids, or random pixels."""
@@ -167,6 +150,7 @@ def set_up(case, device):
     settings = resolve(optimizer="adamw")  # its learning rate, decay and clipping, alike for all
     optimizer, (autocast, _) = make_optimizer(model, settings), choose_autocast(device, case.dtype)
     loss_module = LossModule(model, torch.compile(loss, dynamic=False) if case.compiled else loss)
+    synchronize = getattr(torch, device.type).synchronize  # wait until the device has done all it was given
 
     def ready(k):
         batch = draw(case, k)
@@ -175,23 +159,15 @@ def set_up(case, device):
     batches = prefetch(ready, itertools.count())
 
     def run(steps):
-        synchronize(device)
+        synchronize()
         start = time.perf_counter()
         for batch, count in itertools.islice(batches, steps):
             update(loss_module, optimizer, [batch], count, case.path, autocast, settings.clip, settings.lr)
-        synchronize(device)
+        synchronize()
         return (time.perf_counter() - start) / steps
 
     return run, model
 
-
-def synchronize(device):
-    """Wait until the device has done all it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-# ---------------------------------------------------------------------------- what a step needs
 
 def step_flops(case):
     """FLOPs that PyTorch counts in the matrix products of one step. Products of two activations, which are
@@ -205,22 +181,21 @@ def step_flops(case):
 
 
 def cpu_memory(case):
-    """Bytes that three steps take above the loaded libraries, in a process of its own. None where the system
+    """Bytes that three steps take above the loaded libraries, in a process of its own; nan where the system
     does not say. Without torch.compile: the compiler itself takes more than the steps."""
-    if not Path("/proc/self/status").exists():
-        return None
+    if not STATUS.exists():
+        return math.nan
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(growth, replace(case, compiled=False)).result()
 
 
 def growth(case):
     """What cpu_memory returns, in that process."""
-    device, c = choose_device("cpu"), case.config
+    c, peaks = case.config, []
     small = replace(c, layers=1, width=32, heads=2, vocab=c.vocab and 16, decoder=c.decoder and (1, 32, 2))
-    peaks = []
     for one in (replace(case, batch=1, config=small), case):  # first a small one, which loads the libraries
-        set_up(one, device)[0](3)
-        peaks.append(1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
+        set_up(one, choose_device("cpu"))[0](3)
+        peaks.append(1024 * int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1]))
     return peaks[1] - peaks[0]
 
 
@@ -230,33 +205,25 @@ def time_cases(cases, device, rounds):
     """Time the cases in turn -> a dict for each case."""
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # every case is a graph of its own
-    results, runs = zip(*(warm_up(case, device) for case in tqdm(cases, desc="warm-up", unit=" cases")))
-    times = [[] for _ in cases]
+    on_gpu, runs, results = device.type == "cuda", [], []
+    for case in tqdm(cases, desc="warm-up", unit=" cases"):
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        run, model = set_up(case, device)
+        run(1)  # compiles
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        runs.append(functools.partial(run, min(math.ceil(SECONDS / min(run(1), run(1))), 100)))
+        memory = torch.cuda.max_memory_allocated() - before if on_gpu else math.nan
+        results.append({"name": case.name, "ms_rounds": [], "flops_per_step": step_flops(case),
+                        "peak_memory": cpu_memory(case) if device.type == "cpu" else memory,
+                        "parameters": sum(p.numel() for p in model.parameters())})
     for _ in tqdm(range(rounds), desc="timing", unit=" rounds"):
-        for run, seconds in zip(runs, times):
-            seconds.append(run())
-    for case, result, seconds in zip(cases, results, times):
-        median = statistics.median(seconds)
-        result.update(ms_per_step=1e3 * median, ms_rounds=[1e3 * s for s in seconds],
-                      tokens_per_second=case.batch * case.config.length / median,
-                      flops_per_second=result["flops_per_step"] / median)
+        for run, result in zip(runs, results):
+            result["ms_rounds"].append(1e3 * run())
+    for case, result in zip(cases, results):
+        result["ms_per_step"] = statistics.median(result["ms_rounds"])
+        result["tokens_per_second"] = 1e3 * case.batch * case.config.length / result["ms_per_step"]
     return results
-
-
-def warm_up(case, device):
-    """Run the first steps of a case -> (what is known of it by then, a function that runs one round)."""
-    on_gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    run, model = set_up(case, device)
-    run(1)  # compiles
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    steps = min(math.ceil(SECONDS / min(run(1), run(1))), 100)
-    memory = torch.cuda.max_memory_allocated() - before if on_gpu else None
-    known = {"name": case.name, "path": case.path, "dtype": case.dtype,
-             "parameters": sum(p.numel() for p in model.parameters()), "flops_per_step": step_flops(case),
-             "peak_memory": cpu_memory(case) if device.type == "cpu" else memory}
-    return known, lambda: run(steps)
 
 
 def speed_ratio(x, peer):
@@ -264,21 +231,23 @@ def speed_ratio(x, peer):
     each = [b / a for a, b in zip(x["ms_rounds"], peer["ms_rounds"])]
     return {"name": x["name"], "peer": peer["name"], "speed": peer["ms_per_step"] / x["ms_per_step"],
             "speed_low": min(each), "speed_high": max(each),
-            "memory": x["peak_memory"] / peer["peak_memory"] if x["peak_memory"] else None,
+            "memory": x["peak_memory"] / peer["peak_memory"],
             "flops": x["flops_per_step"] / peer["flops_per_step"]}
 
 
 # ---------------------------------------------------------------------------- command line
 
 def make_cases(args, device):
-    """The cases of this project that the arguments ask for."""
+    """[(case of this project, its peers)] that the arguments ask for."""
     images, preset, size = args.preset.startswith("vit"), PRESETS[args.preset], dict(SIZES[args.preset])
-    decoder, cases = size.pop("decoder", ()), []
+    decoder, nanogpt, cases = size.pop("decoder", ()), args.peer_nanogpt, []
     if images:
         size.update(vocab=0, length=(preset["size"] // preset["patch"]) ** 2, patch=preset["patch"],
                     mean=(0.5,) * 3, std=(0.25,) * 3)
     else:
         size.update(vocab=4096, length=args.length)
+    if nanogpt and not Path(nanogpt, "model.py").exists():
+        raise BadInput(f"--peer-nanogpt {nanogpt}: there is no model.py; give a clone of nanoGPT")
     compiled = device.type == "cuda" if args.compile is None else args.compile
     _, dtype = choose_autocast(device, args.dtype)
     flags = args.objectives.split(",")
@@ -288,29 +257,13 @@ def make_cases(args, device):
         path = choose_path(objective, images=images)
         config = Config(**size, decoder=decoder if path == "mae" else ())
         objective.check(config.length)
-        cases.append(Case(objective, path, config, args.batch_size, dtype, compiled))
+        case, peers = Case(objective, path, config, args.batch_size, dtype, compiled), []
+        if args.peers and (not images or path == "mae" and isinstance(objective.mask, float)):
+            peers.append("transformers")  # of images it has ViTMAE, with a fixed ratio, and no other
+        if nanogpt and not images and path == "causal":
+            peers.append(nanogpt)
+        cases.append((case, [replace(case, peer=peer) for peer in peers]))
     return cases
-
-
-def show(found):
-    """What was found, for a person."""
-    print("{device}, {dtype}, threads: {threads}\n".format(**found))
-    rows = [("", "ms/step", "range", "tokens/s", "GFLOP/s", "GFLOP", "peak MB", "params")]
-    for r in found["results"]:
-        rows.append((r["name"], f"{r['ms_per_step']:.1f}",
-                     f"{min(r['ms_rounds']):.1f}-{max(r['ms_rounds']):.1f}",
-                     f"{r['tokens_per_second']:,.0f}", f"{r['flops_per_second'] / 1e9:,.0f}",
-                     f"{r['flops_per_step'] / 1e9:.1f}",
-                     f"{r['peak_memory'] / 1e6:.0f}" if r["peak_memory"] else "?",
-                     f"{r['parameters'] / 1e6:.2f}M"))
-    print(table(rows))
-    rows = [("times as fast", "", "range", "memory", "FLOPs")]
-    for r in found["ratios"]:
-        rows.append((f"{r['name']} / {r['peer']}", f"{r['speed']:.2f}x",
-                     f"{r['speed_low']:.2f}-{r['speed_high']:.2f}",
-                     f"{r['memory']:.2f}x" if r["memory"] else "?", f"{r['flops']:.2f}x"))
-    if found["ratios"]:
-        print("\n" + table(rows))
 
 
 def main(argv=None):
@@ -336,20 +289,28 @@ def main(argv=None):
     device = choose_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     cases = make_cases(args, device)
-    pairs = [(case, peer) for case in cases for peer in peers_of(case, args.peers, args.peer_nanogpt)]
-    cases += [peer for _, peer in pairs]
-    results = time_cases(cases, device, args.rounds)
-    of = dict(zip(cases, results))
-    ratios = [speed_ratio(of[case], of[peer]) for case, peer in pairs]
+    everything = list(itertools.chain(*([case, *peers] for case, peers in cases)))
+    results = time_cases(everything, device, args.rounds)
+    of = dict(zip(everything, results))
+    ratios = [speed_ratio(of[case], of[peer]) for case, peers in cases for peer in peers]
 
+    case = everything[0]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    found = {"command": "bench.py", "settings": vars(args), "config": asdict(cases[0].config),
-             "dtype": cases[0].dtype, "compiled": cases[0].compiled, "device": name,
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "results": results,
-             "ratios": ratios}
     if args.json != "-":
-        show(found)
-    write_json(args.json, found)
+        print(f"{name}, {case.dtype}, threads: {torch.get_num_threads()}\n")
+        rows = [(x["name"], f"{x['ms_per_step']:.1f}", f"{min(x['ms_rounds']):.1f}-{max(x['ms_rounds']):.1f}",
+                 f"{x['tokens_per_second']:,.0f}", f"{x['flops_per_step'] / 1e9:.1f}",
+                 f"{x['peak_memory'] / 1e6:.0f}", f"{x['parameters'] / 1e6:.2f}M") for x in results]
+        print(table([("", "ms/step", "range", "tokens/s", "GFLOP", "peak MB", "params"), *rows]))
+        rows = [(f"{x['name']} / {x['peer']}", f"{x['speed']:.2f}",
+                 f"{x['speed_low']:.2f}-{x['speed_high']:.2f}", f"{x['memory']:.2f}", f"{x['flops']:.2f}")
+                for x in ratios]
+        if rows:
+            print("\n" + table([("times as fast", "", "range", "memory", "FLOPs"), *rows]))
+    write_json(args.json, {"command": "bench.py", "settings": vars(args), "config": asdict(case.config),
+                           "dtype": case.dtype, "compiled": case.compiled, "device": name,
+                           "threads": torch.get_num_threads(), "torch": torch.__version__,
+                           "results": results, "ratios": ratios})
     return 0
 
 

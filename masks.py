@@ -93,8 +93,7 @@ def queries_of(groups, weight, n):
     wanted = weight > 0
     most = int(wanted.sum(1).max())
     if most > n:
-        raise BadInput(f"a sequence asks for {most} tokens, and max_targets promises at most {n}; begin with "
-                       "a group of f = 1, which is given, or let max_targets return more")
+        raise BadInput(f"a sequence asks for {most} tokens, max_targets allows {n}; is one given, f = 1?")
     targets = (~wanted).long().argsort(dim=1, stable=True)[:, :n]
     return Queries(targets, groups.gather(1, targets), weight.gather(1, targets))
 
@@ -196,9 +195,10 @@ def stratified(batch, n, generator=None):
     return 1 + (place * n / batch).long().clamp(max=n - 1)
 
 
-def equally_likely(groups):
-    """Outcomes (K, S) with probability 1/K each."""
-    return groups, torch.full((len(groups),), 1 / len(groups), dtype=torch.float64)
+def equally_likely(*groups, shares=(1,)):
+    """Outcomes: the rows of each of `groups` (K, S) divide its share of the probability evenly."""
+    each = [torch.full((len(f),), share / len(f), dtype=torch.float64) for f, share in zip(groups, shares)]
+    return torch.cat(groups), torch.cat(each)
 
 
 # ---------------------------------------------------------------------------- as text

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from masks import content_mask, query_mask
 
@@ -72,7 +73,6 @@ def attend(q, k, v, bias=None, causal=False):
     `bias` is (B, 1, N, S), 0 or minus infinity, or a block mask, or None where everything is seen.
     """
     if bias is not None and not isinstance(bias, torch.Tensor):
-        from torch.nn.attention.flex_attention import flex_attention
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         return flex(q, k, v, block_mask=bias)
     if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
@@ -87,14 +87,11 @@ def attend(q, k, v, bias=None, causal=False):
 @functools.cache
 def compiled_flex_attention():
     """As plain Python it would make all the scores."""
-    from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention)
 
 
 def block_mask(groups, limits):
     """`masks.sees` for FlexAttention: groups (B, S), limits (B, n) -> BlockMask. Nothing of n x S is made."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     def may_attend(b, h, i, j):
         return (groups[b, j] > 0) & (groups[b, j] < limits[b, i])
 

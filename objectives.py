@@ -8,22 +8,17 @@
     others  not in it                     beyond.py
 
 The loss is -log P(x_p | context of p), the *mean over all queries of the batch*, which count by their
-weights. Under it every (context, target) pair that f produces weighs the same: that is Eq. 6, and Eq. 5 read
-as a sum over targets. Eq. 3, which weighs every *context* the same, is `mtp`. The first token is given: L_ar
-starts at P(x_2 | x_1).
-
-A new objective is a frozen dataclass with a `groups` method and a line in OBJECTIVES: see masks.Objective for
-what it may say, and beyond.py for seven of them. Its fields become flags of every command that takes an
-objective. Draw it: python objectives.py NAME
+weights. Every (context, target) pair that f produces weighs the same: that is Eq. 6, and Eq. 5 read as a sum
+over targets. Eq. 3, which weighs every *context* the same, is `mtp`. The first token is given: L_ar starts at
+P(x_2 | x_1). Draw any: python objectives.py dar --t 2 --length 8
 """
 
-import importlib.util
+import contextlib
 import inspect
-import itertools
 import math
+import runpy
 import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import plots
-from beyond import BEYOND
+from beyond import BEYOND, subsets
 from masks import (
     AnyOrder,
     Objective,
@@ -46,7 +41,7 @@ from masks import (
     show,
 )
 from model import LinearCrossEntropy, gather_rows, rows_at_once
-from util import BadInput, Parser, command_line, note, numbers, positive
+from util import BadInput, Parser, command_line, numbers, positive
 
 # ---------------------------------------------------------------------------- the paper's four
 
@@ -71,7 +66,7 @@ class Autoregressive(Objective):
 @dataclass(frozen=True)
 class DiversityEnhanced(Objective):
     """L_semi,t (Eq. 6), the paper's way to L_dar,t (Eq. 3): t tokens in parallel, first group uniform in
-    1..t. With a range (low, high), as in Table 9, each sequence draws its own t."""
+    1..t. Of a range, as in Table 9, each sequence draws its own t."""
 
     t: int = option(2, "tokens predicted in parallel, or a range such as 1,2")
     paper = "diversity-enhanced autoregressive, L_semi,t (Eq. 6)"
@@ -98,13 +93,10 @@ class DiversityEnhanced(Objective):
 
     def outcomes(self, length, limit=200_000):
         groups = [dar_groups(length, t, torch.arange(1, t + 1)) for t in self.ts]
-        share = [torch.full((t,), 1 / t / len(groups), dtype=torch.float64) for t in self.ts]
-        return torch.cat(groups), torch.cat(share)
+        return equally_likely(*groups, shares=[1 / len(groups)] * len(groups))
 
     def left_to_right(self, length, path):
-        # Over the t sizes of the first group each token is first in its group exactly once.
-        # The smallest t of a range takes the fewest passes.
-        t = self.ts[0]
+        t = self.ts[0]  # over the t sizes of the first group each token is first in its group exactly once
         return {"next": dar_groups(length, t, torch.arange(1, t + 1))}
 
 
@@ -117,8 +109,7 @@ class Masked(AnyOrder):
 
     def __post_init__(self):
         if isinstance(self.mask, tuple) or not 0 < self.mask < 1:
-            raise BadInput(f"mlm hides one ratio between 0 and 1, got --mask {show(self.mask)}; for a range "
-                           "type --objective vl")
+            raise BadInput(f"mlm takes one ratio between 0 and 1, vl a range; got --mask {show(self.mask)}")
 
     def groups(self, batch, length, generator=None):
         return masked_groups(batch, length, self.mask, generator)
@@ -135,19 +126,12 @@ class Masked(AnyOrder):
 
     def outcomes(self, length, limit=200_000):
         counts = self.hidden_counts(length)
-        if sum(math.comb(length, n) for n in counts) > limit:
-            return None
-        groups, share = [], []
-        for n, probability in counts.items():
-            hidden = torch.tensor(list(itertools.combinations(range(length), n)))        # (comb(S, n), n)
-            groups.append(torch.ones(len(hidden), length, dtype=torch.long).scatter(1, hidden, 2))
-            share.append(torch.full((len(hidden),), probability / len(hidden), dtype=torch.float64))
-        return torch.cat(groups), torch.cat(share)
+        if sum(math.comb(length, n) for n in counts) <= limit:
+            return equally_likely(*(1 + subsets(length, n).long() for n in counts), shares=counts.values())
 
     def left_to_right(self, length, path):
-        """In one stream there are two regimes: `truncated`, where the sequence ends at the [MASK], and
-        `padded`, where all later positions are [MASK] too, so that it is as long as in training. In two
-        streams nobody sees a query, and the two are one."""
+        """In one stream there are two regimes: `padded`, where all later positions are [MASK] too, so that
+        the sequence is as long as in training, and `truncated`, where it ends at the [MASK]."""
         i = torch.arange(length)
         truncated = (i < i[1:, None]).long() + 2 * (i == i[1:, None])                    # (S - 1, S)
         if path == "mask":
@@ -165,20 +149,16 @@ class VariableLength(Masked):
     def __post_init__(self):
         is_range = isinstance(self.mask, tuple) and len(self.mask) == 2
         if not is_range or not 0 < self.mask[0] <= self.mask[1] <= 1:
-            raise BadInput(f"vl draws its ratio from a range such as --mask 0.15,0.3, got --mask "
-                           f"{show(self.mask)}; for one ratio type --objective mlm")
+            raise BadInput(f"vl takes a range such as --mask 0.15,0.3, mlm one ratio; got {show(self.mask)}")
 
     def hidden_counts(self, length):
         low, high = self.mask
         if low == high:
             return {int(hidden_count(low, length)): 1.0}
-        shares = {}  # round(rho S) = n on an interval of rho: its share of the range is the probability of n
-        for n in range(int(low * length), int(high * length) + 2):
-            share = (min(high, (n + 0.5) / length) - max(low, (n - 0.5) / length)) / (high - low)
-            if share > 0:
-                kept = min(max(n, 1), length - 1)
-                shares[kept] = shares.get(kept, 0.0) + share
-        return shares
+        n = torch.arange(length + 1)  # round(rho S) = n where rho S is in n - 1/2 .. n + 1/2
+        ends = [((n.double() + half) / length).clamp(low, high) for half in (-0.5, 0.5)]
+        share = torch.zeros_like(ends[0]).index_add(0, n.clamp(1, length - 1), ends[1] - ends[0])
+        return {k: x / (high - low) for k, x in enumerate(share.tolist()) if x > 0}
 
 
 # ---------------------------------------------------------------------------- the registry, and flags
@@ -187,22 +167,15 @@ PAPER = {"ar": Autoregressive, "dar": DiversityEnhanced, "mlm": Masked, "vl": Va
 OBJECTIVES = {**PAPER, **BEYOND}
 
 
-def load_objective(flag):
-    """Register FILE.py:Class under that flag: an objective from a file of one's own."""
-    path, _, name = flag.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"objective_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        OBJECTIVES[flag] = getattr(module, name)
-    except (OSError, SyntaxError, ImportError, AttributeError) as error:
-        raise BadInput(f"{flag} cannot be loaded: {error}") from None
-
-
 def options_of(flag):
-    """The names of an objective's options. BadInput where its class is not written as it must be."""
+    """The names of an objective's options. FILE.py:Class is loaded from that file, and registered. BadInput
+    where the class is not written as it must be."""
     if flag not in OBJECTIVES and ".py:" in flag:
-        load_objective(flag)
+        path, _, name = flag.rpartition(":")
+        try:
+            OBJECTIVES[flag] = runpy.run_path(path)[name]
+        except (OSError, SyntaxError, ImportError, KeyError) as error:
+            raise BadInput(f"{flag} cannot be loaded: {error}") from None
     if flag not in OBJECTIVES:
         raise BadInput(f"there is no objective {flag!r}; choose one of {', '.join(OBJECTIVES)}")
     cls = OBJECTIVES[flag]
@@ -211,14 +184,12 @@ def options_of(flag):
     if cls.one_stream not in (None, "causal", "mask"):
         raise BadInput(f"{cls.__name__}.one_stream is {cls.one_stream!r}; it may be None, causal or mask")
     if "generator" not in inspect.signature(cls.groups).parameters:
-        raise BadInput(f"{cls.__name__}.groups takes batch, length and generator, from which it draws: else "
-                       "a resumed run draws other masks")
+        raise BadInput(f"{cls.__name__}.groups takes batch, length and generator, from which it draws")
     return {f.name for f in fields(cls)}
 
 
 def add_options(parser, argv=None):
-    """One flag for each option of the registered objectives, and of those in files that `argv` names, such as
-    my.py:Backward. Objectives that share a name share the flag."""
+    """One flag for each option of the registered objectives, and of those in files that `argv` names."""
     for word in sys.argv[1:] if argv is None else argv:
         if ".py:" in word:
             options_of(word)
@@ -230,8 +201,7 @@ def add_options(parser, argv=None):
 
 
 def from_options(flag, given=(), /, **options):
-    """The objective of that flag. `given`, such as vars(args), may hold None and more than options of
-    objectives. BadInput where an option belongs to other objectives only."""
+    """The objective of that flag. `given`, such as vars(args), may hold None and more than options."""
     own, every = options_of(flag), set().union(*map(options_of, OBJECTIVES))
     options = {name: x for name, x in {**dict(given), **options}.items() if name in every and x is not None}
     for name in options.keys() - own:
@@ -265,8 +235,7 @@ def choose_path(objective, streams=None, images=False):
     if objective.images_only and not images:
         raise BadInput(f"{flag(objective)} speaks of squares of patches; it takes --data of images")
     if streams == 1 and objective.one_stream is None:
-        raise BadInput(f"--streams 1 cannot run {flag(objective)}: tokens predicted in parallel must not see "
-                       "each other, which takes two streams")
+        raise BadInput(f"--streams 1 cannot run {flag(objective)}, whose targets must not see each other")
     path = "two-stream" if streams == 2 or objective.one_stream is None else objective.one_stream
     return "mae" if images and path == "mask" else path
 
@@ -274,8 +243,7 @@ def choose_path(objective, streams=None, images=False):
 # ---------------------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
-    """Everything one step needs, of static shape: B sequences of length S, n = max_targets(S) queries
-    each."""
+    """What one step needs, of static shape: B sequences of length S, n = max_targets(S) queries each."""
 
     tokens: Tensor   # (B, S) input ids, corrupted where 80/10/10 says so; images: (B, S, values) patches
     groups: Tensor   # (B, S) f
@@ -285,7 +253,7 @@ class Batch(NamedTuple):
     cuts: Tensor     # (B, n) query k sees { j : 0 < f(j) < cuts[k] }
     labels: Tensor   # (B, n) true ids; images: nothing, their pixels are taken from the tokens
     weight: Tensor   # (B, n) how much a query counts in the loss; filler, which keeps the shape static, has 0
-    total: Tensor    # (B,) the sum of the weights of the whole batch, so that a part of it knows that too
+    total: Tensor    # (B,) the sum of the weights of the whole batch
 
     def part(self, start, stop):
         return Batch(*(x[start:stop] for x in self))
@@ -301,13 +269,11 @@ def draw_batch(objective, path, tokens, vocab, generator=None, mask_rule="always
                part=slice(None), lengths=None):
     """Draw f for tokens (B, S), or patches (B, S, values), and prepare what the model needs -> Batch.
 
-    On the mask path, mask_rule "always" shows [MASK] at every target: they are predicted from the visible
-    tokens alone, which is the paper's formula. "bert" is the usual practice (Devlin et al. 2019) and the
-    Cramming protocol: [MASK] at 80% of the targets, a random token at 10%, the token itself at 10%.
+    On the mask path, mask_rule "always" shows [MASK] at every target, which is the paper's formula. "bert"
+    (Devlin et al. 2019) shows it at 80% of the targets, a random token at 10%, the token itself at 10%.
 
     Every process draws f for the whole batch of `size` from one generator and keeps its rows `part`, which
-    `tokens` are: so the losses of W processes are those of one. `lengths` (size,) says how many tokens of
-    each sequence are text; what follows is filler.
+    `tokens` are. `lengths` (size,) says how many tokens of each sequence are text; the rest is filler.
     """
     S, size = tokens.shape[1], size or len(tokens)
     groups = objective.groups(size, S, generator)
@@ -336,9 +302,7 @@ def check_queries(objective, path, groups, queries, size, S):
     found = [(x.dtype, tuple(x.shape)) for x in (groups, *queries)]
     due = [(long, (size, S)), (long, (size, n)), (long, (size, n)), (torch.float32, (size, n))]
     if found != due:
-        raise BadInput(f"{objective}: f, targets, cuts and weights are {found} and should be {due}; "
-                       f"max_targets promises {n} queries")
-
+        raise BadInput(f"{objective}: f, targets, cuts and weights are {found} and should be {due}")
     targets, cuts, weight = queries
     wanted, own = weight > 0, groups.gather(1, targets)
     least = groups.masked_fill(groups == 0, S + 1).amin(1, keepdim=True)
@@ -362,8 +326,8 @@ def check_queries(objective, path, groups, queries, size, S):
 def loss_sum(model, batch, path):
     """The sum over the batch's queries of weight * -log P(x_p | context of p): over `total` it is the loss.
 
-    This one function is L_ar, L_semi,t, L_m and L_vm: what sets them apart is `batch.groups`. For images -log
-    P is the squared error, the mean over a patch's numbers: a Gaussian, up to constants.
+    This is L_ar, L_semi,t, L_m and L_vm: what sets them apart is `batch.groups`. For images -log P is the
+    squared error, the mean over a patch's numbers.
     """
     features = model(batch.tokens, batch.groups, batch.targets, path, batch.cuts, batch.blank, padded=False,
                      given=batch.given)
@@ -387,60 +351,46 @@ def target_nll(model, tokens, groups, targets, path, padded=True, cuts=None):
 
 
 def scores_next(groups, chain=None):
-    """groups (S,) -> bool (S,): which targets have exactly the tokens before them as their context; before
-    in the order of `chain`, by default from left to right."""
+    """Which targets have exactly the tokens before them as context, bool (S,); before in the order of
+    `chain`, by default from left to right."""
     rank = torch.arange(len(groups)) if chain is None else chain.argsort()
     return (groups > 1) & (query_mask(groups) == (rank < rank[:, None])).all(-1)
 
 
 def spectral_loss(scores, targets, target_marginal):
-    """The spectral loss in the form that equals matrix factorisation (Theorem 3.1) -> scalar.
-
-        -2 mean_i scores[i, y_i] + mean_i sum_v target_marginal[v] scores[i, v]^2
-            = ||Abar - F W'^T||^2 - ||Abar||^2
-
-    Eq. 1 prints coefficient 1 on the first term; the 2 is lost between lines 4 and 5 of A.1. scores (N, V) =
-    W f(X_i), targets (N,) ids y_i, target_marginal (V,) probabilities P_G.
-    """
-    positive = scores.gather(1, targets[:, None]).mean()
-    return -2 * positive + (scores.square() @ target_marginal).mean()
+    """||Abar - F W'^T||^2 - ||Abar||^2 (Theorem 3.1) from scores (N, V) = W f(X_i), targets (N,), P_G (V,).
+    Eq. 1 prints coefficient 1 on the first term; the 2 is lost between lines 4 and 5 of A.1."""
+    return -2 * scores.gather(1, targets[:, None]).mean() + (scores.square() @ target_marginal).mean()
 
 
 # ---------------------------------------------------------------------------- python objectives.py dar --t 2
 
-def typical_draws(objective, path, length, samples, seed):
-    """[(f (S,), [(position, cut, weight), ..])]: draws with few, middling and many targets, where the number
-    varies."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = draw_batch(objective, path, torch.zeros(256, length, dtype=torch.long), 1, generator)
-    queries = (x.tolist() for x in (batch.targets, batch.cuts, batch.weight))
-    draws = {}
-    for f, *rows in zip(batch.groups.tolist(), *queries):
+def typical_draws(objective, path, length, samples):
+    """[(f (S,), [(position, cut, weight), ..])]: distinct draws with few, middling and many targets."""
+    tokens, generator = torch.zeros(256, length, dtype=torch.long), torch.Generator().manual_seed(0)
+    batch, draws = draw_batch(objective, path, tokens, 1, generator), {}
+    for f, *rows in zip(*(x.tolist() for x in (batch.groups, batch.targets, batch.cuts, batch.weight))):
         draws[tuple(f)] = [row for row in zip(*rows) if row[2] > 0]
-    in_order = sorted(draws.items(), key=lambda draw: len(draw[1]))
+    draws = sorted(draws.items(), key=lambda draw: len(draw[1]))
     count = min(samples, len(draws))
-    chosen = [in_order[(2 * k + 1) * len(in_order) // (2 * count)] for k in range(count)]
+    chosen = [draws[(2 * k + 1) * len(draws) // (2 * count)] for k in range(count)]
     return [(torch.tensor(f), rows) for f, rows in chosen]
 
 
 def report_checks(objective, path):
     """Print what experiments/check.py finds on short sequences. BadInput where something does not hold."""
     from experiments.check import check
-    length, wrong = next((S for S in (6, 9, 16) if fits(objective, S)), 16), []
+    for length in (6, 9, 16):
+        with contextlib.suppress(BadInput):
+            objective.check(length)
+            break
     print(f"{describe(objective)}, on {length} tokens of 3 kinds")
+    wrong = []
     for name, holds, sentence in check(objective, path, length, draw_batch):
         print(f"{'missing' if holds is None else 'ok' if holds else 'WRONG':8s}{name}: {sentence}")
         wrong += [name] if holds is False else []
     if wrong:
         raise BadInput(f"{describe(objective)} is wrong in: {'; '.join(wrong)}")
-
-
-def fits(objective, length):
-    try:
-        objective.check(length)
-    except BadInput:
-        return False
-    return True
 
 
 def main(argv=None):
@@ -450,13 +400,12 @@ def main(argv=None):
     parser.add_argument("--all", action="store_true", help=f"the paper's: {', '.join(PAPER)}")
     parser.add_argument("--length", type=positive, default=16, help="sequence length S")
     parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--text", help="words to draw it on, in place of --length")
     parser.add_argument("--plot", metavar="FILE", help="a picture instead, with spectra")
     parser.add_argument("--check", action="store_true", help="check what the objective says, instead")
     add_options(parser, argv)
     args = parser.parse_args(argv)
-    names = list(dict.fromkeys([*args.objectives, *PAPER] if args.all else args.objectives))
+    names = list(PAPER) if args.all else args.objectives
     if not names:
         raise BadInput(f"name an objective, {' or '.join(OBJECTIVES)}; or give --all for the paper's")
     if args.plot:
@@ -469,15 +418,12 @@ def main(argv=None):
         if args.check:
             report_checks(objective, path)
             continue
-        draws = typical_draws(objective, path, S, args.samples, args.seed)
-        if hasattr(objective, "mask") and objective.max_targets(S) == 1:
-            note(f"{describe(objective)} hides one of {S} tokens, so that each context has one target and "
-                 "the spectrum is flat; a larger --length shows more")
+        draws = typical_draws(objective, path, S, args.samples)
         if args.plot:
             from experiments.spectrum import spectrum
             values = spectrum(objective, S, flag=name)["singular_values"]
-            sheets.append({"title": describe(objective), "paper": objective.paper, "length": S,
-                           "draws": draws, "singular_values": values, "words": words})
+            sheets.append({"title": describe(objective), "length": S, "draws": draws, "words": words,
+                           "singular_values": values})
         else:
             print(f"{describe(objective)}: {objective.paper}\n")
             print("\n\n".join(draw(f, queries, words) for f, queries in draws) + "\n")

