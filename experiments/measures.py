@@ -60,7 +60,7 @@ SCALES = {
             "about": "4 layers; texts of 128 tokens (WordPiece, 4,096 words), perplexity on 64 of them",
             "tokens": 1e7, "sizes": {"tiny": (0.1, 0.3, 1)},
             "prepare": {"text": "--tokenizer wordpiece --vocab 4096"},
-            "train": {"text": "--batch-size 16 --optimizer muon"}}},
+            "train": {"text": "--batch-size 16 --optimizer muon --lr 12e-3"}}},
     "gpu": {
         "about": "8 layers x 512 for text and 12 x 384 for images of 32 x 32; one H100 or H200",
         "seeds": 3, "tokens": 4e8, "epochs": 100, "curve": (0.1, 0.2, 0.5, 1),

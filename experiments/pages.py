@@ -42,6 +42,9 @@ ORIGIN = ("Written by `python reproduce.py report` from the JSON files of this f
 CORRECTED = ("One primary claim for each target, or for several that are of the same runs. Verdicts are by "
              "tests at 5%, after Holm's correction over all of these claims, for the tests against 0 and for "
              "those against the paper's effect apart.")
+WORDS = ("*Supported*: seen in our models. *Paper's size excluded*: not seen, and so large an effect would have "
+         "been. *Uninformative*: too little is known.\nAll this holds after Holm's correction. Intervals are over "
+         "seeds and examples.")
 LEGEND = ("Differences are positive where the claim holds, in points of a percentage, in dB (PSNR), or as "
           "factors where the quantity has no scale of its own (perplexity, L2). Intervals are over "
           "pretraining seeds and test examples, both the same on both sides (experiments/verdicts.py). Like "
@@ -336,7 +339,7 @@ def write_report(folder, targets, readme=None):
     write_text(folder / "README.md", "\n".join(lines).rstrip() + "\n")
     if readme:
         relative = os.path.relpath(folder, Path(readme).parent)
-        link = f"Words, units and intervals: [{relative}/README.md]({relative}/README.md).\n"
+        link = f"{WORDS} More on [{relative}/README.md]({relative}/README.md).\n"
         lines = [*claim_rows(headlines), link, forest.format(f"{relative}/")] if headlines else []
         write_between_markers(Path(readme), lines)
 
