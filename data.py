@@ -192,7 +192,7 @@ def byte_count(text):
 
 def text_files(source):
     """(name, text) of a file, or of the files in a folder: UTF-8, any line ends, .gz and .xz unpacked."""
-    if not source:
+    if not source:  # which would be the folder that we are in
         raise BadInput("--data is the empty name")
     if read_manifest(source):
         raise BadInput(f"{source} is prepared already; give it to train.py --data as it is")
@@ -209,8 +209,7 @@ def text_files(source):
 
 
 def hub_texts(source, streaming):
-    """(row number, text) of a Hugging Face dataset, but rows of null; `datasets` downloads and caches it, or
-    streams it."""
+    """(row number, text) of a Hugging Face dataset, but null rows; streamed, or cached by `datasets`."""
     name, _, subset = source[3:].partition("::")
     load_dataset, empty = import_optional("datasets").load_dataset, 0
     try:
@@ -239,14 +238,10 @@ def pydoc_texts():
     found, root = [], Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        foreign = parts[0] not in sys.stdlib_module_names or parts[0].startswith("_sysconfig")
-        if foreign or optional & set(parts):
+        if parts[0] not in sys.stdlib_module_names or optional & set(parts):
             continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        texts = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
         if text := "\n\n".join(filter(None, texts)):
             found.append((".".join(parts).removesuffix(".__init__"), text + "\n"))
     from pydoc_data.topics import topics
@@ -333,8 +328,7 @@ def split(sources, val, fraction, max_bytes=None):
             if source == "pydoc" and not name.startswith("topics."):
                 name = name.partition(".")[0]
             held = zlib.crc32(name.encode("utf-8", "surrogateescape")) < share * 2 ** 32
-            empty = share < 1 and not text.strip()  # is no validation text
-            yield "val" if held and not empty else "train", text
+            yield "val" if held and (share == 1 or text.strip()) else "train", text
         if replaced:
             note(f"{source} is not all UTF-8: {replaced:,} characters of it are read as U+FFFD")
         if twice:
@@ -373,6 +367,33 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
     return counts
 
 
+def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None):
+    """Write a token folder, of the command line's arguments -> its manifest."""
+    kind = tokenizer
+    with new_folder(out, (*sources, *val)) as folder:
+        if kind == ByteTokenizer.kind:
+            tokenizer = ByteTokenizer()
+        else:
+            found = split(sources, val, val_fraction, min(max_bytes or TRAIN_ON, TRAIN_ON))
+            tokenizer = TrainedTokenizer.train(kind, vocab, (text for side, text in found if side == "train"))
+        with open(folder / "train.bin", "w+b") as train, open(folder / "val.bin", "w+b") as val_file:
+            counts = write_tokens(train, val_file, tokenizer, sources, val, val_fraction, max_bytes)
+        manifest = {"format": 1, "tokenizer": kind, "vocab": tokenizer.vocab,
+                    "dtype": token_type(tokenizer.vocab).__name__, "sources": sources, "val_sources": val,
+                    **counts}
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+def open_tokens(folder):
+    """A token folder as a Corpus, memory-mapped."""
+    manifest = read_manifest(folder)
+    tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    train, val = (np.memmap(folder / f"{side}.bin", manifest["dtype"], "r") for side in ("train", "val"))
+    return Corpus(str(folder), tokenizer, train, val, max(1, manifest["val"]["bytes"]))
+
+
 # ---------------------------------------------------------------------------- sequences
 
 class Sequences:
@@ -407,35 +428,6 @@ def prefetch(draw, steps):
         drawn = itertools.chain((pool.submit(draw, k) for k in steps), [None])
         for this, _ in itertools.pairwise(drawn):
             yield this.result()
-
-
-# ---------------------------------------------------------------------------- token folders
-
-def prepare_text(sources, out, tokenizer="byte", vocab=8192, val=(), val_fraction=0.05, max_bytes=None):
-    """Write a token folder, of the command line's arguments -> its manifest."""
-    kind = tokenizer
-    with new_folder(out, (*sources, *val)) as folder:
-        if kind == ByteTokenizer.kind:
-            tokenizer = ByteTokenizer()
-        else:
-            found = split(sources, val, val_fraction, min(max_bytes or TRAIN_ON, TRAIN_ON))
-            tokenizer = TrainedTokenizer.train(kind, vocab, (text for side, text in found if side == "train"))
-        with open(folder / "train.bin", "w+b") as train, open(folder / "val.bin", "w+b") as val_file:
-            counts = write_tokens(train, val_file, tokenizer, sources, val, val_fraction, max_bytes)
-        manifest = {"format": 1, "tokenizer": kind, "vocab": tokenizer.vocab,
-                    "dtype": token_type(tokenizer.vocab).__name__, "sources": sources, "val_sources": val,
-                    **counts}
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    return manifest
-
-
-def open_tokens(folder):
-    """A token folder as a Corpus, memory-mapped."""
-    manifest = read_manifest(folder)
-    tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    train, val = (np.memmap(folder / f"{side}.bin", manifest["dtype"], "r") for side in ("train", "val"))
-    return Corpus(str(folder), tokenizer, train, val, max(1, manifest["val"]["bytes"]))
 
 
 # ---------------------------------------------------------------------------- the toy model (Sec. 4.1.2)
@@ -491,7 +483,7 @@ def main(argv=None):
     text.add_argument("--max-bytes", type=positive, help="stop after about that much text of each INPUT")
     images = commands.add_parser("images", help="decode and resize images into a memory-mapped folder")
     images.add_argument("source", metavar="INPUT", help="class folders of images, or CIFAR's binary files")
-    images.add_argument("--size", type=positive, help="side in pixels (default: files 224, CIFAR 32)")
+    images.add_argument("--size", type=positive, help="side in pixels (default: 224); CIFAR's keep 32")
     for command, fraction in ((text, 0.05), (images, 0.1)):
         command.add_argument("--out", required=True, help="folder to write")
         command.add_argument("--val-fraction", type=float, default=fraction,
@@ -499,8 +491,8 @@ def main(argv=None):
     args = vars(parser.parse_args(argv))
     if not 0 < args["val_fraction"] < 1:
         raise BadInput(f"--val-fraction {args['val_fraction']:g} is not between 0 and 1")
-    prepare = {"text": prepare_text, "images": prepare_images}[args.pop("command")]
-    manifest = prepare(**args)
+    command = args.pop("command")
+    manifest = prepare_text(**args) if command == "text" else prepare_images(**args)
     for side in ("train", "val"):
         print(f"{side:5s}", ", ".join(f"{count:,} {name}" for name, count in manifest[side].items()))
 
