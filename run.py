@@ -1,6 +1,6 @@
 """A run: its settings and presets, its machine, its checkpoint, the Run that evaluation opens, and its data.
 
-A run folder holds config.json (the settings), metrics.jsonl (one line every few steps) and ckpt.pt (weights,
+Its folder holds config.json (the settings), metrics.jsonl (one line every few steps) and ckpt.pt (weights,
 optimizer and all else that going on takes).
 """
 
@@ -16,16 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data import (
-    POSITIONS,
-    ByteTokenizer,
-    Corpus,
-    Sequences,
-    load_corpus,
-    load_evaluation,
-    tokenizer_from_json,
-    toy_noise,
-)
+from data import POSITIONS, Corpus, Sequences, load_corpus, load_evaluation, tokenizer_from_json, toy_noise
 from images import Patches, is_images, load_images
 from model import SIZES, Config, Transformer
 from objectives import OBJECTIVES, choose_path, describe, from_options
@@ -61,39 +52,36 @@ def setting(default, help, **arguments):
 class Settings:
     """What a run computes. Where a field is None, `resolve` takes the preset's value.
 
-    Nothing is checked here, so that a checkpoint's settings read back as they were written, wherever its data
-    is by now.
+    Nothing is checked here: a checkpoint's settings read back as they were written, wherever its data is now.
     """
 
     objective: str = setting("ar", "pretraining objective", choices=OBJECTIVES)
     options: dict = field(default_factory=dict)  # of the objective; each has its own flag
-    streams: int = setting(None, "1 or 2; 2 runs any objective through two streams (default: 1 if possible)",
-                           type=int, choices=(1, 2))
+    objective_text: str = None                   # of an objective of one's own, FILE.py:Class
+    streams: int = setting(None, "2: two streams also where one suffices", choices=(1, 2))
     mask_rule: str = setting(None, "one stream: always = [MASK] at every target, the paper's formula; "
                              "bert = 80%% [MASK], 10%% random, 10%% kept", choices=("always", "bert"))
-    blind: bool = setting(False, "two streams: queries are not told the position that they predict, as in "
-                          "the paper's theory", action="store_true")
+    blind: bool = setting(False, "two streams: queries do not know their position", action="store_true")
     data: str = setting("pydoc", "text: pydoc, a file or folder, a token folder of data.py, hf:NAME, toy; "
                         "images: shapes, a folder of JPEG or PNG files, an image folder of data.py")
     preset: str = setting(None, "model size and budget (default: tiny, for images vit-tiny)", choices=PRESETS)
-    length: int = setting(None, "text: sequence length S", type=positive)
-    size: int = setting(None, "images: side in pixels; others are resized", type=positive)
-    patch: int = setting(None, "images: side of a patch in pixels, a divisor of --size", type=positive)
-    crop: float = setting(None, "images: least share of the area that a random crop keeps", type=float)
-    steps: int = setting(None, "optimizer steps", type=positive)
-    epochs: float = setting(None, "passes over the data, instead of --steps", type=float)
-    batch_size: int = setting(None, "sequences per step", type=positive)
-    batch_ramp: float = setting(None, "share of the budget over which the batch grows to its size",
-                                type=float)
-    micro_batch: int = setting(256, "sequences per forward pass at most; more are accumulated", type=positive)
-    lr: float = setting(None, "peak learning rate", type=float)
+    length: int = setting(None, "text: sequence length S")
+    size: int = setting(None, "images: side in pixels; others are resized")
+    patch: int = setting(None, "images: side of a patch in pixels, a divisor of --size")
+    crop: float = setting(None, "images: least share of the area that a random crop keeps")
+    steps: int = setting(None, "optimizer steps")
+    epochs: float = setting(None, "passes over the data, instead of --steps")
+    batch_size: int = setting(None, "sequences per step")
+    batch_ramp: float = setting(None, "share of the budget over which the batch grows to its size")
+    micro_batch: int = setting(256, "sequences per forward pass at most; more are accumulated")
+    lr: float = setting(None, "peak learning rate")
     schedule: str = setting(None, "triangle: 25%% of the peak, the peak at 75%% of the budget, 0; or cosine",
                             choices=("triangle", "cosine"))
-    warmup: float = setting(None, "share of the budget over which the learning rate rises from 0", type=float)
+    warmup: float = setting(None, "share of the budget over which the learning rate rises from 0")
     optimizer: str = setting(None, "adamw, or muon for the matrices of the blocks", choices=("adamw", "muon"))
-    weight_decay: float = setting(None, "decoupled, on matrices only", type=float)
-    beta2: float = setting(None, "of AdamW; its beta1 is 0.9", type=float)
-    clip: float = setting(None, "largest norm of the gradient; 0 for no clipping", type=float)
+    weight_decay: float = setting(None, "decoupled, on matrices only")
+    beta2: float = setting(None, "of AdamW; its beta1 is 0.9")
+    clip: float = setting(None, "largest norm of the gradient; 0 for no clipping")
     seed: int = setting(0, "of the initial weights, the order of the data and the masks", type=int)
 
     @property
@@ -112,16 +100,8 @@ class Settings:
         return objective, choose_path(objective, self.streams, self.images)
 
     def to_dict(self):
-        """What a checkpoint keeps: no data given from Python, but the text of one's own objective."""
-        data = self.data if isinstance(self.data, str) else None
-        return {**vars(self), "data": data, "objective_text": self.objective_text()}
-
-    def objective_text(self):
-        """The file of an objective of one's own, FILE.py:Class; None for those that are registered here."""
-        path = Path(self.objective.rpartition(":")[0])
-        if path.suffix != ".py":
-            return None
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        """What a checkpoint keeps: all but data that was given from Python."""
+        return {**vars(self), "data": self.data if isinstance(self.data, str) else None}
 
 
 def add_settings(parser):
@@ -129,31 +109,33 @@ def add_settings(parser):
     by_preset = {name for preset in PRESETS.values() for name in preset}
     for f in fields(Settings):
         if "help" in f.metadata:
-            shown = " (preset)" if f.name in by_preset else ""
-            if f.default is not None and f.default is not False:
-                shown = f" (default: {f.default})"
+            default = "the preset's" if f.name in by_preset else f.default
+            shown = "" if default is None or default is False else f" (default: {default})"
+            kind = {} if "action" in f.metadata else {"type": positive if f.type is int else f.type}
             parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS,
-                                **{**f.metadata, "help": f.metadata["help"] + shown})
+                                **{**kind, **f.metadata, "help": f.metadata["help"] + shown})
 
 
 def resolve(**given):
     """Settings from what is given by name, the objective's own options included; the preset does the rest.
-
-    resolve(objective="vl", mask=(0.15, 0.3), steps=100) has options {"mask": (0.15, 0.3)}. BadInput: flags
-    that would be ignored, and numbers that do not fit.
-    """
-    known = {f.name for f in fields(Settings)}
-    options = {**given.pop("options", {}), **{name: x for name, x in given.items() if name not in known}}
-    given = {name: x for name, x in given.items() if name in known and x is not None}
-    data = given["data"] = absolute(given.get("data", "pydoc"))
-    if ".py:" in given.get("objective", ""):  # found from any folder, too
-        given["objective"] = os.path.abspath(given["objective"])
-    toy = isinstance(data, str) and toy_noise(data) is not None
+    BadInput where something would be ignored, or a number does not fit."""
+    given = {name: x for name, x in given.items() if x is not None}
+    names = {f.name for f in fields(Settings)}
+    options = given.pop("options", {}) | {name: given.pop(name) for name in given.keys() - names}
+    if ".py:" in given.get("objective", ""):
+        given["objective"] = os.path.abspath(given["objective"])  # found from any folder, too
+    data, toy, images = given.get("data", "pydoc"), False, False
+    if isinstance(data, str | os.PathLike):
+        data = os.fspath(data)
+        toy = toy_noise(data) is not None
+        if not toy and data not in ("", "pydoc", "shapes") and not data.startswith("hf:"):
+            data = os.path.abspath(data)
+        images = is_images(data)
+    given["data"] = data
+    given.setdefault("preset", "vit-tiny" if images else "tiny")
     if toy:
         given.setdefault("length", POSITIONS)
-    given.setdefault("preset", "vit-tiny" if isinstance(data, str) and is_images(data) else "tiny")
     settings, preset = Settings(**given), PRESETS[given["preset"]]
-    options = {name: x for name, x in options.items() if x is not None}
     if settings.images and settings.objective in IMAGE_MASKS:
         options.setdefault("mask", IMAGE_MASKS[settings.objective])
     objective, path = replace(settings, options=options).task()
@@ -172,19 +154,17 @@ def resolve(**given):
 
     budget = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
     rule = {} if path == "mask" else {"mask_rule": None}
-    settings = Settings(**{**preset, **budget, **rule, **given, "options": asdict(objective)})
+    given |= {"options": asdict(objective), "objective_text": objective_text(settings.objective)}
+    settings = Settings(**{**preset, **budget, **rule, **given})
     check_ranges(settings)
     objective.check(settings.positions)
     return settings
 
 
-def absolute(data):
-    """What --data names, so that it can be found from any folder; data that is given from Python as it is."""
-    if not isinstance(data, str | os.PathLike):
-        return data
-    data = os.fspath(data)
-    by_name = data in ("", "pydoc", "shapes") or data.startswith("hf:") or toy_noise(data) is not None
-    return data if by_name else os.path.abspath(data)
+def objective_text(objective):
+    """The text of the file of an objective of one's own, FILE.py:Class; else None."""
+    path = Path(objective.rpartition(":")[0])
+    return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.exists() else None
 
 
 def check_ranges(settings):
@@ -192,16 +172,13 @@ def check_ranges(settings):
     for names, fits, allowed in (
             ("lr epochs", lambda x: 0 < x < math.inf, "a positive number"),
             ("clip weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0"),
-            ("beta2 batch_ramp warmup", lambda x: 0 <= x < 1, "in 0..1, 1 excluded"),
-            ("crop", lambda x: 0 < x <= 1, "in 0..1, 0 excluded"),
-            ("seed", lambda x: 0 <= x < 2 ** 32, "a whole number in 0..2^32 - 1")):
+            ("beta2 batch_ramp warmup", lambda x: 0 <= x < 1, "in 0..1, 1 excluded")):
         for name in names.split():
             value = getattr(settings, name)
             if value is not None and not fits(value):
                 raise BadInput(f"--{name.replace('_', '-')} {value:g} is not {allowed}")
-    if settings.images and (settings.size % settings.patch or settings.size < 2 * settings.patch):
-        raise BadInput(f"--patch {settings.patch} does not divide images of --size {settings.size} into two "
-                       "or more")
+    if settings.images and settings.size % settings.patch:
+        raise BadInput(f"--patch {settings.patch} does not divide images of --size {settings.size}")
 
 
 def warmup_cosine(progress, warmup):
@@ -223,25 +200,16 @@ def choose_device(name=None):
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory():
-    """Let glibc keep freed memory: without fresh pages for large arrays a CPU step is 5 to 15% faster."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # glibc that keeps freed memory saves a CPU 5 to 15%
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)            # M_MMAP_MAX: never a mapping of its own for a large array
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    return device
 
 
 def choose_autocast(device, name=None):
-    """(a function that gives the context of the forward pass, "bf16" or "fp32").
-
-    The default is bf16 where its matrix products are faster: on CUDA, on a CPU with AMX, and on AMD's with
-    AVX-512 BF16.
-    """
+    """(a function that gives the context of the forward pass, "bf16" or "fp32"): by default bf16 where its
+    matrix products are faster, on CUDA, on a CPU with AMX, and on AMD's with AVX-512 BF16."""
     if name is None:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
@@ -264,51 +232,50 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path):
-    """What a run folder's ckpt.pt holds, or such a file. Nothing in it is executed or unpacked."""
+    """What a run folder, its ckpt.pt, or a folder of evaluate.py export holds. Nothing in it is executed."""
     path = Path(path)
-    if (path / "model.safetensors").exists():
-        return load_exported(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    exported = (path / "model.safetensors").exists()
+    if path.is_dir():
+        path = path / ("model.safetensors" if exported else "ckpt.pt")
     if not path.is_file():
         raise BadInput(f"{path} {'is no regular file' if path.exists() else 'does not exist'}; give a run "
                        "folder of train.py, or its ckpt.pt")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it is compressed, and would unpack to more than it holds")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["objective_text"] = content["settings"].get("objective_text")
-        content["settings"] = known_fields(Settings, content["settings"])
-        content["model_config"] = known_fields(Config, content["model_config"])
+        content = read_exported(path) if exported else read_saved(path)
+        for name, cls in (("settings", Settings), ("model_config", Config)):
+            known = {f.name for f in fields(cls)}  # earlier versions had fields that are gone
+            content[name] = cls(**{key: x for key, x in content[name].items() if key in known})
         with torch.device("meta"):  # takes no memory, whatever the settings say
             model = Transformer(content["model_config"])
         due, found = ({name: x.shape for name, x in state.items()}
                       for state in (model.state_dict(), content["model"]))
         if due != found:
             raise ValueError("its weights are not those of its settings")
+    except BadInput:  # a package is missing
+        raise
     except Exception as error:  # noqa: BLE001  a file of any content can fail in any way
         raise BadInput(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}: {error})"
                        ) from None
     return content
 
 
-def load_exported(folder):
-    """What evaluate.py export wrote, as a checkpoint holds it."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    content["objective_text"] = content["settings"].get("objective_text")
-    content["settings"] = known_fields(Settings, content["settings"])
-    content["model_config"] = known_fields(Config, content["model_config"])
-    content["model"] = import_optional("safetensors.torch").load_file(folder / "model.safetensors")
-    if content["tokenizer"] == ByteTokenizer.kind:
-        content["tokenizer"] = ByteTokenizer().to_json()
+def read_saved(path):
+    """The content of a file of `save_checkpoint`; nothing in it is unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed, and would unpack to more than it holds")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_exported(path):
+    """The same of a model.safetensors and the files beside it."""
+    content = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+    content["model"] = import_optional("safetensors.torch").load_file(path)
+    if content["tokenizer"] == "byte":
+        content["tokenizer"] = json.dumps({"kind": "byte"})
     elif content["tokenizer"]:
-        content["tokenizer"] = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        content["tokenizer"] = path.with_name("tokenizer.json").read_text(encoding="utf-8")
     return content
-
-
-def known_fields(cls, content):
-    """The dataclass `cls` from a dict, in which an earlier version may have had fields that are gone."""
-    return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
 
 
 @dataclass
@@ -324,28 +291,23 @@ class Run:
     name: str
     total: int = None  # tokens, or images, that it was trained on, if that is known
 
-    def untrained(self):
-        """This Run before its first step: what a task owes to pretraining is the difference to it."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            model = Transformer(self.model.config).to(self.model.query.device).eval()
-        return replace(self, model=model, step=0, name=f"untrained:{self.name}")
-
 
 def load_run(path, device="cpu"):
     """The model, objective and tokenizer of a checkpoint, ready for evaluation; untrained:RUN as it began."""
-    if str(path).startswith("untrained:"):
-        return load_run(str(path).removeprefix("untrained:"), device).untrained()
-    content = load_checkpoint(path)
+    name, untrained = str(path), str(path).startswith("untrained:")
+    content = load_checkpoint(name.removeprefix("untrained:"))
     settings = replace(content["settings"], **content.get("budget", {}))  # which its data was read for
-    if content["objective_text"] != settings.objective_text():
-        raise BadInput(f"{settings.objective} is not the file that {path} was trained with; its text stands "
+    if settings.objective_text != objective_text(settings.objective):
+        raise BadInput(f"{settings.objective} is not the file that {name} was trained with; its text stands "
                        "in config.json there")
-    model = Transformer(content["model_config"]).to(device)
-    model.load_state_dict(content["model"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = Transformer(content["model_config"])
+    if not untrained:
+        model.load_state_dict(content["model"])
     tokenizer = None if settings.images else tokenizer_from_json(content["tokenizer"])
-    return Run(model.eval(), *settings.task(), tokenizer, settings, content["step"], str(path),
-               content.get("total"))
+    return Run(model.to(device).eval(), *settings.task(), tokenizer, settings,
+               0 if untrained else content["step"], name, content.get("total"))
 
 
 # ---------------------------------------------------------------------------- the data of a run
@@ -357,8 +319,8 @@ def load_examples(settings, path, device="cpu"):
     tokens or images.
     """
     if settings.images != (isinstance(settings.data, str) and is_images(settings.data)):
-        raise BadInput(f"--preset {settings.preset} is for {'images' if settings.images else 'text'}, and "
-                       f"--data {settings.data} is {'not' if settings.images else 'images'}")
+        kinds = ("text", "images") if settings.images else ("images", "text")
+        raise BadInput(f"--data {settings.data} is {kinds[0]}, and --preset {settings.preset} for {kinds[1]}")
     if settings.images:
         images, size = load_images(settings.data, settings.size), dict(SIZES[settings.preset])
         size["decoder"] = size["decoder"] if path == "mae" else ()
@@ -387,25 +349,20 @@ def held_out_text(run, data=None):
     if run.settings.data is None:
         raise BadInput(f"{run.name} does not come with a text to evaluate on; give one with --data")
     corpus = training_corpus(run.settings)
-    if corpus.tokenizer.to_json() != run.tokenizer.to_json():
-        raise BadInput(f"{run.settings.data} has another tokenizer than {run.name}; give a text with --data")
-    if run.total not in (None, len(corpus.train)):
-        raise BadInput(f"{run.settings.data} is not the text that {run.name} was trained on: it has "
-                       f"{len(corpus.train):,} training tokens, not {run.total:,}; give a text with --data")
+    same_tokenizer = corpus.tokenizer.to_json() == run.tokenizer.to_json()
+    if not same_tokenizer or run.total not in (None, len(corpus.train)):
+        raise BadInput(f"{run.settings.data} is not the text of {run.name} any more; give a text with --data")
     return corpus
 
 
 def evaluation_sequences(run, data=None, count=200):
-    """(`count` sequences of held-out text (N, S), its tokens per byte, the name of the data).
-
-    `data` is as for `held_out_text`, or what that returned. The sequences are the same for every checkpoint
-    of one tokenizer and length.
-    """
+    """(`count` sequences of held-out text (N, S), its tokens per byte, the name of the data), the same for
+    every checkpoint of one tokenizer and length. `data` is as for `held_out_text`, or what that returned."""
     corpus = data if isinstance(data, Corpus) else held_out_text(run, data)
     S = run.settings.length
     whole = corpus.val[:len(corpus.val) // S * S]
     if len(whole) < 2 * S or count < 2:
-        raise BadInput(f"a standard error takes at least two sequences of {S} tokens; {corpus.name} has "
-                       f"{len(corpus.val):,} tokens to evaluate on, and {count} sequences are asked for")
+        raise BadInput(f"a standard error takes two sequences of {S} tokens; {corpus.name} has "
+                       f"{len(corpus.val):,} tokens, and {count} sequences are asked for")
     sequences = Sequences(whole, S, run.tokenizer.separator, seed=0)
     return sequences.batch(0, min(count, len(sequences))), len(corpus.val) / corpus.val_bytes, corpus.name

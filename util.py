@@ -1,5 +1,4 @@
-"""What every command line shares: wrong use in one line, flags with their defaults, optional packages, JSON,
-tables."""
+"""What every command line shares: wrong use in one line, flags, optional packages, JSON and tables."""
 
 import argparse
 import importlib
@@ -39,10 +38,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that reports a wrong use as BadInput."""
 
-    def __init__(self, *args, **kwargs):
-        epilog = "Errors are one line; with TRACEBACK=1 in the environment they show where they arose."
-        kwargs = {"formatter_class": Help, "allow_abbrev": False, "epilog": epilog, **kwargs}
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **kwargs})
 
     def parse_args(self, *args, **kwargs):
         BadInput.flags = True
@@ -53,10 +50,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line(main):
-    """Run `main`. A wrong use ends with one line `error: ...` on standard error and exit status 2; with
-    TRACEBACK=1 in the environment the traceback comes before it."""
+    """Run `main`. A wrong use ends with one line `error: ...` and exit status 2; with TRACEBACK=1 in the
+    environment the traceback comes before it."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a question mark for what the locale has no sign for
+        sys.stdout.reconfigure(errors="replace")  # a question mark for what the locale cannot write
     try:
         sys.exit(main())
     except BrokenPipeError:  # somebody piped the output into head
@@ -84,8 +81,7 @@ def numbers(text):
     try:
         values = tuple(int(x) if x.isdecimal() else float(x) for x in text.split(","))
     except ValueError:
-        message = f"{text!r} is neither a number like 0.15 nor a range like 0.15,0.3"
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no number like 0.15 or range like 0.15,0.3") from None
     return values if len(values) > 1 else values[0]
 
 
@@ -94,15 +90,14 @@ def import_optional(name):
     try:
         return importlib.import_module(name)
     except ImportError:
-        package = name.partition(".")[0]
-        package = {"PIL": "pillow", "sklearn": "scikit-learn"}.get(package, package)
+        package = name.partition(".")[0].replace("PIL", "pillow")
         raise BadInput(f"this needs the {package} package: pip install {package}") from None
 
 
 # ---------------------------------------------------------------------------- results
 
 def plain(x):
-    """Results with arrays and tensors in them -> what JSON knows: numbers that are not finite become null."""
+    """Results with arrays and tensors in them -> what JSON knows; numbers that are not finite become null."""
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -113,7 +108,7 @@ def plain(x):
 
 
 def write_json(target, content):
-    """The --json convention of all commands: one object, to a file or to standard output (-)."""
+    """Write one object to a file, or to standard output (-): --json of all commands."""
     text = json.dumps(plain(content), indent=1, allow_nan=False)
     if target == "-":
         print(text)
@@ -134,7 +129,7 @@ def printable(text):
 
 
 def note(text):
-    """A line on standard error that nobody should miss: what is left out, or read in another way."""
+    """Tell on standard error what is left out, or read in another way."""
     print("note:", printable(text), file=sys.stderr)
 
 
