@@ -7,12 +7,12 @@
     torchrun --nproc_per_node=8 train.py --preset base ...          DistributedDataParallel, or --fsdp
 
 Leaves a run folder: config.json (all settings), metrics.jsonl (one line every few steps), ckpt.pt (everything
-needed to evaluate or to go on). Which batch and masks a step takes depends on the seed and the step's number
-only, so a resumed run repeats the uninterrupted one, on a CPU bit for bit.
+needed to evaluate or to go on). The batch and the masks of a step depend on the seed and the step alone, so
+that a resumed run repeats the uninterrupted one, on a CPU bit for bit.
 """
 
 import contextlib
-import ctypes
+import inspect
 import io
 import itertools
 import json
@@ -45,7 +45,7 @@ from run import (
     save_checkpoint,
     warmup_cosine,
 )
-from util import BadInput, Parser, command_line, import_optional, positive, write_text
+from util import BadInput, Parser, command_line, note, positive, write_text
 
 # ---------------------------------------------------------------------------- schedules
 
@@ -78,19 +78,15 @@ def steps_for(settings, sequences):
 
 class Muon(torch.optim.AdamW):
     """AdamW, but groups marked `orthogonal` take Muon's step (Jordan et al. 2024): Nesterov momentum made
-    orthogonal, with the root mean square of AdamW's step (Liu et al. 2025).
-
-    Of a matrix that FSDP shards, each process makes the whole update orthogonal and keeps its own part.
-    """
+    orthogonal, with the root mean square of AdamW's step (Liu et al. 2025)."""
 
     RATE, MOMENTUM = 1.5, 0.9  # its rate over AdamW's, and the share of the old gradients that it keeps
 
     def __setstate__(self, state):
-        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's expects its own kind of state everywhere
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's expects its own state everywhere
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of both kinds. It uses up the gradients of Muon's matrices."""
         for group in self.param_groups:
             if "orthogonal" not in group:
                 continue
@@ -99,17 +95,19 @@ class Muon(torch.optim.AdamW):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - self.MOMENTUM)
                 updates.append(full_tensor(p.grad.lerp(momentum, self.MOMENTUM)))
-                p.grad = None
+                p.grad = None  # AdamW passes over it
             for p, update in zip(todo, orthogonal(updates)):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(like(p, update * group["lr"]))
-        super().step()  # on those that are left
+                update = update * group["lr"]
+                if hasattr(p, "full_tensor"):  # FSDP: each process keeps its own part
+                    from torch.distributed.tensor import distribute_tensor
+                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
+        super().step()
 
 
 def orthogonal(matrices, steps=5):
     """A matrix U S V^T each -> about 0.2 sqrt(longer side) U V^T, whose elements have root mean square 0.2.
-
-    Those of one shape are stacked and share the kernels, of which a GPU would otherwise start hundreds.
-    """
+    Those of one shape are stacked, which a GPU does at once."""
     wide = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
     for shape in {m.shape for m in wide}:
         places = [i for i, m in enumerate(wide) if m.shape == shape]
@@ -128,17 +126,8 @@ def full_tensor(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def like(p, x):
-    """x, sharded as the parameter p is."""
-    if not hasattr(p, "full_tensor"):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-
-
 def make_optimizer(model, settings):
-    """AdamW with the protocol's betas and epsilon, or Muon for the matrices of the blocks and AdamW for
-    the rest. Vectors (norms, query, position scale, bias) do not decay."""
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Vectors do not decay."""
     decay, named = settings.weight_decay, list(model.named_parameters())
     inner = [p for name, p in named if settings.optimizer == "muon" and p.dim() == 2 and "blocks." in name]
     rest = [p for _, p in named if p not in set(inner)]
@@ -154,11 +143,6 @@ def make_optimizer(model, settings):
 
 
 # ---------------------------------------------------------------------------- one step, and validation
-
-def chunks(size, micro):
-    """Cut a batch into chunks of `micro`, the last one smaller: few shapes, each compiled once."""
-    return list(itertools.pairwise([*range(0, size, micro), size]))
-
 
 def update(loss_module, optimizer, batches, count, path, autocast, clip, rate, world=1):
     """One optimizer step on the mean loss over the `count` targets of all `batches`, accumulating gradients.
@@ -189,15 +173,15 @@ def validation_loss(loss_module, objective, path, sequences, device, autocast, m
     """Mean loss over the targets of the first `count` validation sequences: the same f at every call and for
     every `micro`, and [MASK] at every target whatever the mask rule. What fills up a text does not count."""
     model, generator = loss_module.model.eval(), torch.Generator().manual_seed(0)
-    total = targets = 0.0
-    for first, last in chunks(min(count, len(sequences)), 64):  # drawn 64 at a time, whatever `micro`
-        tokens = sequences.batch(first, last - first)
-        drawn = draw_batch(objective, path, tokens, model.config.vocab, generator,
-                           lengths=sequences.lengths(first, last - first))
-        targets += drawn.weight.sum().item()
-        for chunk in chunks(len(tokens), micro):
+    total, targets, count = 0.0, 0.0, min(count, len(sequences))
+    for first in range(0, count, 64):  # drawn 64 at a time, whatever `micro`
+        size = min(64, count - first)
+        batch = draw_batch(objective, path, sequences.batch(first, size), model.config.vocab, generator,
+                           lengths=sequences.lengths(first, size))
+        targets += batch.weight.sum().item()
+        for k in range(0, size, micro):
             with autocast():
-                total += loss_module(drawn.part(*chunk).to(device), path).item()
+                total += loss_module(batch.part(k, k + micro).to(device), path).item()
     model.train()
     if not targets:
         raise BadInput(f"{sequences.total} tokens for validation are too few: none of them is predicted")
@@ -212,10 +196,7 @@ def join_processes(device):
     if world == 1:
         return device, 1, 0
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise BadInput(f"WORLD_SIZE={world} is in the environment without {', '.join(missing)}: start "
-                       "several processes with torchrun --nproc_per_node=N, or one without WORLD_SIZE")
-    with contextlib.suppress(OSError, AttributeError):  # Linux: a worker stops when its torchrun was killed
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        raise BadInput(f"WORLD_SIZE={world} without {', '.join(missing)}: start processes with torchrun")
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -239,17 +220,15 @@ def wrap_distributed(module, device, world, fsdp, sizes):
     batches of `sizes`."""
     if uneven := [size for size in sizes if size < world or fsdp and size % world]:
         raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
-                       + " of --fsdp, which takes equal parts" * fsdp + "; give another --batch-size")
+                       + " in equal parts" * fsdp + "; give another --batch-size")
     if fsdp and world == 1:
-        raise BadInput("--fsdp shards the model over several processes; start them with torchrun "
-                       "--nproc_per_node=N train.py")
+        raise BadInput("--fsdp shards over several processes; start them with torchrun --nproc_per_node=N")
     if world == 1:
         return module
     if not fsdp:
         return nn.parallel.DistributedDataParallel(module)
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(device.type, (world,))
+    mesh = dist.init_device_mesh(device.type, (world,))
     for block in module.model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(module, mesh=mesh)
@@ -279,73 +258,51 @@ def load_saved(out, resume, overwrite):
     there = next(place for place in (out, *out.absolute().parents) if os.path.lexists(place))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(f"{there} is not a folder that can be written; choose another --out")
-    if there == out:
-        with locked(out, "LOCK_SH"):
-            pass
+    config, metrics, checkpoint = out / "config.json", out / "metrics.jsonl", out / "ckpt.pt"
+    if metrics.is_file():
+        with open(metrics, "rb") as file:
+            lock(file, "LOCK_SH")
     if resume:
         saved = load_checkpoint(out)
         if "total" not in saved:
             raise BadInput(f"{out} was written by an earlier version: it can be evaluated, but not resumed")
         return saved
-    if (out / "ckpt.pt").exists() and not overwrite:
-        raise BadInput(f"{out} holds a run; go on with it with --resume --out {out}, replace it with "
-                       "--overwrite, or choose another --out")
-    try:
-        own = {"objective", "preset"} <= json.loads((out / "config.json").read_text(encoding="utf-8")).keys()
-    except (OSError, ValueError, AttributeError):
-        own = False
-    names = ("config.json", "metrics.jsonl", "ckpt.pt", "completed.png")  # the last one is of the report
-    if not own and (found := [name for name in names if os.path.lexists(out / name)]):
-        raise BadInput(f"{out / found[0]} was not written by train.py; choose another --out")
+    if checkpoint.exists() and not overwrite:
+        raise BadInput(f"{out} holds a run; --resume goes on with it, --overwrite replaces it")
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    if '"objective":' not in text or '"preset":' not in text:  # not the config.json of a run
+        for file in (config, metrics, checkpoint, out / "completed.png"):  # the last one is of the report
+            if os.path.lexists(file):
+                raise BadInput(f"{file} was not written by train.py; choose another --out")
     return {}
 
 
-@contextlib.contextmanager
-def locked(out, how="LOCK_EX"):
-    """Hold a run folder, so that no other training writes into it while this is open."""
-    if os.name == "nt":  # Windows knows no such lock
-        yield
-        return
-    import fcntl
-    folder = os.open(out, os.O_RDONLY)
+def lock(metrics, how="LOCK_EX"):
+    """Until this file is closed no other training writes into its folder."""
     try:
-        with contextlib.suppress(OSError):  # of file systems that know no locks
-            try:
-                fcntl.flock(folder, getattr(fcntl, how) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f"another training is writing into {out}; choose another --out") from None
-        yield
-    finally:
-        os.close(folder)
+        import fcntl
+        fcntl.flock(metrics, getattr(fcntl, how) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another training is writing {metrics.name}; choose another --out") from None
+    except (ImportError, OSError):  # Windows and some file systems know no such lock
+        pass
 
 
 @contextlib.contextmanager
 def run_folder(out, config, step, new):
-    """Hold the folder and write config.json -> metrics.jsonl to append to, without the lines after `step`,
+    """Lock the folder and write config.json -> metrics.jsonl to append to, without the lines after `step`,
     which were not saved. `new` ends both names while they stand beside those of a run that is replaced."""
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out), open(out / f"metrics.jsonl{new}", "a+") as metrics:
+    with open(out / f"metrics.jsonl{new}", "a+") as metrics:
+        lock(metrics)
         if not step and not new and (out / "ckpt.pt").exists():
             raise BadInput(f"another training has filled {out} meanwhile; choose another --out")
         write_text(out / f"config.json{new}", json.dumps(config, indent=1) + "\n")
         metrics.seek(0)
         saved = itertools.takewhile(  # the last line may have been cut off
             lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step, metrics.readlines())
-        metrics.truncate(sum(map(len, saved)) if step else 0)
+        metrics.truncate(sum(map(len, saved)))
         yield metrics
-
-
-def settle(out, new):
-    """Behind its first checkpoint a run that replaces another takes its names."""
-    for name in ("config.json", "metrics.jsonl"):
-        if new and (out / f"{name}{new}").exists():
-            os.replace(out / f"{name}{new}", out / name)
-
-
-def open_board(out, step):
-    """A TensorBoard writer into the run folder."""
-    import_optional("tensorboard")
-    return import_optional("torch.utils.tensorboard").SummaryWriter(str(out), purge_step=step + 1)
 
 
 @contextlib.contextmanager
@@ -365,8 +322,8 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-class Told:
-    """Standard error for as long as somebody reads it: a training does not end when its reader does."""
+class PatientStderr:
+    """Standard error whose reader may go away: the training does not end with it."""
 
     def __init__(self, file):
         self.file = file or io.StringIO()  # None: it was closed from the start
@@ -383,9 +340,6 @@ class Told:
 
 
 # ---------------------------------------------------------------------------- FLOPs
-
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250, "RTX 4090": 165}  # dense bf16
-
 
 def flops_per_sequence(config, path, length, targets, given=None):
     """FLOPs of the matrix products of one training step for one sequence: forward once, backward twice.
@@ -412,16 +366,10 @@ def flops_per_sequence(config, path, length, targets, given=None):
     return 2 * 3 * macs
 
 
-def peak_flops(device):
-    """Dense bf16 FLOP/s of a known GPU, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
-
-
 # ---------------------------------------------------------------------------- a run
 
 def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=None, compiled=None, fsdp=False,
-          threads=None, log_every=10, eval_every=200, save_every=500, tensorboard=False, quiet=False):
+          threads=None, log_every=10, eval_every=200, save_every=500, quiet=False):
     """Train to the end of the budget -> the last validation loss, or None where a signal stopped the run.
 
     Started by torchrun, each of W processes takes its part of every batch; the first one writes the folder.
@@ -448,7 +396,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     step, seen, seconds = (saved.get(name, 0) for name in ("step", "seen", "seconds"))
     if step >= steps:
         raise BadInput(f"{out} is at step {step} of {steps}; give more with --steps to go on")
-    sizes, S, micro, clip = batch_sizes(settings, steps), config.length, settings.micro_batch, settings.clip
+    sizes, micro, clip = batch_sizes(settings, steps), settings.micro_batch, settings.clip
 
     # the model, its loss and its optimizer
     torch.manual_seed(settings.seed)  # right before the weights are drawn
@@ -483,7 +431,9 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
                 **state, **data, "settings": settings.to_dict(), "model_config": asdict(config),
                 "budget": budget, "step": step, "seen": seen, "seconds": seconds, "dtype": precision,
                 "threads": torch.get_num_threads()})
-            settle(out, new)
+            for name in ("config.json", "metrics.jsonl"):  # take the names of the run that is replaced
+                if new and (out / f"{name}{new}").exists():
+                    os.replace(out / f"{name}{new}", out / name)
 
     def say(text):  # above the bar
         if is_main and not quiet:
@@ -493,21 +443,18 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     new = ".new" if overwrite and (out / "ckpt.pt").exists() else ""
     config_json = {**settings.to_dict(), "steps": steps, "path": path}
     folder = run_folder(out, config_json, step, new) if is_main else io.StringIO()
-    unit, each = ("images", 1) if settings.images else ("tokens", S)
-    flops = flops_per_sequence(config, path, S, objective.max_targets(S), S - objective.min_targets(S))
-    peak = peak_flops(device) if precision == "bf16" else None
+    unit, each = ("images", 1) if settings.images else ("tokens", config.length)
     losses, logged, logged_seen, val_loss = torch.zeros((), device=device), step, seen, 0.0
     seen_before, clock = itertools.accumulate(sizes[step:], initial=seen), time.perf_counter()
     shown = {"disable": quiet or not is_main, "mininterval": 1 if sys.stderr.isatty() else 10}
     with (folder as metrics, stop_signals() as stop,
-          tqdm(total=steps, initial=step, unit="step", **shown) as bar,
-          open_board(out, step) if tensorboard and is_main else contextlib.nullcontext() as board):
+          tqdm(total=steps, initial=step, unit="step", **shown) as bar):
         say(f"{describe(objective)} ({path}), {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{train_set.total:,} training {unit}; {world} x {device.type} {precision}; "
             f"{steps - step:,} steps")
         for batch, count in prefetch(draw, zip(range(step, steps), seen_before)):
             rate = learning_rate(settings, step / steps)
-            batches = [batch.part(*chunk) for chunk in chunks(len(batch.tokens), micro)]
+            batches = [batch.part(k, k + micro) for k in range(0, len(batch.tokens), micro)]
             loss, norm = update(loss_module, optimizer, batches, count, path, autocast, clip, rate, world)
             losses, seen, step = losses + loss, seen + sizes[step], step + 1
             bar.update()
@@ -533,16 +480,12 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
             line = {"step": step, "loss": round(mean, 4), "lr": rate, "grad_norm": round(norm, 4),
                     unit: seen * each, f"{unit}_per_second": round(per_second * each),
                     "seconds": round(seconds, 2)}
-            if peak:
-                line["mfu"] = round(per_second * flops / peak / world, 4)
             if evaluating:
                 line["val_loss"] = round(val_loss, 4)
                 masked = "masked " if path in ("mask", "mae") else ""  # not a left-to-right loss
                 say(f"step {step:6,}  training loss {mean:.3f}  {masked}validation loss {val_loss:.3f}")
             bar.set_postfix_str(f"loss {mean:.3f}, {per_second * each:,.0f} {unit}/s", refresh=False)
             print(json.dumps(line), file=metrics, flush=True)
-            for name in line.keys() - {"step"} if board else ():
-                board.add_scalar(name, line[name], step)
 
             # the next steps, or the end
             if stopping or step == steps:
@@ -557,15 +500,15 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
 # ---------------------------------------------------------------------------- command line
 
 def resumed(out, given):
-    """Settings of the run in `out`, with what is given for the budget, the place of the data, the memory."""
+    """Settings of the run in `out`, of which the budget, the place of the data and the memory may change."""
     saved = load_checkpoint(out)["settings"]
-    values, may_change = {**asdict(saved), **saved.options}, {"steps", "epochs", "data", "micro_batch"}
-    for name in given.keys() - may_change:
+    values = {**asdict(saved), **saved.options}
+    for name in given.keys() - {"steps", "epochs", "data", "micro_batch"}:
         if given[name] != values.get(name):
             raise BadInput(f"the run in {out} has --{name.replace('_', '-')} {values.get(name)}, not "
                            f"{given[name]}")
     budget = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
-    return resolve(**{**asdict(saved), **budget, **{name: given[name] for name in may_change & given.keys()}})
+    return resolve(**{**asdict(saved), **budget, **given})
 
 
 def main(argv=None):
@@ -580,7 +523,6 @@ def main(argv=None):
     add("--threads", type=positive, help="on a CPU (default: as PyTorch chooses)")
     add("--compile", dest="compiled", action=BooleanOptionalAction, help="default: on CUDA")
     add("--fsdp", action="store_true", help="torchrun: shard weights and optimizer over the processes")
-    add("--tensorboard", action="store_true", help="also log for TensorBoard, into the run folder")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add("--eval-every", type=positive, default=200, help="steps between validation losses")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
@@ -588,20 +530,17 @@ def main(argv=None):
     add_options(parser, argv)
 
     argv = sys.argv[1:] if argv is None else argv
-    args = vars(parser.parse_args(argv))
-    machine = ("resume", "overwrite", "device", "dtype", "threads", "compiled", "fsdp", "tensorboard",
-               "log_every", "eval_every", "save_every")
-    out, quick = args.pop("out"), args.pop("no_report")
-    machine = {name: args.pop(name) for name in machine}
-    given = {name: value for name, value in args.items() if value is not None}
+    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
+    out, no_report = given.pop("out", None), given.pop("no_report")
+    machine = {name: given.pop(name) for name in inspect.signature(train).parameters if name in given}
     if machine["resume"] and (out is None or machine["overwrite"]):
         raise BadInput("--resume goes on with the run in a folder: give it as --out DIR, without --overwrite")
     settings = resumed(out, given) if machine["resume"] else resolve(**given)
-    out = out and os.path.normpath(out)
     if out is None:
         objective, path = settings.task()
         two = " two-stream" if path == "two-stream" and objective.one_stream else ""
         out = "runs/" + (describe(objective) + two).replace(" ", "-").replace("=", "")
+    out = os.path.normpath(out)
 
     try:
         stopped = train(settings, out, **machine) is None
@@ -614,19 +553,17 @@ def main(argv=None):
         again += [] if any(word.startswith("--out") for word in argv) else ["--out", out]
         launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
         print(f"stopped and saved; go on with: {launcher} train.py {shlex.join(again)}", file=sys.stderr)
-    if stopped:
-        return 130
-    if not quick and is_main:
+    if not stopped and is_main and not no_report:
         from evaluate import report
         try:
-            report(out, machine["device"])
+            report(out, machine.get("device"))
         except BrokenPipeError:
             raise
         except Exception as error:  # noqa: BLE001  a text too short to evaluate on, say: the run is whole
-            print(f"note: no report on {out}: {error}", file=sys.stderr)
-    return 0
+            note(f"no report on {out}: {error}")
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":
-    sys.stderr = Told(sys.stderr)
+    sys.stderr = PatientStderr(sys.stderr)
     command_line(main)

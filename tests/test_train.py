@@ -37,7 +37,6 @@ from run import (
 from train import (
     LossModule,
     batch_sizes,
-    chunks,
     learning_rate,
     make_optimizer,
     steps_for,
@@ -173,7 +172,8 @@ def test_a_killed_process_goes_on(text, tmp_path):
     That nobody reads what it says does not stop it. What only some runs need is not imported at its start."""
     line = (f"train.py --objective dar --data {text} --length 16 --steps 60 --batch-size 4 --log-every 1 "
             "--save-every 10 --device cpu --dtype fp32 --threads 1 --no-report --out")
-    code = (f"import sys, model, train; model.SIZES['tiny'] = {LITTLE}; sys.stderr = train.Told(sys.stderr)\n"
+    code = (f"import sys, model, train; model.SIZES['tiny'] = {LITTLE}\n"
+            "sys.stderr = train.PatientStderr(sys.stderr)\n"
             "assert not {'matplotlib', 'evaluate', 'torch.distributed.checkpoint'} & sys.modules.keys()\n"
             "train.main()")
     process = subprocess.Popen([sys.executable, "-c", code, *line.split()[1:], tmp_path / "killed"], cwd=ROOT,
@@ -274,9 +274,10 @@ def test_a_folder_that_cannot_be_written_or_is_in_use_is_refused_before_the_work
     for out in ("link", "link/run", "period.txt", "period.txt/run"):
         with pytest.raises(BadInput, match="written"):
             train(resolve(data=text), tmp_path / out)
-    with module.locked(tmp_path), pytest.raises(BadInput, match="another training"):
+    with open(tmp_path / "metrics.jsonl", "a") as metrics, pytest.raises(BadInput, match="another training"):
+        module.lock(metrics)
         train(resolve(data=text), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"period.txt", "link"}
+    assert {path.name for path in tmp_path.iterdir()} == {"period.txt", "link", "metrics.jsonl"}
 
 
 def test_of_two_runs_that_start_at_once_the_second_is_refused(text, tmp_path, monkeypatch):
@@ -462,7 +463,7 @@ def test_one_graph_for_each_shape(name, path, images):
         tokens = (torch.rand(size, 9, 48, generator=generator) if images
                   else torch.randint(11, (size, 9), generator=generator))
         batch = draw_batch(from_options(name), path, tokens, 11, generator)
-        batches = [batch.part(*chunk) for chunk in chunks(size, 2)]
+        batches = [batch.part(k, k + 2) for k in range(0, size, 2)]
         loss, norm = update(loss_module, optimizer, batches, batch.total[0].item(), path, autocast, 0.5, 1e-3)
         assert loss > 0 and norm.isfinite()
     assert len(graphs) == 2  # chunks of 2 and 1
@@ -480,7 +481,7 @@ def test_schedules():
     assert warmup_cosine(0.0, 0.0) == 1
 
 
-def test_batch_ramp_steps_and_chunks():
+def test_batch_ramp_and_steps():
     settings = resolve(batch_size=100, batch_ramp=0.6)
     sizes = batch_sizes(settings, 100)
     assert sizes[0] == 7 and sizes[60:] == [100] * 40 and sizes == sorted(sizes) and len(set(sizes)) == 16
@@ -488,10 +489,6 @@ def test_batch_ramp_steps_and_chunks():
     for sequences in (1, 999, 10_000):
         steps = steps_for(settings, sequences)
         assert sum(batch_sizes(settings, steps)) >= sequences > sum(batch_sizes(settings, steps - 1))
-    for size in range(1, 40):
-        cut = chunks(size, 16)
-        assert [stop - start for start, stop in cut] == [16] * (size // 16) + [size % 16] * (size % 16 > 0)
-        assert cut[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(cut))
 
 
 def test_presets_resolve():
@@ -538,12 +535,3 @@ def test_held_out_text_is_the_part_that_training_left(trained, books):
     assert 0 < len(own.val) < len(all_of_it.val) / 2 and own.val_bytes < all_of_it.val_bytes
     sequences, tokens_per_byte, name = evaluation_sequences(run, count=3)
     assert sequences.shape == (3, 32) and 0.5 < tokens_per_byte < 1.5 and name == str(books)
-
-
-def test_tensorboard_gets_every_line(text, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    train(resolve(data=text, **SMALL), tmp_path / "run", log_every=6, tensorboard=True)
-    board = EventAccumulator(str(tmp_path / "run")).Reload()
-    found = [(event.step, round(event.value, 4)) for event in board.Scalars("loss")]
-    assert found == [(line["step"], pytest.approx(line["loss"])) for line in metrics(tmp_path / "run")]
