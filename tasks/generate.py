@@ -64,10 +64,8 @@ def rule(run, order, suffix):
         raise BadInput(f"{name} cannot write text: it says neither how it fills a sequence (`decoding`) nor "
                        "how it predicts from left to right (`left_to_right`)")
     order = order or (objective.generation if forward is not None else "confident")
-    if order != "left" and not fills:
-        raise BadInput(f"{name} writes from left to right only; leave out --order {order}")
-    if order == "left" and forward is None:
-        raise BadInput(f"{name} was not trained from left to right; use --order confident")
+    if (forward is None) if order == "left" else not fills:
+        raise BadInput(f"{name} was not trained to write so; leave out --order {order}")
     if order == "left" and suffix:
         raise BadInput("from left to right nobody sees a --suffix; objectives that fill gaps take --order "
                        "confident")

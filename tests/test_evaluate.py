@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,6 @@ from conftest import WAYS, call, call_json, name_of
 
 import evaluate
 from data import Corpus, TrainedTokenizer
-from masks import AnyOrder
 from objectives import from_options, target_nll
 from run import held_out_text, load_run
 from tasks import hub
@@ -43,15 +41,18 @@ def test_probabilities_of_all_continuations_sum_to_one(way, make_run):
 
 
 @left_to_right_ways
-def test_no_token_looks_ahead(way, make_run):
-    """-log P(x_p | x_<p) does not change when later tokens do, nor with the size of the batches."""
-    run, a = make_run(*way), some_tokens(3)
-    b = torch.cat([a[:, :5], (a[:, 5:] + 1) % 11], dim=1)
-    results = evaluate.left_to_right(run, a)
-    for left, right in zip(results.values(), evaluate.left_to_right(run, b).values()):
-        assert torch.equal(left[:, :4], right[:, :4]) and not torch.equal(left[:, 4:], right[:, 4:])
-    for whole, small in zip(results.values(), evaluate.left_to_right(run, a, tokens_at_once=16).values()):
-        assert torch.allclose(whole, small, atol=1e-6)
+def test_each_token_sees_its_whole_prefix_and_nothing_else(way, make_run):
+    """By changing one token at a time. The size of the batches changes nothing."""
+    run, tokens = make_run(*way), some_tokens(3)
+    results = evaluate.left_to_right(run, tokens)
+    for k in range(8):
+        other = tokens.clone()
+        other[:, k] = (other[:, k] + 1) % 11
+        for name, changed in evaluate.left_to_right(run, other).items():
+            same = (changed == results[name]).all(0)                        # of the tokens from the second on
+            assert same[:max(0, k - 1)].all() and not same[k:].any()
+    for name, small in evaluate.left_to_right(run, tokens, tokens_at_once=16).items():
+        assert torch.allclose(results[name], small, atol=1e-6)
 
 
 def test_masked_regimes_against_a_plain_loop(make_run):
@@ -64,18 +65,6 @@ def test_masked_regimes_against_a_plain_loop(make_run):
             features = run.model(sequences[b:b + 1, :length], f, torch.arange(length)[None], "mask")
             expected = -run.model.logits(features)[0, k].log_softmax(0)[sequences[b, k]].item()
             assert results[regime][b, k - 1].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_dar_takes_each_target_where_it_is_first_in_its_group(make_run):
-    t, S = 3, 8
-    run, sequences = make_run(from_options("dar", t=t), "two-stream"), some_tokens(2)
-    ours = evaluate.left_to_right(run, sequences)["next"]
-    for p in range(1, S):
-        first = (p - 1) % t + 1                                       # the size of the first group
-        f = torch.tensor([1 + max(0, math.ceil((i - first) / t)) for i in range(1, S + 1)])
-        features = run.model(sequences, f.expand(2, -1), torch.full((2, 1), p), "two-stream")
-        nll = -run.model.logits(features)[:, 0].log_softmax(-1).gather(1, sequences[:, p:p + 1])[:, 0]
-        assert torch.allclose(ours[:, p - 1].double(), nll, atol=1e-5)
 
 
 def test_what_has_no_exact_likelihood_or_bound_is_refused(make_run):
@@ -105,13 +94,6 @@ def test_bound_is_the_mean_over_orders(flag, path, make_run):
     found = evaluate.any_order(run, sequences, draws=1000) * 2
     assert torch.allclose(found, orders.mean(0), rtol=0.04)
     assert (found > math.log(2) - (-orders).logsumexp(0) - 0.04).all()
-
-
-def test_bound_of_blocks_of_one_is_the_chain(make_run):
-    """There is one order, so the bound is exact; and so is its estimate."""
-    run, sequences = make_run(from_options("blocks", block=1), "two-stream"), some_tokens(3)
-    exact = evaluate.left_to_right(run, sequences)["next"].double().mean(1)
-    assert torch.allclose(evaluate.any_order(run, sequences, draws=2), exact, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- summaries
@@ -147,18 +129,15 @@ def test_perplexity_command(trained, tmp_path, flags, regimes):
     content = json.loads(out.read_text())
     results = content["results"]
     assert list(results["regimes"]) == regimes and content["step"] == 20 and results["length"] == 32
-    for regime in regimes:
-        result = results["regimes"][regime]
-        curve = result["by_length"]
-        assert [(b["first"], b["last"]) for b in curve["bins"]] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
-        of_all = np.average([b["sequence_nll"] for b in curve["bins"]], axis=0, weights=[1, 2, 4, 8, 16])
-        assert of_all == pytest.approx(result["sequence_nll"], rel=1e-5)
-        assert result["perplexity"] == pytest.approx(math.exp(result["nll"])) and result["sequences"] == 6
+    for regime, result in results["regimes"].items():
+        bins = result["by_length"]["bins"]
+        assert [(b["first"], b["last"]) for b in bins] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
+        of_all = np.average([b["sequence_nll"] for b in bins], axis=0, weights=[1, 2, 4, 8, 16])
+        assert of_all == pytest.approx(result["sequence_nll"], rel=1e-5) and result["sequences"] == 6
         # bytes are tokens here, and one separator stands behind each text
         assert result["bits_per_byte"] == pytest.approx(result["nll"] / math.log(2), rel=0.01)
         assert regime in text and f"{result['perplexity']:.2f}" in text
     assert results["unigram_nll"] == results["unigram"]["nll"] < math.log(257)
-    assert len(results["unigram"]["sequence_nll"]) == 6
 
 
 def test_perplexity_of_other_text_a_file_and_an_untrained_run(trained, tmp_path):
@@ -174,10 +153,12 @@ def test_perplexity_of_other_text_a_file_and_an_untrained_run(trained, tmp_path)
 
 def test_regime_and_picture(trained, tmp_path):
     pytest.importorskip("matplotlib")
-    line = f"evaluate.py perplexity {trained('vl --mask 0.15,0.3')} --max-sequences 2 --regime padded"
-    content = call_json(f"{line} --plot {tmp_path / 'figure3.png'}")
-    assert list(content["results"]["regimes"]) == ["padded"]
-    assert (tmp_path / "figure3.png").read_bytes()[:4] == b"\x89PNG"
+    vl, ar, pictures = trained("vl --mask 0.15,0.3"), trained("ar"), (tmp_path / "1.png", tmp_path / "2.png")
+    one, two = (call_json(f"evaluate.py perplexity {runs} --max-sequences 2 --regime padded --plot {picture}")
+                for runs, picture in zip((vl, f"{vl} {ar}"), pictures))
+    rows = [one["results"], *two["checkpoints"]]
+    assert [list(row["regimes"]) for row in rows] == [["padded"], ["padded"], ["next"]]
+    assert all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
 
 
 def test_several_checkpoints_on_one_text(trained, tmp_path):
@@ -199,8 +180,8 @@ def test_several_checkpoints_on_one_text(trained, tmp_path):
 
 def test_another_tokenizer_reads_the_same_text(trained):
     pytest.importorskip("tokenizers")
-    first = load_run(trained("ar"))
-    other, corpus = load_run(trained("ar")), held_out_text(first)
+    first, other = load_run(trained("ar")), load_run(trained("ar"))
+    corpus = held_out_text(first)
     text = first.tokenizer.decode(corpus.val)
     other.tokenizer = TrainedTokenizer.train("bpe", 300, [text])
     again = hub.same_text(other, first, corpus)
@@ -208,7 +189,7 @@ def test_another_tokenizer_reads_the_same_text(trained):
     assert other.tokenizer.decode(again.val).strip() == text.strip()
     assert hub.same_text(first, first, corpus) is corpus
     first.tokenizer.kind = "wordpiece"
-    with pytest.raises(BadInput, match="--data|data"):
+    with pytest.raises(BadInput, match="data"):
         hub.same_text(other, first, corpus)
 
 
@@ -220,8 +201,8 @@ def test_bound_command(trained, tmp_path):
     bound, exact = results["any_order"]["bound"], results["left_to_right"]["padded"]
     assert bound["sequences"] == exact["sequences"] == 4 and bound["tokens"] == exact["tokens"] == 4 * 31
     gap = np.array(bound["sequence_nll"]) - np.array(exact["sequence_nll"])
-    assert results["difference"]["padded"]["nll"] == pytest.approx(gap.mean(), abs=1e-5)
-    assert results["difference"]["padded"]["stderr"] == pytest.approx(gap.std(ddof=1) / 2, abs=1e-5)
+    found = results["difference"]["padded"]
+    assert [found["nll"], found["stderr"]] == pytest.approx([gap.mean(), gap.std(ddof=1) / 2], abs=1e-5)
     assert f"{bound['perplexity']:.2f}" in text and f"{exact['perplexity']:.2f}" in text
     again = call_json(f"{line} --seed 1")["results"]
     assert again["any_order"] != results["any_order"] and again["left_to_right"] == results["left_to_right"]
@@ -284,18 +265,10 @@ def test_what_cannot_be_written_is_refused_before_the_work(flags):
         call(f"evaluate.py {flags}")
 
 
-@dataclass(frozen=True)
-class Half(AnyOrder):
-    """An objective of somebody else's, without an exact likelihood."""
-
-    def groups(self, batch, length, generator=None):
-        return 1 + (torch.rand(batch, length, generator=generator) < 0.5).long()
-
-
-def test_bound_of_an_objective_without_exact_likelihood(make_run, monkeypatch):
-    run = make_run(Half(), "mask")
-    monkeypatch.setattr(evaluate, "evaluation_sequences", lambda *args: (some_tokens(4), 1.0, "some tokens"))
-    found = evaluate.bound(run, draws=4)
+def test_bound_of_an_objective_without_exact_likelihood(trained, monkeypatch):
+    run = load_run(trained("diffusion"))
+    monkeypatch.setattr(type(run.objective), "left_to_right", lambda *_: None)
+    found = evaluate.bound(run, max_sequences=4, draws=4)
     assert found["left_to_right"] == {} and found["any_order"]["bound"]["nll"] > 0
 
 
@@ -305,11 +278,10 @@ def test_report_at_the_end_of_training(trained, capsys):
     for flags, exact in (("ar", True), ("vl --mask 0.15,0.3", True), ("spans --mask 0.3", False)):
         evaluate.report(trained(flags), "cpu")
         said, _, sample = capsys.readouterr().out.partition("given:\n")
-        assert ("perplexity" in said and "unigram" in said) == exact
+        assert ("perplexity" in said and "unigram" in said) == exact and len(sample.encode()) >= 120
         starts.add(sample[:15])
-        assert len(sample.encode()) >= 120
-    assert len(starts) == 1 and held_out_text(load_run(trained("ar"))).tokenizer.decode(
-        held_out_text(load_run(trained("ar"))).val).find(starts.pop()) >= 0
+    run = load_run(trained("ar"))
+    assert len(starts) == 1 and starts.pop() in run.tokenizer.decode(held_out_text(run).val)
     folder = trained("mlm --mask 0.75", data="shapes")
     evaluate.report(folder, "cpu")
     assert "at once" in capsys.readouterr().out

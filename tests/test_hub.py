@@ -18,31 +18,28 @@ NAMES = ("gpt2", "llama", "bert")
 
 def make_tokenizer(name):
     """A tokenizer with the special tokens and the layout of that model."""
-    pre, trainers = tokenizers.pre_tokenizers, tokenizers.trainers
+    lib, pre, bert = tokenizers, tokenizers.pre_tokenizers, name == "bert"
     ends = {"gpt2": (None, "<|endoftext|>"), "llama": ("<s>", "</s>"), "bert": ("[CLS]", "[SEP]")}
     first, last = ends[name]
     special = [token for token in (first, "[PAD]", last, "[UNK]", "[MASK]") if token]
-    if name == "bert":
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token="[UNK]") if bert else lib.models.BPE())
+    tokenizer.decoder = lib.decoders.WordPiece() if bert else lib.decoders.ByteLevel()
+    if bert:
+        tokenizer.normalizer = lib.normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre.BertPreTokenizer()
-        tokenizer.decoder = tokenizers.decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+        trainer = lib.trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
     else:
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=special, show_progress=False,
-                                      initial_alphabet=pre.ByteLevel.alphabet())
+        trainer = lib.trainers.BpeTrainer(vocab_size=290, special_tokens=special, show_progress=False,
+                                          initial_alphabet=pre.ByteLevel.alphabet())
     tokenizer.train_from_iterator([TEXT], trainer)
     layout = {"llama": ("<s> $A", "<s> $A <s> $B"), "bert": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]")}
     if name in layout:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=layout[name][0], pair=layout[name][1],
-            special_tokens=[(t, tokenizer.token_to_id(t)) for t in special])
-    names = {"bos_token": first, "eos_token": last, "cls_token": first, "sep_token": last,
-             "pad_token": "[PAD]"}
-    names |= {"mask_token": "[MASK]", "unk_token": "[UNK]"} if name == "bert" else {}
+        tokenizer.post_processor = lib.processors.TemplateProcessing(
+            *layout[name], special_tokens=[(token, tokenizer.token_to_id(token)) for token in special])
+    names = {"bos_token": first, "eos_token": last, "pad_token": "[PAD]"}
+    if bert:
+        names |= {"cls_token": first, "sep_token": last, "mask_token": "[MASK]", "unk_token": "[UNK]"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer,
                                                 **{key: token for key, token in names.items() if token})
 
@@ -51,14 +48,13 @@ def make_network(name, vocab):
     """A small random network whose output depends on every part of it."""
     torch.manual_seed(0)
     size = {"vocab_size": vocab, "max_position_embeddings": 40, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "hidden_size": 16}
-    wide = {"intermediate_size": 32}
+            "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
     config, network, extra = {
-        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
-        "llama": ("LlamaConfig", "LlamaForCausalLM", {**wide, "num_key_value_heads": 1}),
-        "bert": ("BertConfig", "BertForMaskedLM", wide), "headless": ("BertConfig", "BertModel", wide),
-        "capped": ("Gemma2Config", "Gemma2ForCausalLM", {**wide, "num_key_value_heads": 1, "head_dim": 8}),
-        "not causal": ("BertGenerationConfig", "BertGenerationDecoder", wide)}[name]
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}), "bert": ("BertConfig", "BertForMaskedLM", {}),
+        "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 1}),
+        "headless": ("BertConfig", "BertModel", {}),
+        "capped": ("Gemma2Config", "Gemma2ForCausalLM", {"num_key_value_heads": 1, "head_dim": 8}),
+        "not causal": ("BertGenerationConfig", "BertGenerationDecoder", {})}[name]
     network = getattr(transformers, network)(getattr(transformers, config)(**size, **extra)).eval()
     with torch.no_grad():
         for parameter in network.parameters():
