@@ -1,8 +1,4 @@
-"""A run: its settings and presets, its machine, its checkpoint, the Run that evaluation opens, and its data.
-
-Its folder holds config.json (the settings), metrics.jsonl (one line every few steps) and ckpt.pt (weights,
-optimizer and all else that going on takes).
-"""
+"""A run: its settings and presets, its machine, its checkpoint, the Run that evaluation opens, its data."""
 
 import contextlib
 import ctypes
@@ -50,10 +46,8 @@ def setting(default, help, **arguments):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run computes. Where a field is None, `resolve` takes the preset's value.
-
-    Nothing is checked here: a checkpoint's settings read back as they were written, wherever its data is now.
-    """
+    """What a run computes. `resolve` checks it and takes the preset's value where a field is None; what a
+    checkpoint has is not checked again."""
 
     objective: str = setting("ar", "pretraining objective", choices=OBJECTIVES)
     options: dict = field(default_factory=dict)  # of the objective; each has its own flag
@@ -313,11 +307,8 @@ def load_run(path, device="cpu"):
 # ---------------------------------------------------------------------------- the data of a run
 
 def load_examples(settings, path, device="cpu"):
-    """(Config, training sequences, validation sequences, tokenizer or None).
-
-    The sequences of text and of images both have `len`, `batch(start, size, part)`, and their `total` of
-    tokens or images.
-    """
+    """(Config, training sequences, validation sequences, tokenizer or None). Sequences of text and of images
+    both have `len`, `batch(start, size, part)`, and their `total` of tokens or images."""
     if settings.images != (isinstance(settings.data, str) and is_images(settings.data)):
         kinds = ("text", "images") if settings.images else ("images", "text")
         raise BadInput(f"--data {settings.data} is {kinds[0]}, and --preset {settings.preset} for {kinds[1]}")

@@ -145,10 +145,8 @@ def make_optimizer(model, settings):
 # ---------------------------------------------------------------------------- one step, and validation
 
 def update(loss_module, optimizer, batches, count, path, autocast, clip, rate, world=1):
-    """One optimizer step on the mean loss over the `count` targets of all `batches`, accumulating gradients.
-
-    Returns this process's part of the loss, and the norm of the gradient before clipping, both on the device.
-    """
+    """One optimizer step on the mean loss over the `count` targets of all `batches`, whose gradients add up
+    -> this process's part of the loss, and the norm of the gradient before clipping, both on the device."""
     device = next(loss_module.parameters()).device
     total = torch.zeros((), device=device)
     for batch in batches:
@@ -216,8 +214,7 @@ class LossModule(nn.Module):
 
 
 def wrap_distributed(module, device, world, fsdp, sizes):
-    """The module with its gradients averaged over the processes, and with FSDP sharded over them. They share
-    batches of `sizes`."""
+    """The module, its gradients averaged over processes that share batches of `sizes`; FSDP shards it."""
     if uneven := [size for size in sizes if size < world or fsdp and size % world]:
         raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
                        + " in equal parts" * fsdp + "; give another --batch-size")
@@ -299,9 +296,8 @@ def run_folder(out, config, step, new):
             raise BadInput(f"another training has filled {out} meanwhile; choose another --out")
         write_text(out / f"config.json{new}", json.dumps(config, indent=1) + "\n")
         metrics.seek(0)
-        saved = itertools.takewhile(  # the last line may have been cut off
-            lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step, metrics.readlines())
-        metrics.truncate(sum(map(len, saved)))
+        lines = [line for line in metrics if line.endswith("}\n")]  # the last may be cut off
+        metrics.truncate(sum(len(line) for line in lines if json.loads(line)["step"] <= step))
         yield metrics
 
 

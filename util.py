@@ -12,10 +12,8 @@ from pathlib import Path
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong; the message names the value and what is allowed.
-
-    Messages name flags, as --batch-size. Where no command line was parsed they name arguments: batch_size.
-    """
+    """Something the user gave is wrong; the message names the value and what is allowed. It speaks of flags,
+    as --batch-size, or, where no command line was parsed, of arguments: batch_size."""
 
     flags = False
 
