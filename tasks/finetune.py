@@ -8,19 +8,15 @@ Text follows the Cramming protocol: all weights, a new linear layer on the poole
 AdamW, cosine decay, 5 epochs of batches of 16. Images follow MAE's (He et al. 2021, A.1) without RandAugment
 and random erasing. The last epoch counts: dev labels choose nothing. In --json, `places` says which row of
 its file (from 0, below the names of the columns) or which image file each prediction is of.
-
-A classifier is a folder: classifier.pt, a checkpoint of the fine-tuned weights with the new layer beside
-them, and metrics.jsonl, the mean loss of each epoch and at last the metrics on the dev examples.
 """
 
 import contextlib
 import copy
 import csv
-import io
 import itertools
-import json
 import math
 import statistics
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,7 +33,7 @@ from run import choose_autocast, choose_device, load_checkpoint, load_run, save_
 from tasks import glue, probe
 from tasks.hub import open_run
 from tasks.probe import show
-from util import BadInput, positive, printable, table, write_text
+from util import BadInput, positive, printable, table
 
 # ---------------------------------------------------------------------------- protocols
 
@@ -91,18 +87,11 @@ def protocol_of(args, run):
 
 # ---------------------------------------------------------------------------- the network
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training a branch is left out for a share `rate` of the
-    samples, and grows for the others so that its expectation stays."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
+class DropPath(nn.Dropout1d):
+    """Stochastic depth (Huang et al. 2016): dropout of whole samples."""
 
     def forward(self, x):
-        if not self.training or not self.rate:
-            return x
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return super().forward(x.flatten(1)[None])[0].view_as(x)
 
 
 class Classifier(nn.Module):
@@ -126,10 +115,10 @@ class Classifier(nn.Module):
         nn.init.normal_(self.head[1].weight, std=0.02, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.head[1].bias)
 
-    def forward(self, batch):
+    def forward(self, tokens, padding=None):
         """-> (B, classes) or (B, 1)."""
-        features = self.encoder.encode(batch.tokens, batch.padding, self.protocol.attention == "causal")
-        return self.head(probe.pool_features(features, batch, self.protocol.pool)).float()
+        features = self.encoder.encode(tokens, padding, self.protocol.attention == "causal")
+        return self.head(probe.pool_features(features, padding, self.protocol.pool)).float()
 
     def groups(self):
         """Parameter groups with layer-wise rates lr * decay^(L + 1 - l): l = L + 1 for the head and the final
@@ -146,50 +135,14 @@ class Classifier(nn.Module):
                 for (layer, matrices), parameters in found.items()]
 
 
-# ---------------------------------------------------------------------------- the loop
-
-def optimise(model, batches, loss, steps, protocol, autocast, title):
-    """Train on batches(epoch), pairs (Inputs, targets), `steps` in all -> each epoch's mean loss."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.groups(), betas=(0.9, protocol.beta2), eps=protocol.eps,
-                                  fused=device.type in ("cuda", "cpu"))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    step, losses = 0, []
-    model.train()
-    with tqdm(total=steps, desc=title, unit=" steps", leave=False, mininterval=1) as bar:
-        for epoch in range(protocol.epochs):
-            running, first = torch.zeros((), device=device), step
-            for batch, wanted in batches(epoch):
-                for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * warmup_cosine((step + 0.5) / steps, protocol.warmup)
-                n = len(wanted)
-                for a, b in itertools.pairwise([*range(0, n, protocol.micro_batch), n]):
-                    with autocast:
-                        scores = model(batch.part(a, b))
-                    error = loss(scores, wanted[a:b]) * ((b - a) / n)
-                    error.backward()
-                    running += error.detach()
-                nn.utils.clip_grad_norm_(model.parameters(), protocol.clip or math.inf)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                bar.update()
-            losses.append(running.item() / (step - first))
-            if not math.isfinite(losses[-1]):
-                raise BadInput(f"the loss is {losses[-1]} in epoch {epoch + 1}; try a smaller --lr than "
-                               f"{protocol.lr:g}")
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-    return losses
-
-
 @torch.no_grad()
 def predict(model, run, prepared, autocast=probe.PLAIN):
     """-> (class numbers (N,), probabilities (N, classes)), or (scores (N,), None)."""
     model.eval()
     scores = np.empty((len(prepared), model.head[1].out_features), np.float32)
-    for rows, batch in probe.every_batch(run, prepared):
+    for rows, *batch in probe.every_batch(run, prepared):
         with autocast:
-            scores[rows] = model(batch).cpu().numpy()
+            scores[rows] = model(*batch).cpu().numpy()
     if not np.isfinite(scores).all():
         raise BadInput(f"the fine-tuned network's scores are not finite; try a smaller --lr than "
                        f"{model.protocol.lr:g}")
@@ -198,33 +151,30 @@ def predict(model, run, prepared, autocast=probe.PLAIN):
     return scores.argmax(1), torch.from_numpy(scores).softmax(1).numpy()
 
 
-# ---------------------------------------------------------------------------- text, images
+# ---------------------------------------------------------------------------- the loop
 
-def text_training(run, prepared, targets, protocol, seed):
-    """-> (batches(epoch), steps per epoch) of optimise, of texts and their targets (N,)."""
+def text_batches(run, prepared, targets, protocol, seed):
+    """All batches of all epochs: ids, padding and targets."""
     lengths = np.array(list(map(len, prepared)))
-
-    def batches(epoch):
+    for epoch in range(protocol.epochs):
         for rows in probe.batch_rows(lengths, protocol.batch_size, seed, epoch):
-            yield probe.text_batch(run, [prepared[i] for i in rows]), targets[torch.from_numpy(rows)]
-
-    return batches, math.ceil(len(prepared) / protocol.batch_size)
+            yield *probe.text_batch(run, [prepared[i] for i in rows]), targets[torch.from_numpy(rows)]
 
 
-def image_training(run, images, classes, protocol, seed, mix_seed):
-    """The same of an ImageSet. Targets (B, classes) are mixed as images are; epochs follow without a gap."""
-    config, device, p = run.model.config, run.model.query.device, protocol
-    size = min(p.batch_size, len(images))
-    source, per_epoch = Patches(images, config, seed, p.crop, device), max(1, round(len(images) / size))
+def image_batches(run, images, classes, protocol, steps, seed, mix_seed):
+    """As many batches: patches, None and targets (B, classes), mixed as images are. Epochs follow without a
+    gap."""
+    patch, device, p = run.model.config.patch, run.model.query.device, protocol
+    size, source = min(p.batch_size, len(images)), Patches(images, run.model.config, seed, p.crop, device)
 
     def draw(step):
         patches, labels = source.labelled(step * size, size)
         targets = F.one_hot(labels.to(device), classes) * (1 - p.smoothing) + p.smoothing / classes
         generator = torch.Generator().manual_seed(mix_seed * 1_000_003 + step)
-        x, targets = mix(unpatchify(patches, config.patch), targets, generator, p.mixup, p.cutmix)
-        return probe.patch_batch(patchify(x, config.patch)), targets
+        x, targets = mix(unpatchify(patches, patch), targets, generator, p.mixup, p.cutmix)
+        return patchify(x, patch), None, targets
 
-    return lambda epoch: prefetch(draw, range(epoch * per_epoch, (epoch + 1) * per_epoch)), per_epoch
+    return prefetch(draw, range(steps))
 
 
 def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLAIN, title=""):
@@ -235,50 +185,71 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
 
     R8: the new layer, the order, mixing, and dropout or drop path each have a seed of their own.
     """
-    images, device = run.tokenizer is None, run.model.query.device
+    p, images, device = protocol, run.tokenizer is None, run.model.query.device
     seeds = np.random.SeedSequence(seed).generate_state(3 + images).tolist()
     head_seed, order_seed, *mix_seed, drop_seed = seeds
-    mean, spread = (labels.mean(), labels.std() or 1.0) if classes is None else (0.0, 1.0)
-    targets = ((labels - mean) / spread).astype(np.float32) if classes is None else labels
-    model = Classifier(run, classes, protocol, head_seed, mean, spread).to(device)
+    loss, mean, spread, targets = F.cross_entropy, 0.0, 1.0, labels
+    if classes is None:
+        loss, mean, spread = F.mse_loss, labels.mean(), labels.std() or 1.0
+        targets = ((labels - mean) / spread).astype(np.float32)[:, None]
+    model = Classifier(run, classes, p, head_seed, mean, spread).to(device).train()
+    per_epoch = len(prepared) / min(p.batch_size, len(prepared))
+    per_epoch = max(1, round(per_epoch)) if images else math.ceil(per_epoch)
+    steps, losses, running = p.epochs * per_epoch, [], 0.0
     if images:
-        batches, per_epoch = image_training(run, prepared, len(classes), protocol, order_seed, *mix_seed)
+        batches = image_batches(run, prepared, len(classes), p, steps, order_seed, *mix_seed)
     else:
-        targets = torch.from_numpy(targets).to(device)
-        batches, per_epoch = text_training(run, prepared, targets, protocol, order_seed)
-
-    def loss(scores, wanted):
-        return F.mse_loss(scores[:, 0], wanted) if classes is None else F.cross_entropy(scores, wanted)
-
+        batches = text_batches(run, prepared, torch.from_numpy(targets).to(device), p, order_seed)
+    optimizer = torch.optim.AdamW(model.groups(), betas=(0.9, p.beta2), eps=p.eps,
+                                  fused=device.type in ("cuda", "cpu"))
+    peaks = [group["lr"] for group in optimizer.param_groups]
     torch.manual_seed(drop_seed)
-    return model, optimise(model, batches, loss, protocol.epochs * per_epoch, protocol, autocast, title)
+    bar = tqdm(batches, total=steps, desc=title, unit=" steps", leave=False, mininterval=1)
+    for step, (tokens, padding, wanted) in enumerate(bar):
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * warmup_cosine((step + 0.5) / steps, p.warmup)
+        n = len(wanted)
+        for a, b in itertools.pairwise([*range(0, n, p.micro_batch), n]):
+            with autocast:
+                scores = model(tokens[a:b], None if padding is None else padding[a:b])
+            error = loss(scores, wanted[a:b]) * ((b - a) / n)
+            error.backward()
+            running += error.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), p.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % per_epoch == 0:
+            losses.append(running.item() / per_epoch)
+            if not math.isfinite(losses[-1]):
+                raise BadInput(f"the loss is {losses[-1]} in epoch {len(losses)}; try a smaller --lr than "
+                               f"{p.lr:g}")
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+            running = 0.0
+    return model, losses
 
 
-def fine_tune_seeds(run, data, protocol, seeds, autocast, tests=None):
-    """Fine-tune on a Dataset with seeds 0 .. seeds - 1 -> what the commands report: each metric on the dev
-    parts, labels, predictions and where their examples stand; of each seed its predictions on `tests`
-    {name: prepared}; and the first seed's Classifier."""
+def fine_tune_seeds(run, data, protocol, seeds, autocast, tests):
+    """Fine-tune on a Dataset with seeds 0 .. seeds - 1 -> what the commands report of the dev parts; {name:
+    each seed's predictions} of the dev parts and of `tests` {name: Part}; the first seed's Classifier."""
     train = probe.prepare(run, data.train)
-    dev = {suffix: probe.prepare(run, part) for suffix, part in data.dev.items()}
-    figures, predicted, submitted, first = [], {suffix: [] for suffix in dev}, [], None
+    prepared = {name: probe.prepare(run, part) for name, part in {**data.dev, **tests}.items()}
+    predicted, figures, first = {name: [] for name in prepared}, [], None
     for seed in range(seeds):
         model, losses = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
                                   printable(f"{data.name} seed {seed}"))
         first = first or model
-        figures.append({"train_loss": losses[-1], "epochs": losses})
-        submitted.append({name: predict(model, run, prepared, autocast)[0]
-                          for name, prepared in (tests or {}).items()})
-        for suffix, prepared in dev.items():
-            predicted[suffix].append(predict(model, run, prepared, autocast)[0])
-    results = {"classes": data.classes, "train": len(train), "dev": sum(map(len, dev.values())),
-               "figures": figures}
+        figures.append({"epochs": losses})
+        for name, examples in prepared.items():
+            predicted[name].append(predict(model, run, examples, autocast)[0])
+    results = {"classes": data.classes, "train": len(train),
+               "dev": sum(len(part.labels) for part in data.dev.values()), "figures": figures}
     for suffix, part in data.dev.items():
         found, true = predicted[suffix], part.labels
         results |= {metric + suffix: summary(metric, found, true, data) for metric in data.metrics}
         results |= {"labels" + suffix: true, "predictions" + suffix: found, "places" + suffix: part.places}
         if data.classes is not None:
             results["correct" + suffix] = [(one == true).astype(int) for one in found]
-    return results, submitted, first
+    return results, predicted, first
 
 
 def summary(metric, predicted, true, data):
@@ -290,35 +261,6 @@ def summary(metric, predicted, true, data):
     return {"seeds": values, "mean": statistics.fmean(values), "median": statistics.median(values),
             "std": None if one else statistics.stdev(values), "majority": majority,
             "interval": glue.interval(metric, predicted[0], true) if one else None}
-
-
-# ---------------------------------------------------------------------------- classifiers as files
-
-def save_classifier(folder, model, run, data, results):
-    """Write a classifier of `fine_tune` and its curve. The weights replace those of a checkpoint of `run`, so
-    that every command can open it; of images what only pretraining needs stays as it was."""
-    new = {"classes": data.classes, "mean": float(model.mean), "spread": float(model.spread),
-           "columns": data.columns, "protocol": asdict(model.protocol), "head": model.head.state_dict(),
-           "checkpoint": run.name, "data": data.name}
-    save_checkpoint(Path(folder, "classifier.pt"), {
-        "settings": run.settings.to_dict(), "model_config": asdict(run.model.config), "step": run.step,
-        "tokenizer": run.tokenizer and run.tokenizer.to_json(),
-        "model": {**run.model.state_dict(), **model.encoder.state_dict()}, "classifier": new})
-    rows = [{"epoch": k, "loss": loss} for k, loss in enumerate(results["figures"][0]["epochs"], 1)]
-    rows.append({metric: x["seeds"][0] for metric, x in results.items() if isinstance(x, dict)})
-    write_text(Path(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def load_classifier(folder, device="cpu"):
-    """-> (Classifier, the Run that `predict` takes with it, columns of text that it was trained on)."""
-    path = Path(folder, "classifier.pt")
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist; give a folder that evaluate.py finetune --out wrote")
-    run, saved = load_run(path, device), load_checkpoint(path)["classifier"]
-    protocol = Protocol(**saved["protocol"])
-    model = Classifier(run, saved["classes"], protocol, 0, saved["mean"], saved["spread"])
-    model.head.load_state_dict(saved["head"])
-    return model.to(device), run, saved["columns"]
 
 
 # ---------------------------------------------------------------------------- commands
@@ -335,14 +277,12 @@ def print_scores(args, name, results):
             if x["interval"]:
                 sure = "{:.1f} to {:.1f} (95% of examples)".format(*(100 * end for end in x["interval"]))
             majority = "" if x["majority"] is None else f"largest class {100 * x['majority']:.1f}"
-            seeds = "seeds " + " ".join(f"{100 * score:.1f}" for score in x["seeds"])
-            rows.append(["  " + metric, f"{100 * x['mean']:.1f}", sure, majority, seeds])
+            rows.append(["  " + metric, f"{100 * x['mean']:.1f}", sure, majority])
     lines.append(table(rows))
     for suffix in ("", "-m", "-mm") if classes is not None and len(classes) <= 10 else ():
         if "labels" + suffix in results:
             counts = np.zeros((len(classes), len(classes)), int)
-            for predicted in results["predictions" + suffix]:
-                np.add.at(counts, (results["labels" + suffix], predicted), 1)
+            np.add.at(counts, (results["labels" + suffix], np.array(results["predictions" + suffix])), 1)
             rows = [["  " + true, *map(str, row)] for true, row in zip(classes, counts)]
             lines.append(table([[f"  true{suffix} \\ predicted", *classes], *rows]))
     show(args, "\n".join(lines))
@@ -354,9 +294,15 @@ def finetune_command(args):
     run, autocast = open_run(args)
     with new_folder(args.out, [args.data]) if args.out else contextlib.nullcontext() as folder:
         protocol, data = protocol_of(args, run), probe.labelled_data(args, run, args.data)
-        results, _, model = fine_tune_seeds(run, data, protocol, args.seeds, autocast)
-        if folder:
-            save_classifier(folder, model, run, data, results)
+        results, _, model = fine_tune_seeds(run, data, protocol, args.seeds, autocast, {})
+        if folder:  # a checkpoint that every command can open; what only pretraining needs stays as it was
+            save_checkpoint(folder / "classifier.pt", {
+                "settings": run.settings.to_dict(), "model_config": asdict(run.model.config),
+                "step": run.step, "tokenizer": run.tokenizer and run.tokenizer.to_json(),
+                "model": {**run.model.state_dict(), **model.encoder.state_dict()},
+                "classifier": {"head": model.head.state_dict(), "protocol": asdict(protocol),
+                               "classes": data.classes, "columns": data.columns, "mean": float(model.mean),
+                               "spread": float(model.spread)}})
     show(args, f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
                f"{protocol.attention} attention; scores x 100 on dev examples")
     print_scores(args, data.name, results)
@@ -366,18 +312,22 @@ def finetune_command(args):
 
 
 def predict_command(args):
-    device = choose_device(args.device)
-    model, run, columns = load_classifier(args.checkpoint, device)
+    path, device = Path(args.checkpoint, "classifier.pt"), choose_device(args.device)
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; give a folder that evaluate.py finetune --out wrote")
+    run, saved = load_run(path, device), load_checkpoint(path)["classifier"]
+    protocol, columns = Protocol(**saved["protocol"]), saved["columns"]
+    model = Classifier(run, saved["classes"], protocol, 0, saved["mean"], saved["spread"]).to(device)
+    model.head.load_state_dict(saved["head"])
     autocast, _ = choose_autocast(device, args.dtype)
-    if args.text_column_b and len(columns) < 2:
-        raise BadInput(f"--text-column-b {args.text_column_b} is for pairs of texts, and {args.checkpoint} "
-                       "was not trained on pairs")
     if run.tokenizer is None:
         part, texts = load_unlabelled(args.data, run.model.config.size), {}
     else:
-        columns = [given or own for given, own in zip((args.text_column, args.text_column_b), columns)]
-        part = glue.read_texts(args.data, columns)
-        texts = dict(zip(columns, zip(*part.texts)))
+        given = tuple(args.text_column or columns)
+        if len(given) != len(columns):
+            raise BadInput(f"--text-column {' '.join(given)}: {args.checkpoint} takes {len(columns)} of them")
+        part = glue.read_texts(args.data, given)
+        texts = dict(zip(given, zip(*part.texts)))
     predicted, probabilities = predict(model, run, probe.prepare(run, part), autocast())
     if model.classes is None:
         found = {"score": predicted.tolist()}
@@ -388,9 +338,8 @@ def predict_command(args):
     for row in zip(*content.values()):
         rows.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row])
     if args.csv:
-        lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows(rows)
-        write_text(args.csv, lines.getvalue())
+        with open(args.csv, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
     short = [[place, *(" ".join(cell.split())[:40] for cell in cells)] for place, *cells in rows[:11]]
     show(args, table(short, "<") + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
     return {"results": {"data": args.data, "classes": model.classes, "places": part.places, **found,
@@ -402,56 +351,48 @@ def glue_command(args):
     if run.tokenizer is None:
         raise BadInput(f"{run.name} was trained on images, and GLUE is text; probe and finetune take images")
     protocol, tasks = protocol_of(args, run), glue.choose_tasks(args.tasks, args.glue_dir, args.submit)
-    done, submissions = {}, [{} for _ in range(args.seeds)]
+    done, submission = {}, {}  # {file: its text by each seed}
     for name in (task for task in tasks if task != "ax"):
         data = glue.glue_dataset(args.glue_dir, name)
         data = replace(data, train=probe.at_most(data.train, args.max_train))
-        by_this = [name] + ["ax"] * (name == "mnli" and "ax" in tasks) if args.submit else []
-        tests = {}
-        for task in by_this:
+        by_this, tests = [name, "ax"] if name == "mnli" and "ax" in tasks else [name], {}
+        for task in by_this if args.submit else ():
             for file, test in glue.server_files(task).items():
-                texts = glue.read_texts(glue.task_file(args.glue_dir, task, test), glue.TASKS[task].text)
-                tests[file] = probe.prepare(run, texts)
-        done[name], predictions, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
-        for files, found in zip(submissions, predictions):
-            files |= {file: glue.prediction_file(data.classes, x) for file, x in found.items()}
+                path = glue.task_file(args.glue_dir, task, test)
+                tests[file] = glue.read_texts(path, glue.TASKS[task].text)
+        done[name], predicted, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
+        submission |= {file: [glue.prediction_file(data.classes, x) for x in predicted[file]]
+                       for file in tests}
         print_scores(args, glue.TASKS[name].folder, done[name])
-    row = glue.table2_row(done)
-    results = {"split": "dev", "tasks": done, "table2": row,
-               "average": statistics.fmean(row.values()) if row else None}
+    row = {glue.TASKS[name].folder + suffix: done[name][glue.TASKS[name].metrics[0] + suffix]["mean"]
+           for name in glue.TABLE2 if name in done for suffix, *_ in glue.TASKS[name].parts}
+    results = {"tasks": done}
     if row:
-        cells = {**row, "mean": results["average"]}
-        scores = [f"{100 * score:.1f}" for score in cells.values()]
+        results |= {"table2": row, "average": statistics.fmean(row.values())}
+        scores = [f"{100 * score:.1f}" for score in (*row.values(), results["average"])]
         show(args, f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's "
-                   f"9\n{table([['', *cells], ['dev', *scores]])}")
+                   f"9\n{table([['', *row, 'mean'], ['dev', *scores]])}")
     if args.submit:
+        Path(args.submit).mkdir(parents=True, exist_ok=True)
         paths = [f"{args.submit}/seed{seed}.zip" for seed in range(args.seeds)]
-        for path, files in zip(paths, submissions):
-            glue.pack(path, files)
+        for seed, path in enumerate(paths):
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file, texts in submission.items():
+                    archive.writestr(file, texts[seed])
         wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
-        missing = [file for file in wanted if file not in submissions[0]]
+        missing = [file for file in wanted if file not in submission]
         results |= {"submissions": paths, "not_in_submission": missing}
         show(args, f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
     return {"protocol": asdict(protocol), "results": results}, run
 
 
-def layer_number(text):
-    """An argparse type: a number from 0, or all."""
-    return text if text == "all" else int(text)
-
-
-COMMANDS = {
-    "probe": (probe.probe_command, "linear classifier on frozen features of labelled text or images"),
-    "transfer": (probe.transfer_command, "the same on several image sets (Table 6)"),
-    "finetune": (finetune_command, "fine-tune on labelled text, classes or scores, or on labelled images"),
-    "glue": (glue_command, "fine-tune on the GLUE tasks and score their dev parts (Table 2)")}
-DATA = ("text: a .tsv, .csv or .jsonl file with columns text, label and maybe text_b; a GLUE task; pydoc; "
-        "images: as for train.py")
-
-
 def add_commands(command):
-    """Register probe, transfer, finetune and glue: `command(name, function, text)` gives a parser."""
-    for name, (function, text) in COMMANDS.items():
+    """Register what this file and probe.py evaluate: `command(name, function, text)` gives a parser."""
+    for name, function, text in (
+            ("probe", probe.probe_command, "linear classifier on frozen features of labelled text or images"),
+            ("transfer", probe.transfer_command, "the same on several image sets (Table 6)"),
+            ("finetune", finetune_command, "fine-tune on labelled text, classes or scores, or on images"),
+            ("glue", glue_command, "fine-tune on the GLUE tasks and score their dev parts (Table 2)")):
         add, count = command(name, function, text).add_argument, {"type": positive, "metavar": "N"}
         add("--pool", choices=("mean", "last"), help="of the tokens' features (default: by attention)")
         add("--attention", choices=("causal", "full"), help="default: the objective's own")
@@ -462,16 +403,17 @@ def add_commands(command):
                                                  "whose files are there")
             add("--submit", metavar="DIR", help="write test predictions for GLUE's server, one zip a seed")
         else:
-            add("--data", required=name != "probe", nargs="+" * (name == "transfer") or None, help=DATA)
+            add("--data", required=name != "probe", nargs="+" * (name == "transfer") or None,
+                help="text: a .tsv, .csv or .jsonl file with columns text and label; a GLUE task; pydoc; "
+                     "images: as for train.py")
             add("--dev", metavar="FILE", help="dev texts of a table (default: a fifth of it, held out)")
-            add("--text-column", metavar="NAME", default="text")
-            add("--text-column-b", metavar="NAME", help="second text of a pair (default: text_b, if there)")
+            add("--text-column", metavar="NAME", nargs="+", default=["text"], help="two of them: pairs")
             add("--label-column", metavar="NAME", default="label")
             add("--label-fraction", type=float, default=1.0, help="of training examples, each class alike")
             add("--labels-per-class", **count, help="use N training examples of each class")
             add("--max-test", **count, help="score a random N of the dev examples only")
         if name in ("probe", "transfer"):
-            add("--layer", type=layer_number, help="0 (the embedding) upwards, or all (default: the last)")
+            add("--layer", default="last", metavar="N", help="0 (the embedding) upwards, or all")
             add("--classifier", choices=("lbfgs", "sgd"), default="lbfgs", help="sgd: MAE's protocol")
             add("--pixels", action="store_true", help="images: also the same classifier on raw pixels")
             add("--seed", type=int, default=0, help="of the choice of labels and of the classifier")
@@ -488,6 +430,5 @@ def add_commands(command):
     add = command("predict", predict_command, text).add_argument
     add("--data", required=True, help="a table as for finetune, a .txt file with one text a line, a folder "
                                       "of images, or an image")
-    add("--text-column", metavar="NAME", help="default: as in training")
-    add("--text-column-b", metavar="NAME", help="the same")
+    add("--text-column", metavar="NAME", nargs="+", help="default: as in training")
     add("--csv", metavar="FILE", help="write file or row, text, class and probability")

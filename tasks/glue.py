@@ -9,14 +9,10 @@ not balance. Labels of the test parts are not public; scores here are those of t
 """
 
 import csv
-import itertools
 import json
 import math
-import os
 import re
-import zipfile
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +22,9 @@ import numpy as np
 from data import pydoc_texts
 from util import BadInput, Parser, command_line, note, positive, write_text
 
-ADDRESS = "https://gluebenchmark.com/tasks"
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.IGNORECASE)
 MISSING = {"n/a", "na", "nan", "none", "null", "-", "?"}  # among numbers these are no class
 
-# ---------------------------------------------------------------------------- the tasks
 
 @dataclass(frozen=True)
 class Task:
@@ -97,7 +92,6 @@ def read_rows(path, columns=None, ragged=False):
     """
     suffix, number, left_out = Path(path).suffix.lower(), 0, 0
     with open(path, encoding="utf-8-sig", errors="replace", newline="" if suffix == ".csv" else "\n") as file:
-        lines = enumerate(file, 1)
         if suffix == ".csv":
             csv.field_size_limit(1 << 30)
             first = file.readline()
@@ -106,9 +100,9 @@ def read_rows(path, columns=None, ragged=False):
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             rows = ((reader.line_num, row) for row in reader)
         elif suffix in (".jsonl", ".json"):
-            rows = ((k, json.loads(text)) for k, text in lines if text.strip())
+            rows = ((k, json.loads(line)) for k, line in enumerate(file, 1) if line.strip())
         else:
-            rows = ((k, text.removesuffix("\n").removesuffix("\r").split("\t")) for k, text in lines)
+            rows = ((k, line.rstrip("\r\n").split("\t")) for k, line in enumerate(file, 1))
         try:
             for number, row in rows:
                 if isinstance(row, dict):
@@ -122,8 +116,7 @@ def read_rows(path, columns=None, ragged=False):
                 elif ragged:
                     left_out += 1
                 elif row not in ([], [""]):
-                    raise BadInput(f"{path}, line {number}: a row of {len(row)} cells, not {len(columns)}: "
-                                   f"{row[0][:40]!r}... Quotation marks enclose cells in a .csv only")
+                    raise BadInput(f"{path}, line {number}: a row of {len(row)} cells, not {len(columns)}")
         except (csv.Error, json.JSONDecodeError) as error:
             raise BadInput(f"{path}, behind line {number}: {error}") from None
     if left_out:
@@ -138,30 +131,28 @@ class Table(NamedTuple):
     labels: list
     lines: list
 
-    def refuse(self, row, why):
-        """What is wrong with the label of a row, as an error."""
-        return BadInput(f"{self.path}, line {self.lines[row]}: the label {self.labels[row]!r} {why}")
+    def check(self, right, why):
+        """Refuse the first label that is not right."""
+        for line, label in zip(self.lines, self.labels):
+            if not right(label):
+                raise BadInput(f"{self.path}, line {line}: the label {label!r} {why}")
 
 
 def read_table(path, text, label=None, columns=None, ragged=False):
-    """Read columns of a table, without `label` only texts. Of a label white space is made single, and the .0
+    """Read columns of a table, without `label` only texts. In labels white space is made single, and the .0
     that pandas gives to a whole number goes."""
     found, wanted = Table(path, [], [], []), (*text, label) if label else text
     for number, row in read_rows(path, columns, ragged):
-        missing = [name for name in wanted if name not in row]
-        if missing:
-            raise BadInput(f"{path}, line {number} has no column {missing[0]!r}, only {listed(row)}; say "
-                           "with --text-column and --label-column which to read")
-        cells = [as_text(row[name]) for name in wanted]
-        if None in cells:
-            raise BadInput(f"{path}, line {number}: a list or an object is neither text nor label")
-        found.texts.append(tuple(cells[:len(text)]))
-        found.labels.extend(re.sub(r"^(-?\d+)\.0*$", r"\1", " ".join(cell.split()))
-                            for cell in cells[len(text):])
+        for name in wanted:
+            if isinstance(row.get(name, []), (list, dict)):
+                raise BadInput(f"{path}, line {number} has no text or label in a column {name!r}, only "
+                               f"{listed(row)}; choose with --text-column and --label-column")
+        found.texts.append(tuple(as_text(row[name]) for name in text))
         found.lines.append(number)
-    for row, one in enumerate(found.labels):
-        if not one or "\ufffd" in one:
-            raise found.refuse(row, "is not UTF-8" if one else "is empty")
+        if label:
+            found.labels.append(re.sub(r"^(-?\d+)\.0*$", r"\1", " ".join(as_text(row[label]).split())))
+    found.check(bool, "is empty")
+    found.check(lambda label: "\ufffd" not in label, "is not UTF-8")
     joined = ["".join(texts) for texts in found.texts]
     if not "".join(joined).strip():
         raise BadInput(f"{path} has no text in its column {text[0]!r}")
@@ -173,44 +164,36 @@ def read_table(path, text, label=None, columns=None, ragged=False):
 
 
 def as_text(cell):
-    """A cell as str: null is empty, half a surrogate pair U+FFFD; None for lists and objects."""
+    """A cell as str: null is empty, half a surrogate pair U+FFFD."""
     if isinstance(cell, str):
         return re.sub(r"[\ud800-\udfff]", "\ufffd", cell)
-    if isinstance(cell, (list, dict)):
-        return None
     return "" if cell is None or math.isnan(cell) else json.dumps(cell)
 
 
 def classes_of(table, regression=False):
     """The names of a table's classes, in order; None: its labels are scores, numbers and not all whole."""
-    numbers = set(filter(is_number, table.labels))
+    numbers = set(filter(NUMBER.fullmatch, table.labels))
     words, fractions = set(table.labels) - numbers, any(not float(x).is_integer() for x in numbers)
     if numbers and words and (fractions or {x.lower() for x in words} <= MISSING):
-        row = next(row for row, label in enumerate(table.labels) if label in words)
-        raise table.refuse(row, "is not a number, as others are")
+        table.check(NUMBER.fullmatch, "is not a number, as others are")
     return None if regression or fractions else tuple(sorted(numbers | words, key=str if words else float))
-
-
-def is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def numbered(table, classes):
     """A Table as a Part: labels as class numbers, or where `classes` is None as scores."""
-    number = {name: k for k, name in enumerate(classes or ())}
-    for row, label in enumerate(table.labels):
-        if not (is_number(label) if classes is None else label in number):
-            raise table.refuse(row, "is not a number" if classes is None else f"is not of {listed(classes)}")
-    labels = np.array([float(label) if classes is None else number[label] for label in table.labels])
+    if classes is None:
+        table.check(NUMBER.fullmatch, "is not a number")
+        labels = np.array([float(label) for label in table.labels])
+    else:
+        number = {name: k for k, name in enumerate(classes)}
+        table.check(number.__contains__, f"is not of {listed(classes)}")
+        labels = np.array([number[label] for label in table.labels])
     return Part(table.texts, labels, np.arange(len(labels)))
 
 
 def listed(names):
     """The first ten names."""
-    return ", ".join(itertools.islice(names, 10)) + ", ..." * (len(names) > 10)
+    return ", ".join([*names][:10]) + ", ..." * (len(names) > 10)
 
 
 # ---------------------------------------------------------------------------- data sets
@@ -225,22 +208,18 @@ def choose_tasks(text, glue_dir, submit=None):
     there is refused or told: better now than after hours."""
     lacking, names = {name: missing_file(glue_dir, name, submit) for name in TASKS}, []
     for name in map(task_key, text.split(",")):
-        if name == "all":
-            names += [one for one in TABLE2 if not lacking[one]]
-            others = [f"{TASKS[one].folder} ({lacking[one].name})" for one in TABLE2 if lacking[one]]
-            if others:
-                note(f"left out, as files are not in {glue_dir}: {', '.join(others)}")
-        elif name not in TASKS:
+        there = [one for one in TABLE2 if not lacking[one]]
+        names += (there or TABLE2) if name == "all" else [name]
+    for name in names:
+        if name not in TASKS:
             raise BadInput(f"there is no GLUE task {name!r}; choose from all, {', '.join(TASKS)}")
-        elif lacking[name]:
-            raise BadInput(f"{lacking[name]} is not there; it is part of GLUE's {name}, from {ADDRESS}")
-        else:
-            names.append(name)
-    if not names:
-        raise BadInput(f"{glue_dir} has the files of no GLUE task; they are at {ADDRESS}")
+        if lacking[name]:
+            raise BadInput(f"{lacking[name]} is not there; GLUE's files are at https://gluebenchmark.com/tasks")
     if "ax" in names and not (submit and "mnli" in names):
-        raise BadInput("ax has no training part: the mnli model predicts it, with --submit DIR and mnli "
-                       "among the --tasks")
+        raise BadInput("the mnli model predicts ax: it needs --submit DIR and mnli among the --tasks")
+    left_out = [f"{TASKS[one].folder} ({lacking[one].name})" for one in TABLE2 if lacking[one]]
+    if left_out and "all" in text:
+        note(f"left out, as files are not in {glue_dir}: {', '.join(left_out)}")
     return list(dict.fromkeys(names))
 
 
@@ -254,9 +233,8 @@ def missing_file(glue_dir, name, submit=None):
 def task_file(glue_dir, name, file):
     """The path of one file of a task."""
     if not glue_dir:
-        raise BadInput(f"{name} is a GLUE task: say with --glue-dir where its files from {ADDRESS} are")
-    usual = Path(glue_dir, "diagnostic", "diagnostic.tsv")  # what GLUE's download script makes of AX.tsv
-    return usual if name == "ax" and usual.is_file() else Path(glue_dir, TASKS[name].folder, file)
+        raise BadInput(f"{name} is a GLUE task: say with --glue-dir where its files are")
+    return Path(glue_dir, TASKS[name].folder, file)
 
 
 def glue_dataset(glue_dir, name):
@@ -267,21 +245,17 @@ def glue_dataset(glue_dir, name):
         path = task_file(glue_dir, name, file)
         return numbered(read_table(path, task.text, task.label, task.columns, task.ragged), task.labels)
 
-    train = part("train.tsv")
     dev = {suffix: part(file) for suffix, file, _ in task.parts}
-    return Dataset(name, task.labels, task.metrics, train, dev, task.text)
+    return Dataset(name, task.labels, task.metrics, part("train.tsv"), dev, task.text)
 
 
-def table_dataset(path, dev=None, regression=False, text="text", text_b=None, label="label", seed=0):
-    """The table `path`. Its column text_b, if it has one, is the second text of a pair. Labels are scores if
-    `regression`, else as in classes_of. Without a `dev` file a seeded fifth is held out."""
+def table_dataset(path, dev=None, regression=False, columns=("text",), label="label", seed=0):
+    """The table `path`, of one or two `columns` of text. Labels are scores if `regression`, else as in
+    classes_of. Without a `dev` file a seeded fifth is held out."""
     for file in filter(None, (path, dev)):
         if not Path(file).is_file():
             raise BadInput(f"{file} is not a file; give a .tsv, .csv or .jsonl file with columns text and "
                            f"label, pydoc, or a GLUE task: {', '.join(TASKS)}")
-    if text_b is None and "text_b" in next(read_rows(path), (0, {}))[1]:
-        text_b = "text_b"
-    columns = (text, text_b) if text_b else (text,)
     tables = [read_table(file, columns, label) for file in (path, dev) if file]
     classes = classes_of(tables[0], regression)
     parts = [numbered(table, classes) for table in tables]
@@ -292,8 +266,7 @@ def table_dataset(path, dev=None, regression=False, text="text", text_b=None, la
     known, tested = set(parts[0].texts), parts[1].texts
     again = sum(texts in known for texts in tested)
     if dev and again == len(tested):
-        raise BadInput(f"all texts of {dev} are in {path}, too, so that it tests nothing; without --dev a "
-                       "fifth is held out")
+        raise BadInput(f"all texts of {dev} are in {path}, too, so that it tests nothing")
     if again:
         note(f"{dev or path}: {again:,} of {len(tested):,} dev texts are trained on, too")
     metrics = ("pearson", "spearman") if classes is None else ("accuracy", "matthews")
@@ -301,40 +274,37 @@ def table_dataset(path, dev=None, regression=False, text="text", text_b=None, la
 
 
 def read_texts(path, columns):
-    """Texts without labels, of a table or of the lines of a .txt file, as a Part."""
-    if Path(path).suffix.lower() != ".txt":
-        texts = read_table(path, tuple(columns)).texts
-    elif len(columns) == 1:
+    """Texts without labels, of a table or, one a line, of a .txt file, as a Part."""
+    if Path(path).suffix.lower() == ".txt" and len(columns) == 1:
         lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").removesuffix("\n").split("\n")
         texts = [(line,) for line in lines]
     else:
-        raise BadInput(f"{path} has one text a line; pairs are read from a table with columns {columns}")
+        texts = read_table(path, columns).texts
     return Part(texts, places=np.arange(len(texts)))
 
 
 def pydoc_dataset(packages=12, size=300):
     """Passages of the standard library's documentation, labelled with their package: those with the most text
     of at least four documented modules. About a fifth of each are for dev, from modules of their own."""
-    documents = {}
+    documents = {}  # {package: [(module, passages)]}
     for name, text in pydoc_texts():
         package, found = name.partition(".")[0], passages(text, size)
         if package != "topics" and found:
-            documents.setdefault(package, {})[name] = found
-    amount = {package: sum(map(len, modules.values())) for package, modules in documents.items()
-              if len(modules) >= 4}
+            documents.setdefault(package, []).append((name, found))
+    amount = {package: sum(len(found) for _, found in modules)
+              for package, modules in documents.items() if len(modules) >= 4}
     classes = tuple(sorted(sorted(amount, key=amount.get)[-packages:]))
-    texts, labels = ([], []), ([], [])
-    for k, package in enumerate(classes):
+    sides = Table("pydoc", [], [], []), Table("pydoc", [], [], [])  # for training, for dev
+    for package in classes:
         # R12: the same modules on every machine; the one with the most text is for training
-        modules = sorted(documents[package], key=lambda name: zlib.crc32(name.encode()))
-        largest, held = max(modules, key=lambda name: len(documents[package][name])), 0
-        for name in modules:
-            found = documents[package][name]
-            dev = name != largest and held < 0.2 * amount[package]
-            held += dev * len(found)
-            texts[dev].extend((passage,) for passage in found)
-            labels[dev].extend([k] * len(found))
-    train, dev = (Part(texts[side], np.array(labels[side]), np.arange(len(labels[side]))) for side in (0, 1))
+        modules = sorted(documents[package], key=lambda module: zlib.crc32(module[0].encode()))
+        largest, held = max(modules, key=lambda module: len(module[1])), 0
+        for module in modules:
+            dev = module is not largest and held < 0.2 * amount[package]
+            held += dev * len(module[1])
+            sides[dev].texts.extend((passage,) for passage in module[1])
+            sides[dev].labels.extend([package] * len(module[1]))
+    train, dev = (numbered(side, classes) for side in sides)
     return Dataset("pydoc", classes, ("accuracy", "matthews"), train, {"": dev}, ("text",))
 
 
@@ -352,20 +322,18 @@ def passages(text, size):
 def label_subset(labels, fraction=1.0, per_class=None, seed=0):
     """A seeded choice of rows, of each class alike: `per_class`, or that share of it, but at least one. Of
     scores that share of all rows. Returns row numbers in order."""
-    scores = labels.dtype.kind != "i"
     if not 0 < fraction <= 1:
         raise BadInput(f"--label-fraction {fraction:g} is not in 0..1, 0 excluded")
-    if per_class and scores:
-        raise BadInput(f"--labels-per-class {per_class} is for classes, and these labels are scores; use "
-                       "--label-fraction")
     rng, groups = np.random.default_rng(seed), [np.arange(len(labels))]
-    if not scores:
+    if labels.dtype.kind == "i":
         groups = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    elif per_class:
+        raise BadInput("--labels-per-class is for classes, and these labels are scores; use --label-fraction")
     chosen = [rng.permutation(rows)[:per_class or max(1, round(fraction * len(rows)))] for rows in groups]
     return np.sort(np.concatenate(chosen))
 
 
-# ---------------------------------------------------------------------------- metrics and Table 2
+# ---------------------------------------------------------------------------- metrics, and the server's files
 
 def f1(predicted, true):
     """Of class 1; 0 where that is neither predicted nor there."""
@@ -397,12 +365,6 @@ METRICS = {  # of predicted and true class numbers or scores, both (N,)
     "pearson": pearson, "spearman": lambda predicted, true: pearson(ranks(predicted), ranks(true))}
 
 
-def table2_row(results):
-    """{task: {metric and suffix: {"mean": score}}} -> {column: score} of Table 2, of which MNLI has two."""
-    return {TASKS[name].folder + suffix: results[name][TASKS[name].metrics[0] + suffix]["mean"]
-            for name in TABLE2 if name in results for suffix, *_ in TASKS[name].parts}
-
-
 def interval(metric, predicted, true, draws=1000):
     """95% of a metric over examples: Wilson's of an accuracy, else percentiles of the bootstrap; None where
     no draw differs."""
@@ -417,8 +379,6 @@ def interval(metric, predicted, true, draws=1000):
     return (low, high) if low < high else None
 
 
-# ---------------------------------------------------------------------------- the server's files
-
 def server_files(name):
     """{name of the file for the GLUE server: test file} of a task."""
     return {f"{TASKS[name].folder}{suffix}.tsv": test for suffix, _, test in TASKS[name].parts}
@@ -430,62 +390,45 @@ def prediction_file(classes, predicted):
     return "\n".join(["index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells)), ""])
 
 
-def pack(path, files):
-    """Write a submission, {name: text}, as a zip file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(f"{path}.partial", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    os.replace(f"{path}.partial", path)
-
-
 # ---------------------------------------------------------------------------- who wrote this?
 
 def novels_of(folder):
     """{author: paths} of the authors of two novels or more in a folder of files AUTHOR_TITLE.txt."""
-    novels = defaultdict(list)
+    novels = {}
     for path in sorted(Path(folder).glob("*.txt")):
-        novels[path.stem.split("_")[0]].append(path)
+        novels.setdefault(path.stem.split("_")[0], []).append(path)
     return {author: paths for author, paths in novels.items() if len(paths) > 1}
 
 
-def authors_dataset(folder, out, train=16, dev=40, characters=600):
-    """Write OUT/train.tsv and OUT/dev.tsv, `train` and `dev` passages of every author -> the authors.
-
-    The dev passages are from an author's last novel, so that names and places do not tell who wrote them.
-    """
-    novels, rng, out = novels_of(folder), np.random.default_rng(0), Path(out)
-    if len(novels) < 2:
-        raise BadInput(f"{folder} does not hold two or more files AUTHOR_TITLE.txt of at least two authors")
-
-    def cut(path, count):
-        """`count` pieces of whole words at random, white space made single."""
-        text = " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
-        margin = len(text) // 20  # neither title page nor index
-        starts = rng.integers(margin, max(margin + 1, len(text) - margin - characters), size=count)
-        pieces = (text[start:start + characters] for start in sorted(starts))
-        return [piece.partition(" ")[2].rpartition(" ")[0] for piece in pieces]
-
-    rows = {"train": [], "dev": []}
-    for author, (*known, last) in novels.items():
-        shares = np.diff(np.linspace(0, train, len(known) + 1).round().astype(int))
-        rows["train"] += [(text, author) for path, share in zip(known, shares) for text in cut(path, share)]
-        rows["dev"] += [(text, author) for text in cut(last, dev)]
-    out.mkdir(parents=True, exist_ok=True)
-    for side, found in rows.items():
-        write_text(out / f"{side}.tsv", "\n".join(["text\tlabel", *map("\t".join, found), ""]))
-    return sorted(novels)
+def cut(path, count, rng, characters=600):
+    """`count` random pieces of a text, of whole words, white space made single."""
+    text = " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
+    margin = len(text) // 20  # neither title page nor index
+    starts = rng.integers(margin, max(margin + 1, len(text) - margin - characters), size=count)
+    return [text[start:start + characters].partition(" ")[2].rpartition(" ")[0] for start in sorted(starts)]
 
 
 def main(argv=None):
+    """Write OUT/train.tsv and OUT/dev.tsv. The dev passages are from an author's last novel, so that names
+    and places do not tell who wrote them."""
     parser = Parser(description="Labelled passages of a folder of novels, AUTHOR_TITLE.txt: who wrote this?")
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--train", type=positive, default=16, help="training passages of every author")
     parser.add_argument("--dev", type=positive, default=40, help="dev passages of every author")
     args = parser.parse_args(argv)
-    authors = authors_dataset(args.folder, args.out, args.train, args.dev)
-    print(f"{args.out}: passages of {len(authors)} authors")
+    novels, rng, out = novels_of(args.folder), np.random.default_rng(0), Path(args.out)
+    if len(novels) < 2:
+        raise BadInput(f"{args.folder} does not hold files AUTHOR_TITLE.txt, two or more of two authors")
+    train, dev = [], []
+    for author, (*known, last) in novels.items():
+        shares = np.diff(np.linspace(0, args.train, len(known) + 1).round().astype(int))
+        train += [(text, author) for path, share in zip(known, shares) for text in cut(path, share, rng)]
+        dev += [(text, author) for text in cut(last, args.dev, rng)]
+    out.mkdir(parents=True, exist_ok=True)
+    for side, rows in (("train", train), ("dev", dev)):
+        write_text(out / f"{side}.tsv", "\n".join(["text\tlabel", *map("\t".join, rows), ""]))
+    print(f"{out}: passages of {len(novels)} authors")
 
 
 if __name__ == "__main__":

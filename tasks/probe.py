@@ -1,6 +1,5 @@
 """Linear probes: classifiers on the features of a frozen encoder, of labelled text and of images.
 
-    python evaluate.py probe CKPT                                       pydoc by package; a run's own images
     python evaluate.py probe CKPT --data my.csv --labels-per-class 10 --layer all
     python evaluate.py probe CKPT --data DIR --classifier sgd --pixels  MAE's protocol; raw pixels beside it
     python evaluate.py transfer CKPT --data A B C                       Table 6
@@ -14,12 +13,11 @@ import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from data import prefetch
@@ -27,7 +25,6 @@ from images import ImageSet, Patches, load_images, read_manifest
 from objectives import describe
 from run import warmup_cosine
 from tasks import glue
-from tasks.glue import Dataset, Part
 from tasks.hub import open_run
 from util import BadInput, printable, table
 
@@ -38,26 +35,22 @@ FEW = 1000  # examples; with fewer, the strength is chosen on each fifth in turn
 
 # ---------------------------------------------------------------------------- labelled data
 
-def labelled_images(source, size):
-    """An image set with classes as a Dataset. What is prepared stays as it is: batches are resized."""
-    images = load_images(source, None if read_manifest(source) else size)
-    return Dataset(images.name, images.classes, ("accuracy",), images.train, {"": images.val})
-
-
 def labelled_data(args, run, source=None, seed=0):
-    """The labelled texts or images that the options describe, few of them if asked for -> Dataset."""
+    """The labelled texts or images that the options describe, few of them if asked for -> glue.Dataset."""
     if run.tokenizer is None:
         source = source or run.settings.data
-        data = labelled_images(source, run.model.config.size)
+        size = None if read_manifest(source) else run.model.config.size  # a prepared set stays as it is
+        images = load_images(source, size)
+        data = glue.Dataset(images.name, images.classes, ("accuracy",), images.train, {"": images.val})
     elif source in (None, "pydoc"):
         data = glue.pydoc_dataset()
     elif glue.task_key(source) in glue.TASKS and not Path(source).is_file():
         data = glue.glue_dataset(args.glue_dir, glue.task_key(source))
     else:
-        data = glue.table_dataset(source, args.dev, getattr(args, "regression", False), args.text_column,
-                                  args.text_column_b, args.label_column)
-    train, fraction, each = data.train, args.label_fraction, args.labels_per_class
-    rows = glue.label_subset(train.labels, fraction, each, seed)
+        data = glue.table_dataset(source, args.dev, getattr(args, "regression", False),
+                                  tuple(args.text_column), args.label_column)
+    train = data.train
+    rows = glue.label_subset(train.labels, args.label_fraction, args.labels_per_class, seed)
     train = train if len(rows) == len(train.labels) else train.only(rows)  # all may stay on disk
     data = replace(data, train=at_most(train, args.max_train),
                    dev={suffix: at_most(part, args.max_test) for suffix, part in data.dev.items()})
@@ -77,17 +70,6 @@ def at_most(part, count):
 
 
 # ---------------------------------------------------------------------------- batches of texts and images
-
-class Inputs(NamedTuple):
-    """What an encoder reads."""
-
-    tokens: Tensor          # (B, L) ids, or (B, S, values) patches
-    lengths: Tensor         # (B,)
-    padding: Tensor = None  # (B, L) bool, True where there is no token; None: nowhere
-
-    def part(self, a, b):
-        return Inputs(*(x if x is None else x[a:b] for x in self))
-
 
 def prepare(run, part):
     """What `every_batch` takes: texts as arrays of ids, of a pair the longer cut first; images as such."""
@@ -122,31 +104,26 @@ def batch_rows(lengths, size, seed=None, epoch=0):
 
 
 def text_batch(run, rows):
-    """Arrays of ids as Inputs on the model's device."""
-    lengths, limit = np.array(list(map(len, rows))), run.settings.length
-    L = min([length for length in LENGTHS if length >= lengths.max()] + [limit])
-    padding = np.arange(L) >= lengths[:, None]     # (B, L)
+    """Arrays of ids -> what an encoder takes: ids (B, L), padding bool (B, L), or None where nothing is."""
+    lengths, device = np.array(list(map(len, rows))), run.model.query.device
+    L = min([length for length in LENGTHS if length >= lengths.max()] + [run.settings.length])
+    padding = np.arange(L) >= lengths[:, None]
     tokens = np.zeros(padding.shape, np.int64)
     tokens[~padding] = np.concatenate(rows)
-    arrays = (tokens, lengths, padding if padding.any() else None)
-    return Inputs(*(x if x is None else torch.from_numpy(x).to(run.model.query.device) for x in arrays))
-
-
-def patch_batch(patches):
-    """Patches (B, S, values) as Inputs."""
-    return Inputs(patches, torch.full((len(patches),), patches.shape[1], device=patches.device))
+    padding = torch.from_numpy(padding).to(device) if padding.any() else None
+    return torch.from_numpy(tokens).to(device), padding
 
 
 def every_batch(run, prepared):
-    """Every text or image once -> pairs (row numbers, Inputs)."""
+    """Every text or image once -> triples (row numbers, ids or patches, padding)."""
     if run.tokenizer is not None:
         rows = batch_rows(np.array(list(map(len, prepared))), 64)
-        return ((batch, text_batch(run, [prepared[i] for i in batch])) for batch in rows)
+        return ((batch, *text_batch(run, [prepared[i] for i in batch])) for batch in rows)
     source = Patches(prepared, run.model.config, device=run.model.query.device)
 
     def draw(start):
         rows = np.arange(start, min(start + 128, len(prepared)))
-        return rows, patch_batch(source.batch(start, len(rows)))
+        return rows, source.batch(start, len(rows)), None
 
     return prefetch(draw, range(0, len(prepared), 128))
 
@@ -159,35 +136,33 @@ def attention_and_pool(run, attention=None, pool=None):
     return attention, pool or ("last" if attention == "causal" and run.tokenizer is not None else "mean")
 
 
-def pool_features(features, batch, pool):
+def pool_features(features, padding, pool):
     """features (B, L, D) -> float32 (B, D): the mean over the tokens, or the last token's."""
     features = features.float()
+    if padding is None:
+        return features[:, -1] if pool == "last" else features.mean(1)
+    lengths = (~padding).sum(1)
     if pool == "last":
-        return features[torch.arange(len(features), device=features.device), batch.lengths - 1]
-    if batch.padding is not None:
-        features = features.masked_fill(batch.padding[..., None], 0)
-    return features.sum(1) / batch.lengths[:, None]
+        return features[torch.arange(len(features), device=features.device), lengths - 1]
+    return features.masked_fill(padding[..., None], 0).sum(1) / lengths[:, None]
 
 
 @torch.no_grad()
-def frozen_features(run, prepared, pool, causal, layer=None, autocast=PLAIN):
+def frozen_features(run, prepared, pool, causal, layer="last", autocast=PLAIN):
     """Pooled features of a frozen encoder -> {layer: float32 (N, D) on the CPU}, one pass for all layers.
 
-    layer None: the last, after the final norm; a number from 0, the embedding; or "all".
+    layer: "last", after the final norm; "0", the embedding, or another number; or "all".
     """
-    features = {}
+    features, batches = {}, every_batch(run, prepared)
     run.model.eval()
-    batches = every_batch(run, prepared)
-    for rows, batch in tqdm(batches, desc="features", unit=" batches", leave=False, delay=2, mininterval=1):
+    for rows, tokens, padding in tqdm(batches, desc="features", leave=False, delay=2, mininterval=1):
         with autocast:
-            states = run.model.encode(batch.tokens, batch.padding, causal, layer is not None)
-        states = {"last": states} if layer is None else dict(enumerate(states))
-        if layer not in (None, "all", *states):
+            states = run.model.encode(tokens, padding, causal, layer != "last")
+        states = {"last": states} if layer == "last" else {str(k): x for k, x in enumerate(states)}
+        if layer not in ("all", *states):
             raise BadInput(f"--layer {layer} is not in 0..{len(states) - 1}, 0 being the embedding")
-        if layer in states:
-            states = {layer: states[layer]}
-        for key, state in states.items():
-            pooled = pool_features(state, batch, pool).cpu()
+        for key in states if layer == "all" else [layer]:
+            pooled = pool_features(states[key], padding, pool).cpu()
             if not pooled.isfinite().all():
                 raise BadInput(f"{run.name} has features that are not finite numbers: its training diverged")
             found = features.setdefault(key, pooled.new_empty(len(prepared), pooled.shape[1]))
@@ -201,13 +176,13 @@ def features(run, examples, attention=None, pool=None):
     if run.tokenizer is None:
         part = ImageSet(np.asarray(examples), np.zeros(len(examples), np.int64))
     else:
-        part = Part([(x,) if isinstance(x, str) else tuple(x) for x in examples])
+        part = glue.Part([(x,) if isinstance(x, str) else tuple(x) for x in examples])
     return frozen_features(run, prepare(run, part), pool, attention == "causal")["last"]
 
 
 def raw_pixels(run, images):
     """The baseline: the numbers that go into the model -> float32 (N, 3 * size * size)."""
-    return torch.cat([batch.tokens.flatten(1).cpu() for _, batch in every_batch(run, images)])
+    return torch.cat([patches.flatten(1).cpu() for _, patches, _ in every_batch(run, images)])
 
 
 # ---------------------------------------------------------------------------- classifiers
@@ -216,14 +191,14 @@ def linear(x, w):
     return torch.addmm(w[-1], x, w[:-1])
 
 
-def logistic_regression(x, y, l2, classes, start=None, iterations=500):
+def logistic_regression(x, y, l2, classes, start=None):
     """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2/2 ||W||^2, the intercept left free.
 
     x (N, D), y (N,) class numbers -> weights (D + 1, classes), the intercept last. scikit-learn's C is
     1 / (N l2), but 2 / (N l2) for two classes: it has one vector v, where ours are v/2 and -v/2.
     """
     w = (x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()).requires_grad_()
-    optimizer = torch.optim.LBFGS([w], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-12,
+    optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-12,
                                   line_search_fn="strong_wolfe")
 
     def closure():
@@ -232,8 +207,7 @@ def logistic_regression(x, y, l2, classes, start=None, iterations=500):
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
     return w.detach()
 
 
@@ -249,10 +223,10 @@ def fit_probe(train_x, train_y, test_x, test_y, seed=0):
     train_x, test_x = ((x.double() - mean) / torch.where(std > 1e-8, std, 1.0) for x in (train_x, test_x))
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     fifths = [order[k * len(order) // 5:(k + 1) * len(order) // 5] for k in range(5)]
-    held = [rows for rows in fifths[:5 if len(order) < FEW else 1] if 0 < len(rows) < len(order)]
+    held = [rows for rows in fifths[:5 if len(order) < FEW else 1] if len(rows)]
     fits = [order[~torch.isin(order, rows)] for rows in held]
-    best, strength, start, kept = math.inf, L2[0], [None] * len(held), None
-    for l2 in L2 if held else ():  # each fit starts from the weights of the stronger penalty
+    best, start = math.inf, [None] * len(held)
+    for l2 in L2:  # each fit starts from the weights of the stronger penalty
         start = [logistic_regression(train_x[fit], train_y[fit], l2, classes, w)
                  for fit, w in zip(fits, start)]
         loss = sum(F.cross_entropy(linear(train_x[rows], w), train_y[rows], reduction="sum").item()
@@ -264,19 +238,19 @@ def fit_probe(train_x, train_y, test_x, test_y, seed=0):
     return figures(linear(test_x, w).argmax(1), train_y, test_y, l2=strength)
 
 
-def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90, batch_size=256, base=0.1):
+def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90):
     """MAE's linear probe (He et al. 2021, A.1) on features (N, D) and class numbers (N,). Returns `figures`.
 
-    Batch norm without affine map, a linear layer; rate base * batch / 256, 10 of 90 epochs of warm-up, cosine
+    Batch norm without affine map, a linear layer; rate 0.1 * batch / 256, 10 of 90 epochs of warm-up, cosine
     to 0, momentum 0.9, no decay. Each feature is computed once; small batches of SGD stand in for LARS.
     """
     train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     (N, D), classes = train_x.shape, int(max(train_y.max(), test_y.max())) + 1
-    size, generator = min(batch_size, N), torch.Generator().manual_seed(seed)
+    size, generator = min(256, N), torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.BatchNorm1d(D, eps=1e-6, affine=False), nn.Linear(D, classes))
     nn.init.normal_(model[1].weight, std=0.01, generator=generator)
     nn.init.zeros_(model[1].bias)
-    lr, steps, step = base * size / 256, epochs * (N // size), 0
+    lr, steps, step = 0.1 * size / 256, epochs * (N // size), 0
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     for _ in range(epochs):
         for rows in torch.randperm(N, generator=generator).split(size)[:N // size]:  # drops the rest
@@ -310,17 +284,17 @@ def show(args, text):
 def probe(args, run, autocast, source):
     """A classifier on the features of each layer that was asked for, of one labelled set -> dict."""
     data = labelled_data(args, run, source, args.seed)
-    fit = sgd_probe if args.classifier == "sgd" else fit_probe
     if data.classes is None:
         raise BadInput(f"{source} has scores for labels and a probe predicts classes; finetune does both")
     attention, pool = attention_and_pool(run, args.attention, args.pool)
     suffix, dev = next(iter(data.dev.items()))
-    y, test_y = data.train.labels, dev.labels
-    x, test_x = (frozen_features(run, prepare(run, part), pool, attention == "causal", args.layer, autocast)
-                 for part in (data.train, dev))
-    layers = {str(layer): fit(x[layer], y, test_x[layer], test_y, args.seed) for layer in x}
+    parts = [prepare(run, part) for part in (data.train, dev)]
+    x, test_x = (frozen_features(run, part, pool, attention == "causal", args.layer, autocast)
+                 for part in parts)
     if args.pixels:
-        layers["pixels"] = fit(raw_pixels(run, data.train), y, raw_pixels(run, dev), test_y, args.seed)
+        x["pixels"], test_x["pixels"] = (raw_pixels(run, part) for part in parts)
+    fit = sgd_probe if args.classifier == "sgd" else fit_probe
+    layers = {name: fit(x[name], data.train.labels, test_x[name], dev.labels, args.seed) for name in x}
     return {"data": data.name + suffix, "classes": data.classes, "classifier": args.classifier, "pool": pool,
             "attention": attention, "layers": layers, "places": dev.places}
 
@@ -348,16 +322,13 @@ def transfer_command(args):
     run, autocast = open_run(args)
     if run.tokenizer is not None:
         raise BadInput(f"{run.name} was trained on text, and transfer is for images; probe takes text too")
-    sets = []
+    sets, rows = [], [["", "classes", "training", "largest class", "accuracy, %"]]
     for source in args.data:
         found = probe(args, run, autocast, source)
-        *_, last = found["layers"].values()
-        sets.append({"data": found["data"], "classes": len(found["classes"]),
-                     "size": run.model.config.size, "places": found["places"], **last})
-    mean = sum(row["accuracy"] for row in sets) / len(sets)
-    rows = [[row["data"], str(row["classes"]), f"{row['train']:,}", f"{100 * row['majority']:.1f}",
-             percent(row)] for row in sets]
-    show(args, table([["", "classes", "training", "largest class", "accuracy, %"], *rows,
-                      ["mean", "", "", "", f"{100 * mean:.1f}"]]))
-    results = {"pool": found["pool"], "attention": found["attention"], "sets": sets, "mean": mean}
-    return {"results": results}, run
+        *_, last = found.pop("layers").values()
+        sets.append(found | last)
+        rows.append([found["data"], str(len(found["classes"])), f"{last['train']:,}",
+                     f"{100 * last['majority']:.1f}", percent(last)])
+    mean = sum(one["accuracy"] for one in sets) / len(sets)
+    show(args, table([*rows, ["mean", "", "", "", f"{100 * mean:.1f}"]]))
+    return {"results": {"sets": sets, "mean": mean}}, run

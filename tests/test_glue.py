@@ -21,19 +21,17 @@ QQP = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
 COLA = ["source", "label", "mark", "sentence"]
 
 
-
-def layout(columns, *label):
+def layout(columns, *label, test=None):
     """Columns of the three files of a task whose labels stand in the last one."""
-    return {"train.tsv": [*columns, *label], "dev.tsv": [*columns, *label], "test.tsv": columns}
+    return {"train.tsv": [*columns, *label], "dev.tsv": [*columns, *label], "test.tsv": test or columns}
 
 
 # {task: {file: columns}}; of CoLA's train and dev files the columns are not written
 LAYOUTS = {
-    "cola": {**layout(COLA), "test.tsv": ["index", "sentence"]},
-    "sst2": {**layout(["sentence", "label"]), "test.tsv": ["index", "sentence"]},
-    "mrpc": {**layout(MRPC), "test.tsv": ["index", *MRPC[1:]]},
-    "stsb": layout(STSB, "score"),
-    "qqp": {**layout(QQP), "test.tsv": ["id", "question1", "question2"]},
+    "cola": layout(COLA, test=["index", "sentence"]),
+    "sst2": layout(["sentence", "label"], test=["index", "sentence"]),
+    "mrpc": layout(MRPC, test=["index", *MRPC[1:]]), "stsb": layout(STSB, "score"),
+    "qqp": layout(QQP, test=["id", "question1", "question2"]),
     "mnli": {"train.tsv": [*MNLI, "label1", "gold_label"],
              "dev_matched.tsv": [*MNLI, "label1", "label2", "gold_label"],
              "dev_mismatched.tsv": [*MNLI, "label1", "label2", "gold_label"],
@@ -42,27 +40,26 @@ LAYOUTS = {
     "rte": layout(NLI, "label"), "wnli": layout(NLI, "label"), "ax": {"AX.tsv": NLI}}
 
 
-def write_glue(folder, name, rows=6, mark="", end="\n"):
-    """All files of a task in their official layout, the labels in turn."""
+def write_glue(folder, name, mark="", end="\n"):
+    """All files of a task in their official layout, six rows with the labels in turn -> their texts."""
     task = glue.TASKS[name]
-    labels = task.labels or ("0.5", "3.25", "4.000")
+    labels, texts = task.labels or ("0.5", "3.25", "4.000"), [(A, B) if k % 2 else (B, A) for k in range(6)]
     for file, columns in LAYOUTS[name].items():
         lines = [] if columns == COLA else [columns]
-        for k in range(rows):
-            cells = dict.fromkeys(columns, "x") | dict(zip(task.text, (A, B) if k % 2 else (B, A)))
+        for k in range(6):
+            cells = dict.fromkeys(columns, "x") | dict(zip(task.text, texts[k]))
             cells |= {task.label: labels[k % len(labels)]} if task.label in columns else {}
             lines.append(list(cells.values()))
         path = folder / task.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((mark + "".join("\t".join(line) + end for line in lines)).encode())
+    return [one[:len(task.text)] for one in texts]
 
 
 @pytest.mark.parametrize("mark, end", [("", "\n"), ("\ufeff", "\r\n")], ids=["plain", "mark and CRLF"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_official_layouts(tmp_path, name, mark, end):
-    write_glue(tmp_path, name, mark=mark, end=end)
-    task = glue.TASKS[name]
-    texts = [((A, B) if k % 2 else (B, A))[:len(task.text)] for k in range(6)]
+    texts, task = write_glue(tmp_path, name, mark, end), glue.TASKS[name]
     for file, test in glue.server_files(name).items():
         assert file == f"{task.folder}{'-m' * ('_matched' in test)}{'-mm' * ('mis' in test)}.tsv"
         assert glue.read_texts(glue.task_file(tmp_path, name, test), task.text).texts == texts
@@ -70,10 +67,9 @@ def test_official_layouts(tmp_path, name, mark, end):
         return
     data = glue.glue_dataset(tmp_path, name)
     assert list(data.dev) == (["-m", "-mm"] if name == "mnli" else [""])
+    expected = [0.5, 3.25, 4] * 2 if task.labels is None else [k % len(task.labels) for k in range(6)]
     for part in (data.train, *data.dev.values()):
-        assert part.texts == texts
-        expected = [0.5, 3.25, 4] * 2 if task.labels is None else [k % len(task.labels) for k in range(6)]
-        assert part.labels.tolist() == expected
+        assert part.texts == texts and part.labels.tolist() == expected
 
 
 def test_malformed_rows_are_left_out_of_qqp_and_refused_elsewhere(tmp_path):
@@ -106,16 +102,13 @@ def test_classes_scores_and_the_held_out_fifth(tmp_path):
     kinds = {("1", "2", "3"): "i", ("1.", "2"): "i", ("1", "2.5"): "f", ("-1", "1e-3"): "f", ("1", "x"): "i"}
     for labels, kind in kinds.items():
         rows = {f"a{k}": labels[k % len(labels)] for k in range(15)}
-        path.write_text("text\ttext_b\tlabel\n" + "".join(f"{text}\tb\t{rows[text]}\n" for text in rows))
-        data = glue.table_dataset(path)
+        path.write_text("text\tsecond\tlabel\n" + "".join(f"{text}\tb\t{rows[text]}\n" for text in rows))
+        data = glue.table_dataset(path, columns=("text", "second"))
         assert data.train.labels.dtype.kind == kind and (data.classes is None) == (kind == "f")
         both = data.train.texts + data.dev[""].texts
         assert len(data.dev[""].texts) == 3 and sorted(both) == sorted((text, "b") for text in rows)
         for (text, _), label in zip(both, [*data.train.labels, *data.dev[""].labels]):
             assert label == (float(rows[text]) if kind == "f" else sorted(labels).index(rows[text]))
-    path.write_text("text\tlabel\na\t1\nb\t2\n")
-    table = glue.read_table(path, ("text",), "label")
-    assert glue.numbered(table, glue.classes_of(table, regression=True)).labels.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("name, rows, line", [
@@ -138,6 +131,7 @@ def test_labels_that_say_the_same_are_one_class(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     table = glue.read_table(tmp_path / "a.jsonl", ("text",), "label")
     assert table.labels == ["1", "1", "1", "10", "2"] and glue.classes_of(table) == ("1", "2", "10")
+    assert glue.classes_of(table, regression=True) is None
 
 
 def test_texts_that_are_not_utf8_are_told_with_their_number(tmp_path, capsys):
@@ -243,7 +237,7 @@ def test_intervals_over_examples_cover(metric, share):
 def test_glue_writes_results_and_submissions(tmp_path, trained):
     """Every dev score follows from the predictions; a row for every test text; the mnli model predicts ax."""
     for name in ("mnli", "stsb", "ax"):
-        write_glue(tmp_path / "glue", name, rows=10)
+        write_glue(tmp_path / "glue", name)
     out, submit = tmp_path / "out.json", tmp_path / "submit"
     line = f"evaluate.py glue {trained('mlm --mask 0.3')} --glue-dir {tmp_path / 'glue'} --epochs 1"
     shown = call(f"{line} --tasks mnli,stsb,ax --seeds 2 --submit {submit} --json {out}")
@@ -260,7 +254,7 @@ def test_glue_writes_results_and_submissions(tmp_path, trained):
             assert sorted(archive.namelist()) == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "STS-B.tsv"]
             for name in archive.namelist():
                 header, *rows = [row.split("\t") for row in archive.read(name).decode().split("\n")[:-1]]
-                assert header == ["index", "prediction"] and [int(row[0]) for row in rows] == list(range(10))
+                assert header == ["index", "prediction"] and [int(row[0]) for row in rows] == list(range(6))
                 assert all(0 <= float(x) <= 5 if name == "STS-B.tsv" else x in glue.NLI for _, x in rows)
     again = call_json(f"{line} --tasks stsb --seeds 1")["results"]["tasks"]["stsb"]
     assert again["predictions"] == task["predictions"][:1]

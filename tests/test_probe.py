@@ -56,15 +56,16 @@ def test_features_are_those_of_each_text_alone(run, pool, causal):
     prepared = probe.prepare(run, Part(some_texts(20)))
     features = probe.frozen_features(run, prepared, pool, causal, "all")
     last = probe.frozen_features(run, prepared, pool, causal)["last"]
-    third = probe.frozen_features(run, prepared, pool, causal, 2)[2]
-    assert torch.allclose(last, features[3], atol=1e-4) and torch.allclose(third, features[2], atol=1e-4)
+    third = probe.frozen_features(run, prepared, pool, causal, "2")["2"]
+    assert torch.allclose(last, features["3"], atol=1e-4)
+    assert torch.allclose(third, features["2"], atol=1e-4)
     for i, ids in enumerate(prepared):
         states = run.model.encode(torch.tensor(ids[None]).long(), None, causal, True)
         for layer, state in enumerate(states):
             alone = state[0].mean(0) if pool == "mean" else state[0, -1]
-            assert torch.allclose(features[layer][i], alone, atol=1e-4)
+            assert torch.allclose(features[str(layer)][i], alone, atol=1e-4)
     with pytest.raises(BadInput, match="--layer 4 is not in 0..3"):
-        probe.frozen_features(run, prepared, pool, causal, 4)
+        probe.frozen_features(run, prepared, pool, causal, "4")
 
 
 @pytest.mark.parametrize("size", [12, 20])
@@ -84,7 +85,7 @@ def test_features_are_those_of_each_image_alone(image_way, make_image_model, siz
         patches = torch.stack([x[:, i:i + 4, j:j + 4].flatten() for i in (0, 4, 8) for j in (0, 4, 8)])
         assert torch.allclose(pixels[k], patches.flatten(), atol=1e-4)
         for layer, state in enumerate(model.encode(patches[None], causal=False, every_layer=True)):
-            assert torch.allclose(features[layer][k], state[0].mean(0), atol=2e-4)
+            assert torch.allclose(features[str(layer)][k], state[0].mean(0), atol=2e-4)
 
 
 def test_attention_and_pooling_follow_the_objective(way, make_run):
