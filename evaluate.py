@@ -53,8 +53,8 @@ def left_to_right(run, sequences, regime=None, tokens_at_once=1 << 14):
 
 
 def scored_by(run, sequences, passes, tokens_at_once):
-    """-log P of each token of sequences (N, S), in the first of these passes that gives it its prefix -> (N,
-    S) in the order of the chain."""
+    """-log P of each token, in the first of these passes that gives it its prefix -> (N, S) in the order of
+    the chain."""
     (N, S), device = sequences.shape, run.model.query.device
     chain = run.objective.chain(S)
     nll, done = torch.full((N, S), math.nan), torch.zeros(S, dtype=torch.bool)
@@ -68,8 +68,7 @@ def scored_by(run, sequences, passes, tokens_at_once):
             groups, targets = (x.to(device).expand(len(tokens), -1) for x in (f, new))
             found[:, new] = target_nll(run.model, tokens, groups, targets, run.path, padded=not f.all()).cpu()
     if len(missing := chain[1:][~done[chain[1:]]]):
-        raise BadInput(f"{describe(run.objective)}: no pass of left_to_right gives token {missing[0] + 1} of "
-                       f"{S} its prefix, and nothing else, as context")
+        raise BadInput(f"no pass of left_to_right gives token {missing[0] + 1} of {S} exactly its prefix")
     return nll[:, chain]
 
 
@@ -215,7 +214,7 @@ def show(run, results, rows):
     """Print one line for each of `rows`, {name: what `summary` returned}."""
     trained = f", step {run.step:,}" if run.step else ""
     count = next(iter(rows.values()))["sequences"]
-    print(printable(f"{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}: "
+    print(printable(f"\n{run.name}: {describe(run.objective)} ({run.path}){trained}, on {results['data']}: "
                     f"{count:,} sequences of {results['length']} tokens\n"))
     cells = [[name, f"{shortly(r['perplexity'])} ± {shortly(r['perplexity_stderr'])}",
               f"{r['nll']:.4f} ± {r['stderr']:.4f}", f"{r['bits_per_byte']:.3f}", WHAT.get(name, "")]
@@ -230,7 +229,6 @@ def perplexity_command(args):
         regime = args.regime if one or run.path == "mask" else None
         with autocast:
             results = perplexity(run, text, args.max_sequences, regime, args.by_length or args.plot)
-        print("\n" * bool(rows), end="")
         show(run, results, results["regimes"] | {"unigram": results["unigram"]})
         if args.by_length:
             regimes = results["regimes"]
@@ -257,7 +255,7 @@ def bound_command(args):
     with autocast:
         results = bound(run, args.data, args.max_sequences, args.draws, args.seed)
     show(run, results, results["any_order"] | results["left_to_right"])
-    print("\nThe bound is of the mixture over orders; the chain from left to right is another distribution.")
+    print("\nThe chain from left to right is another distribution than the mixture over orders.")
     for name, gap in results["difference"].items():
         print(f"bound - {name}: {in_words(gap)} nats a token, paired by sequence, 95% interval")
     return {"results": results}, run
@@ -265,7 +263,7 @@ def bound_command(args):
 
 def curves_command(args):
     runs = [read_curves(folder) for folder in args.checkpoints]
-    picture = args.plot or Path(args.checkpoints[0], "curves.png" if len(runs) == 1 else "compared.png")
+    picture = args.plot or Path(args.checkpoints[0], "curves.png")
     plots.curves(picture, runs)
     for x in runs:
         validation = f"{x['val_loss'][-1]:.4f}" if x["val_loss"] else "none yet"
@@ -280,10 +278,8 @@ def curves_command(args):
 
 
 def report(out, device=None):
-    """What train.py shows of a run folder at its end: of text a quick perplexity and a sample, of images a
-    picture of some that are completed."""
+    """What train.py shows at its end: a quick perplexity and a sample, or a picture of completed images."""
     run, autocast = open_run(Namespace(device=device, dtype=None), out)
-    print()
     if run.tokenizer is None:
         as_trained = ["--hide", "0.75", "--at-once"] if run.path == "mae" else []
         main(["reconstruct", str(out), "--max-images", "100", "--picture", str(Path(out, "completed.png")),
@@ -294,10 +290,9 @@ def report(out, device=None):
         if run.objective.left_to_right(run.settings.length, run.path) is not None:
             results = perplexity(run, corpus, 32)
             show(run, results, results["regimes"] | {"unigram": results["unigram"]})
-        lines = run.tokenizer.decode(corpus.val[:4096]).splitlines()
-        line = next((line for line in lines[1:] if len(line) > 40), "")   # the first may lack its start
-        start = line[:24].rpartition(" ")[0] or line[:24]
-        text = generate.continue_text(run, start, 120)
+        lines = run.tokenizer.decode(corpus.val[:4096]).splitlines()[1:]  # the first may lack its start
+        start = next((line[:24] for line in lines if len(line) > 40), "")
+        text = generate.continue_text(run, start.rpartition(" ")[0] or start, 120)
     print(f"\nSample, the first words given:\n{printable(text)}")
 
 
@@ -338,8 +333,7 @@ def add_commands(command):
 
     text = "draw training runs: loss, learning rate, speed"
     add = command("curves", curves_command, text, many=True).add_argument
-    add("--plot", metavar="FILE", help="picture (default: curves.png in the run folder, of several runs "
-                                       "compared.png in that of the first)")
+    add("--plot", metavar="FILE", help="picture (default: curves.png in the folder of the first run)")
 
 
 def main(argv=None):

@@ -43,10 +43,9 @@ def features_of(run, corpus, count, seed=0):
 
 
 def top_pairs(x, texts, count=100_000, block=256):
-    """The `count` largest x_i . x_j of pairs from different texts, descending: x (N, D), texts (N,). A block
-    of rows at a time, so that memory grows with N and not with its square."""
+    """The `count` largest x_i . x_j of pairs from different texts, descending: x (N, D), texts (N,)."""
     best = x.new_empty(0)
-    for i in range(0, len(x), block):
+    for i in range(0, len(x), block):            # so that memory grows with N and not with its square
         product = x[i:i + block] @ x[i:].T                                       # (block, N - i)
         pairs = (texts[i:i + block, None] != texts[i:]).triu(1)                  # each pair once
         best = torch.cat([best, product[pairs]])

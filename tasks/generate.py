@@ -61,14 +61,12 @@ def rule(run, order, suffix):
     objective, name, S = run.objective, describe(run.objective), run.settings.length
     fills, forward = objective.decoding(torch.tensor([1, 0]), 1) is not None, left_to_right(run, S)
     if not fills and forward is None:
-        raise BadInput(f"{name} cannot write text: it says neither how it fills a sequence (`decoding`) nor "
-                       "how it predicts from left to right (`left_to_right`)")
+        raise BadInput(f"{name} cannot write text: it has neither `decoding` nor `left_to_right`")
     order = order or (objective.generation if forward is not None else "confident")
     if (forward is None) if order == "left" else not fills:
         raise BadInput(f"{name} was not trained to write so; leave out --order {order}")
     if order == "left" and suffix:
-        raise BadInput("from left to right nobody sees a --suffix; objectives that fill gaps take --order "
-                       "confident")
+        raise BadInput("from left to right nobody sees a --suffix; gaps are filled by --order confident")
     return order, forward if order == "left" else None
 
 
@@ -207,22 +205,21 @@ def images_of(data, runs, size, count, seed):
         rows = np.random.default_rng(seed).permutation(len(files))[:count]
         pixels = np.concatenate([*decoded([files[row] for row in rows], size)])
         return ImageSet(pixels, np.zeros(len(rows), np.int64))
-    images, total = load_images(source, size), runs[0].total
-    if not data and total not in (None, len(images.train)):
-        raise BadInput(f"{source} is not what {runs[0].name} was trained on: it has {len(images.train):,} "
-                       f"training images, not {total:,}")
+    images = load_images(source, size)
+    if not data and runs[0].total not in (None, len(images.train)):
+        raise BadInput(f"{source} is not what {runs[0].name} was trained on; give images with --data")
     return images.val
 
 
 def complete(source, hidden, fill, perceptual):
-    """Complete the first images of `source` (Patches), 100 at a time, by fill(patches, hidden) -> means and
-    standard errors of `measures` with the values of each image; the first 100 images."""
+    """Complete images of `source` (Patches) by fill(patches, hidden) -> means and standard errors of
+    `measures` with the values of each image; the first 8 images."""
     found, pictures = [], []
     for k, part in enumerate(hidden.split(100)):
         patches = source.batch(100 * k, len(part))
         filled = fill(patches, part)
         found.append(measures(source.config, patches, filled, part, perceptual))
-        pictures = pictures if k else to_pictures(source.config, filled)
+        pictures = pictures if k else to_pictures(source.config, filled[:8])
     results = {}
     for name in found[0]:
         x = torch.cat([part[name] for part in found])
@@ -254,12 +251,10 @@ def reconstruct_command(args):
     runs = [open_run(args, checkpoint) for checkpoint in args.checkpoints]
     first, config = runs[0][0], runs[0][0].model.config
     for run, _ in runs:
-        own = run.model.config
         if run.tokenizer:
             raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")
-        if (own.size, own.patch) != (config.size, config.patch):
-            raise BadInput(f"{run.name} has images of {own.size} pixels and patches of {own.patch}, "
-                           f"{first.name} of {config.size} and {config.patch}")
+        if (run.model.config.size, run.model.config.patch) != (config.size, config.patch):
+            raise BadInput(f"{run.name} has other sizes of images or patches than {first.name}")
     images = images_of(args.data, [run for run, _ in runs], config.size, args.max_images, args.seed)
     hidden = hidden_patches(min(args.max_images, len(images)), config.length, args.hide, args.seed)
     original, rows = Patches(images, config, args.seed), []
@@ -268,7 +263,7 @@ def reconstruct_command(args):
     def add(row, source, fill):
         results, pictures = complete(source, hidden, fill, perceptual)
         rows.append({**row, **results})
-        columns.append(pictures[:8])
+        columns.append(pictures)
 
     add({"checkpoint": None, "label": "mean colour"}, original, with_mean)
     for checkpoint, (run, autocast) in zip(args.checkpoints, runs):
@@ -294,8 +289,7 @@ def reconstruct_command(args):
 
 
 def add_commands(command):
-    """Register `generate` and `reconstruct` with evaluate.py: `command(name, function, text, many)` gives a
-    parser."""
+    """Register both with evaluate.py: `command(name, function, text, many)` gives a parser."""
     add = command("generate", generate_command, "sample from the model").add_argument
     add("--prompt", default="", help="text to continue (default: the start of a document)")
     add("--suffix", default="", help="text behind what is added, for objectives that fill gaps")

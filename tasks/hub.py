@@ -1,10 +1,8 @@
 """What CKPT names: runs, and language models of the transformers package as model.Transformer is used.
 
-    python evaluate.py perplexity hf:PATH --data TEXT       PATH: a local folder or a name on the hub
-
-GPT-2 and its like run as `ar`, BERT and its like as `mlm 0.15`, so that every command is the code that our
-own checkpoints go through. As in ours, x_1 is given and x_2 .. x_S are scored. Around x the model sees what
-its tokenizer puts around a single text:
+GPT-2 and its like run as `ar`, BERT and its like as `mlm 0.15`, by the code that our own checkpoints go
+through. As in ours, x_1 is given and x_2 .. x_S are scored. Around x the model sees what its tokenizer puts
+around a single text:
 
     causal   prefix x_1 .. x_S                            prefix: nothing for GPT-2, <s> for Llama
     masked   [CLS] x_1 .. x_k [MASK] .. [MASK] [SEP]      `truncated` has one [MASK]
@@ -33,8 +31,7 @@ from util import BadInput, import_optional
 # ---------------------------------------------------------------------------- what CKPT names
 
 def open_run(args, checkpoint=None):
-    """The checkpoint (one of several, where a command takes several) on the device that the arguments name ->
-    Run, autocast context."""
+    """The checkpoint, one of several where a command takes several -> Run, autocast context."""
     name, length = str(checkpoint or args.checkpoint), getattr(args, "length", None)
     device, hub = choose_device(args.device), name.startswith("hf:")
     if length and not hub:
@@ -45,8 +42,8 @@ def open_run(args, checkpoint=None):
 
 
 def open_runs(args):
-    """Every checkpoint of a command that evaluates several on one text -> (name, Run, autocast context,
-    Corpus). The text is --data, or what the first one's data held out."""
+    """Several checkpoints and the text of all, --data or what the first one's data held out -> (name, Run,
+    autocast context, Corpus) of each."""
     first = None
     for name in args.checkpoints:
         run, autocast = open_run(args, name)
@@ -63,8 +60,7 @@ def same_text(run, first, corpus):
     if run.tokenizer.to_json() == first.tokenizer.to_json():
         return corpus
     if first.tokenizer.kind not in ("byte", "bpe"):  # the others do not give back what they have read
-        raise BadInput(f"{run.name} does not have the tokenizer of {first.name}; give a text for all with "
-                       "--data")
+        raise BadInput(f"{run.name} has another tokenizer than {first.name}; give a text with --data")
     return replace(load_evaluation([first.tokenizer.decode(corpus.val)], run.tokenizer), name=corpus.name)
 
 
@@ -103,8 +99,7 @@ class HubTokenizer(TrainedTokenizer):
         return found
 
     def pair(self, a, b=None):
-        """Ids of one text or of two -> ids with special tokens: [CLS] a [SEP] b [SEP] for BERT, a separator
-        behind each text for causal models."""
+        """[CLS] a [SEP] b [SEP] for BERT, a separator behind each text for causal models."""
         first, *behind = self.layouts[b is not None]
         ids = list(first)
         for text, special in zip([a] if b is None else [a, b], behind):
@@ -162,8 +157,7 @@ class HubModel(nn.Module):
 
 @torch.no_grad()
 def load_hub_model(name, device="cpu", length=None):
-    """hf:FOLDER or hf:NAME as a Run, whose sequences have `length` tokens (None: 128, as ours), or as many as
-    it has positions for."""
+    """hf:FOLDER or hf:NAME as a Run of `length` tokens (None: 128), or as many as it has positions for."""
     network, tokenizer, causal = read_hub_model(name)
     vocab, config = network.get_output_embeddings().weight.shape[0], network.config.get_text_config()
     tokenizer = HubTokenizer(tokenizer, name, vocab, causal)
