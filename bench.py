@@ -9,8 +9,7 @@ live in one process and run in turn, A B C A B C ..., so that whatever else the 
 Times are medians over these rounds, with the range beside them.
 
 The peers get the same batches, optimizer, clipping, precision and compiler, at the same width, depth and
-vocabulary. Their feed-forward is 4 x width with GELU (here: GEGLU, 2 x width after the gate), and all but
-XLNet score every position, so their steps are more work: the ratio of FLOPs says how much.
+vocabulary. Their steps are more work: the ratio of FLOPs says how much.
 """
 
 import argparse
@@ -43,8 +42,6 @@ from train import LossModule, make_optimizer, update
 from util import BadInput, Parser, command_line, import_optional, positive, table, write_json
 
 SECONDS = 0.5  # that one case runs in one round, at least
-PEERS = {"causal": "GPT2LMHeadModel", "mask": "BertForMaskedLM", "two-stream": "XLNetLMHeadModel",
-         "mae": "ViTMAEForPreTraining"}
 STATUS = Path("/proc/self/status")  # Linux: where a process reads its own peak memory
 
 
@@ -59,12 +56,6 @@ class Case:
     dtype: str              # fp32 or bf16
     compiled: bool = False
     peer: str = ""          # "transformers", or the folder of nanoGPT
-
-    @property
-    def name(self):
-        if self.peer:
-            return PEERS[self.path] if self.peer == "transformers" else "nanoGPT"
-        return describe(self.objective)
 
 
 # ---------------------------------------------------------------------------- models
@@ -214,7 +205,9 @@ def time_cases(cases, device, rounds):
             torch.cuda.reset_peak_memory_stats()
         runs.append(functools.partial(run, min(math.ceil(SECONDS / min(run(1), run(1))), 100)))
         memory = torch.cuda.max_memory_allocated() - before if on_gpu else math.nan
-        results.append({"name": case.name, "ms_rounds": [], "flops_per_step": step_flops(case),
+        names = {"": describe(case.objective), "transformers": type(model).__name__}
+        results.append({"name": names.get(case.peer, "nanoGPT"), "ms_rounds": [],
+                        "flops_per_step": step_flops(case),
                         "peak_memory": cpu_memory(case) if device.type == "cpu" else memory,
                         "parameters": sum(p.numel() for p in model.parameters())})
     for _ in tqdm(range(rounds), desc="timing", unit=" rounds"):

@@ -9,8 +9,7 @@ things about sequences of S tokens; where a class here is silent on the last two
     weights    how much each query counts in the loss. By default 1
 
 Look first at Permutation and PrefixLM, which say f only. MultiToken asks each token several times, Blocks
-only some of those with f > 1; Spans and Segments are made of pieces. f cannot express a target that is
-predicted from its own, possibly replaced token (BERT's 80/10/10, ELECTRA), or features of another network.
+only some of those with f > 1; Spans and Segments are made of pieces.
 """
 
 import itertools

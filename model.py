@@ -155,10 +155,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, S, bias=None, causal=False, select=None):
-        """x (B, N, D) -> (B, N, D). The first S rows are the content stream and give the keys and values.
-
-        `select`, in the last layer, picks the rows that go on: a function of (B, N, D).
-        """
+        """x (B, N, D) -> (B, N, D). The first S rows are the content stream and give the keys and values;
+        `select`, in the last layer, is a function that picks the rows that go on."""
         h = self.norm1(x)
         content = h[:, :S]
         if select is not None:
@@ -245,12 +243,6 @@ class Transformer(nn.Module):
         """Tokens (B, N), or patches (B, N, values) -> (B, N, D), not normalised yet."""
         return self.embedding(tokens) + self.position_scale * self.positions[:tokens.shape[1]]
 
-    def ask(self, targets):
-        """What the query stream starts from, (B, n, D): the theory's f(X) where blind, else f(X, p)."""
-        if self.config.blind:
-            return self.query.expand(*targets.shape, -1)
-        return self.query + self.position_scale * self.positions[targets]
-
     def run(self, x, S, bias=None, causal=False, select=None, last_bias=None):
         """All blocks and the final norm over embedded x (B, N, D). `select` picks the rows of the last block,
         whose mask is `last_bias`."""
@@ -291,8 +283,10 @@ class Transformer(nn.Module):
     def two_streams(self, tokens, groups, targets, cuts):
         """Any f: content rows, then one query row for each (target, cut), [h; g] (B, S + n, D). One attention
         call per layer serves both, since their keys and values are the same (Eq. 23)."""
-        S = tokens.shape[1]
-        x = torch.cat([self.embed(tokens), self.ask(targets)], dim=1)
+        S, asked = tokens.shape[1], self.query.expand(*targets.shape, -1)     # the theory's f(X), or f(X, p)
+        if not self.config.blind:
+            asked = asked + self.position_scale * self.positions[targets]
+        x = torch.cat([self.embed(tokens), asked], dim=1)
         if tokens.device.type == "cuda" and S >= LONG:
             bias = block_mask(groups, torch.cat([groups + 1, cuts], dim=1))
             last_bias = block_mask(groups, cuts)
@@ -315,11 +309,8 @@ class Transformer(nn.Module):
         return self.decoder(x, given, filler, targets)
 
     def encode(self, tokens, padding=None, causal=False, every_layer=False):
-        """The content stream of every token, for classifiers: f = 1 for all, or 1, 2, .., S where `causal`.
-
-        padding (B, S) bool, True where there is no token, at the end only. Returns (B, S, D) after the final
-        norm, or with every_layer the states of all layers, the embedding first.
-        """
+        """The content stream (B, S, D), for classifiers: f = 1 for all, or 1, 2, .., S where `causal`; with
+        every_layer the states of all layers, the embedding first. Padding (B, S) is at the end only."""
         x = self.dropout(self.embedding_norm(self.embed(tokens)))
         bias = None if padding is None or causal else additive(~padding[:, None, None, :], compute_dtype(x))
         states = [x]

@@ -395,14 +395,14 @@ def report_checks(objective, path):
 
 def main(argv=None):
     parser = Parser(description="Draw the group index of objectives, their attention masks and spectra.")
-    parser.add_argument("objectives", nargs="*", metavar="NAME",
-                        help=f"of {', '.join(OBJECTIVES)}, or one of your own, FILE.py:Class")
-    parser.add_argument("--all", action="store_true", help=f"the paper's: {', '.join(PAPER)}")
-    parser.add_argument("--length", type=positive, default=16, help="sequence length S")
-    parser.add_argument("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
-    parser.add_argument("--text", help="words to draw it on, in place of --length")
-    parser.add_argument("--plot", metavar="FILE", help="a picture instead, with spectra")
-    parser.add_argument("--check", action="store_true", help="check what the objective says, instead")
+    add = parser.add_argument
+    add("objectives", nargs="*", metavar="NAME", help=f"{', '.join(OBJECTIVES)}, or your own, FILE.py:Class")
+    add("--all", action="store_true", help=f"the paper's: {', '.join(PAPER)}")
+    add("--length", type=positive, default=16, help="sequence length S")
+    add("--samples", type=positive, default=3, help="distinct draws of f to show, at most")
+    add("--text", help="words to draw it on, in place of --length")
+    add("--plot", metavar="FILE", help="a picture instead, with spectra")
+    add("--check", action="store_true", help="check what the objective says, instead")
     add_options(parser, argv)
     args = parser.parse_args(argv)
     names = list(PAPER) if args.all else args.objectives
