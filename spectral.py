@@ -100,8 +100,7 @@ def theorem42(r, s, T, rho, literal=False):
         sigma_j = 1 (autoregressive), sigma'_j = sqrt(s(1 - rho) / (s rho (s - 1))) (masked),  r < j <= rs.
 
     Autoregressive: each position p = 2..s is a rank-one block of its own per class: r(s-1) ones. A context of
-    length 0 adds one block that all classes share: r(s-1) + 1. The statement has rs, which neither gives for
-    r >= 2. Masked: computed with exactly n = round(rho s) hidden tokens, where it holds if n = rho s.
+    length 0 adds one block that all classes share. Masked: exactly n = round(rho s) tokens are hidden.
     `literal` takes the token sets as Sec. 4.1.2 prints them.
     """
     tokens, n = token_sets(r, s, T, literal), hidden_of(rho, s)
@@ -216,12 +215,9 @@ def random_directions(r, s, seed, batches=100):
 
 
 def theorem41(r, s, T, rho, seed=0):
-    """Probe error and bound for every t: error <= c1 sum_{j>t} sigma_j^4 + c2 alpha.
-
-    Probed are the class, from autoregressive and masked features, and the length of the context, from
-    autoregressive and variable-length ones. All r(s-1) autoregressive values are 1, so what the probe finds
-    at t = r is left open by the tie.
-    """
+    """Probe error and bound for every t: of the class, from autoregressive and masked features, and of the
+    length of the context, from autoregressive and variable-length ones. All r(s-1) autoregressive values are
+    1, so what the probe finds at t = r is left open by the tie."""
     tokens, n = token_sets(r, s, T), hidden_of(rho, s)
     ar, mlm, vl = (cooccurrence(*pairs(x, s), tokens) for x in (
         from_options("ar"), from_options("mlm", mask=n / s), from_options("vl", mask=(1 / s, 1 - 1 / s))))

@@ -4,13 +4,10 @@
     python -m experiments.bridge summary SEED0.json .. --plot FILE.png    the order, over seeds
 
 The theory's features f(X) do not know which position they will predict. Neither do those of --blind queries.
-Queries that are told it have flat spectra, whatever the objective, so that the theory orders nothing there.
-Here both kinds learn objectives whose tails of Theorem 4.1 differ: the sum over j > r of sigma_j^4, of Abar
-with the noise at hand and as many features as there are classes.
-
-The network is the Transformer of train.py in two streams, with one layer, so that a query's feature depends
-on its context alone. On common contexts every network meets the same contexts, tokens and labels. The
-objective's own differ in size: there an order has other causes as well.
+Queries that are told it have flat spectra, so that the theory orders nothing there. Here both kinds learn
+objectives whose tails of Theorem 4.1 differ (at t = r, with the noise at hand), in train.py's Transformer of
+two streams and one layer: a query's feature depends on its context alone. On common contexts every network
+meets the same tokens and labels; an objective's own differ in size, which orders errors as well.
 """
 
 import itertools
@@ -122,11 +119,8 @@ def run_train(args):
 # ---------------------------------------------------------------------------- over seeds
 
 def tail_order(tails, errors, resamples=1000):
-    """Does the error of the objectives grow with their tails? errors {way: (seeds, objectives)}.
-
-    -> {way: Spearman of the means over seeds, 95% interval over objectives and seeds}, and of their
-    `difference`; None where a way's errors are all the same.
-    """
+    """errors {way: (seeds, objectives)} -> {way: Spearman of their means with the tails, 95% interval over
+    objectives and seeds}, and their `difference`; None where a way's errors are all the same."""
     rng, (seeds, n) = np.random.default_rng(0), next(iter(errors.values())).shape
 
     def measured(rows, columns):

@@ -181,20 +181,18 @@ def cooccurrence(contexts, q, tokens):
     -> P_M (contexts, targets), without rows or columns of zeros; the class of each context (contexts,); the
     tokens that it holds, bool (contexts, number of ids).
     """
-    (r, _, T), rows, columns, entries = tokens.shape, {}, {}, []
+    (r, _, T), classes, columns, entries = tokens.shape, {}, {}, []
     for (S, weight), y in itertools.product(zip(contexts, q), range(r)):
         share = 1 / (r * T ** (int(S.sum()) + 1))                             # P(y) P(x_S | y) P(x_p | y)
         targets = [(x, weight[p] * share) for p in weight.nonzero()[0] for x in tokens[y, p].tolist()]
         for x_S in itertools.product(*tokens[y, S].tolist()):
-            i, _ = rows.setdefault(x_S, (len(rows), y))
-            entries += [(i, columns.setdefault(x, len(columns)), mass) for x, mass in targets]
-    P, ids = np.zeros((len(rows), len(columns))), tokens.max() - tokens.min() + 1
-    i, j, mass = zip(*entries)
-    np.add.at(P, (i, j), mass)
-    bags = np.zeros((len(rows), ids), bool)
-    for x_S, (i, _) in rows.items():
-        bags[i, np.array(x_S, int) - tokens.min()] = True
-    return P, np.array([y for _, y in rows.values()]), bags
+            classes.setdefault(x_S, y)
+            entries += [(x_S, columns.setdefault(x, len(columns)), mass) for x, mass in targets]
+    rows, ids = {x_S: i for i, x_S in enumerate(classes)}, np.arange(tokens.min(), tokens.max() + 1)
+    P = np.zeros((len(rows), len(columns)))
+    for x_S, j, mass in entries:
+        P[rows[x_S], j] += mass
+    return P, np.array(list(classes.values())), np.array([np.isin(ids, x_S) for x_S in classes])
 
 
 def normalised(P):

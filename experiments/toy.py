@@ -85,9 +85,7 @@ def split(model, contexts, q):
 
 def merged(model, contexts, q):
     """P_M with contexts of the same S and counts as one row, targets (p, class): (n, s r) -> it, pi (n, r).
-
-    Rows that become one are multiples of each other, and so are columns: the singular values stay.
-    """
+    Rows that become one are multiples of each other, and so are columns: the singular values stay."""
     kinds = [model.kinds(int(m)) for m in contexts.sum(1)]
     P = [np.einsum("n,p,nc->npc", probability, targets, model.of_target(pi)).reshape(len(pi), -1)
          for (probability, pi), targets in zip(kinds, q)]
@@ -123,9 +121,7 @@ def common_contexts(s):
 
 def draw_texts(model, contexts, q, N, generator):
     """N contexts -> bags of visible tokens (N, V), exact P(target | context) (N, V), pi (N, r), class (N,).
-
-    V = s r T tokens. The conditional in place of one drawn target keeps the expected loss, without noise.
-    """
+    V = s r T tokens. The conditional in place of one drawn target keeps the expected loss, without noise."""
     r, s, T = model.r, model.s, model.T
     row = torch.multinomial(q.sum(1), N, replacement=True, generator=generator)
     token, y = draw_tokens(r, s, T, model.eps, N, generator)
@@ -139,17 +135,14 @@ def draw_texts(model, contexts, q, N, generator):
 
 def features(weights, bag):
     """f(X): bag (seeds, N, V) -> (seeds n, N, t). It knows the positions of visible tokens and no others."""
-    E, b, W2, _, used = weights
+    E, b, W2, _ = weights
     hidden = torch.relu(bag @ E + b).unflatten(2, (-1, W2.shape[1]))           # (seeds, N, n, width)
-    return hidden.transpose(1, 2).flatten(0, 1) @ W2 * used
+    return hidden.transpose(1, 2).flatten(0, 1) @ W2
 
 
 def network_losses(weights, bag, P, root, kind):
-    """The loss of each network (seeds, n) on bag and P (seeds, N, V); root = sqrt(P_G).
-
-    The spectral loss (Theorem 3.1) of scores z / root is -2 E sum_v P_v z_v / root_v + E sum_v z_v^2: well
-    conditioned in z.
-    """
+    """The loss of each network (seeds, n) on bag and P (seeds, N, V); root = sqrt(P_G). The spectral loss of
+    scores z / root, -2 E sum_v P_v z_v / root_v + E sum_v z_v^2, is well conditioned in z."""
     z, P = (features(weights, bag) @ weights[3]).unflatten(0, (len(bag), -1)), P[:, None]  # (seeds, n, N, V)
     each = z.square() - 2 * (P / root) * z if kind == "spectral" else -P * torch.log_softmax(z, -1)
     return each.sum(-1).mean(-1)
@@ -157,15 +150,15 @@ def network_losses(weights, bag, P, root, kind):
 
 def train_networks(model, contexts, q, ts, kind, seeds, steps, generator, batch=64, width=64, lr=0.03):
     """Networks bag -> width -> t -> scores, for every seed and each of n ts, trained at once by Adam, each
-    seed on own contexts -> their weights E, b, W2, W, the features that each may use, and sqrt(P_G)."""
+    seed on own contexts -> their weights E, b, W2, W, and sqrt(P_G)."""
     V, n, most = model.s * model.r * model.T, len(ts), max(ts)
-    E, W2, W = ((torch.randn(*shape, generator=generator) * scale).requires_grad_() for shape, scale in
-                (((seeds, V, n * width), 0.5), ((seeds * n, width, most), width ** -0.5),
-                 ((seeds * n, most, V), most ** -0.5)))
-    used = (torch.arange(most) < torch.tensor(ts)[:, None]).float().repeat(seeds, 1)[:, None]
-    weights = [E, torch.zeros(seeds, 1, n * width, requires_grad=True), W2, W, used]
+    used = (torch.arange(most) < torch.tensor(ts)[:, None]).float().repeat(seeds, 1)       # (seeds n, most)
+    E = torch.randn(seeds, V, n * width, generator=generator) * 0.5
+    W2 = torch.randn(seeds * n, width, most, generator=generator) * width ** -0.5 * used[:, None]
+    W = torch.randn(seeds * n, most, V, generator=generator) * most ** -0.5 * used[..., None]
+    weights = [x.requires_grad_() for x in (E, torch.zeros(seeds, 1, n * width), W2, W)]
     root = (q.sum(0).repeat_interleave(model.r * model.T) / (model.r * model.T)).sqrt().clamp(min=1e-6)
-    optimizer = torch.optim.Adam(weights[:4], lr=lr, fused=True)
+    optimizer = torch.optim.Adam(weights, lr=lr, fused=True)  # what is not used stays 0
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1, k / 20) * 0.5 * (1 + math.cos(math.pi * k / max(steps, 1))))
     for _ in range(steps):
@@ -209,10 +202,8 @@ def few_label_errors(f, pi, y, generator, draws=20):
 
 
 def measure_networks(model, own, kind, ts, seeds, steps, generator):
-    """Train one objective's networks under one loss -> excess errors over Bayes; own: contexts and q.
-
-    `all` (seeds, n): all labels, own contexts. `own`, `common` (1, seeds): few labels, no bottleneck.
-    """
+    """Train one objective's networks under one loss -> excess errors over Bayes; own: contexts and q. `all`
+    (seeds, n): all labels, own contexts. `own`, `common` (1, seeds): few labels, no bottleneck."""
     weights, _ = train_networks(model, *own, ts, kind, seeds, steps if kind in LOSSES else 0, generator)
     found = {}
     for place, (contexts, q) in zip(PLACES, (own, common_contexts(model.s))):
@@ -243,11 +234,8 @@ def correlation(x, errors, resamples=300):
 
 
 def findings(rows, ts, r):
-    """For each noise and loss: Spearman correlations of the objectives' errors with Theorem 4.1's tail.
-
-    `at`: bottleneck t, tail at t; `exact_tail` is of the exact features. `few`: few labels, no bottleneck,
-    tail at r.
-    """
+    """Spearman correlations of the objectives' errors with Theorem 4.1's tail, for each noise and loss: `at`
+    the bottleneck t (`exact_tail` is of exact features), and of `few` labels without one, the tail at r."""
     result = []
     for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
         group = [row for row in rows if row["eps"] == eps]
@@ -281,7 +269,7 @@ def run_toy(args):
     seeds, steps, noises, ts = 5, 1000, (0.0, 0.3, 0.5), (2, 3, 4, 6, 8, 10, 12, 16)
     if args.quick:
         seeds, steps, noises, ts = 2, 300, (0.0, 0.5), (2, 4, 8)
-    noises = np.atleast_1d(args.eps or noises).tolist()
+    noises = np.atleast_1d(noises if args.eps is None else args.eps).tolist()
     ts = [*(t for t in ts if t < r * s), r * s]  # the last: no less than the rank
     models, chosen, rows = [NoisyToy(r, s, args.T, eps) for eps in noises], {}, []
     for objective in candidates(s, args.quick):
