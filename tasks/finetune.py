@@ -35,7 +35,6 @@ from tasks.hub import open_run
 from tasks.probe import show
 from util import BadInput, positive, printable, table
 
-# ---------------------------------------------------------------------------- protocols
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
@@ -64,9 +63,8 @@ class Protocol:
 MAE = {"epochs": 100, "batch_size": 1024, "warmup": 0.05, "clip": 0.0, "weight_decay": 0.05, "beta2": 0.999,
        "eps": 1e-8, "dropout": 0.0, "layer_decay": 0.65, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0,
        "smoothing": 0.1}
-# Too small to overfit in a few epochs: mixing slows it down.
 VIT_TINY = {**MAE, "epochs": 10, "batch_size": 128, "crop": 0.2, "mixup": 0.0, "cutmix": 0.0,
-            "smoothing": 0.0}
+            "smoothing": 0.0}  # too small to overfit in a few epochs: mixing slows it down
 
 
 def protocol_of(args, run):
@@ -144,8 +142,7 @@ def predict(model, run, prepared, autocast=probe.PLAIN):
         with autocast:
             scores[rows] = model(*batch).cpu().numpy()
     if not np.isfinite(scores).all():
-        raise BadInput(f"the fine-tuned network's scores are not finite; try a smaller --lr than "
-                       f"{model.protocol.lr:g}")
+        raise BadInput(f"the scores are not finite; try a smaller --lr than {model.protocol.lr:g}")
     if model.classes is None:
         return scores[:, 0] * np.float64(model.spread) + model.mean, None
     return scores.argmax(1), torch.from_numpy(scores).softmax(1).numpy()
@@ -162,8 +159,7 @@ def text_batches(run, prepared, targets, protocol, seed):
 
 
 def image_batches(run, images, classes, protocol, steps, seed, mix_seed):
-    """As many batches: patches, None and targets (B, classes), mixed as images are. Epochs follow without a
-    gap."""
+    """The same of images: patches, None and targets (B, classes), mixed as images are."""
     patch, device, p = run.model.config.patch, run.model.query.device, protocol
     size, source = min(p.batch_size, len(images)), Patches(images, run.model.config, seed, p.crop, device)
 
@@ -178,13 +174,9 @@ def image_batches(run, images, classes, protocol, steps, seed, mix_seed):
 
 
 def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLAIN, title=""):
-    """Fine-tune a copy of run.model -> the Classifier, each epoch's mean loss.
-
-    prepared  what probe.prepare makes of a part
-    labels    class numbers (N,), or where `classes` is None scores (N,), learned in units of their deviation
-
-    R8: the new layer, the order, mixing, and dropout or drop path each have a seed of their own.
-    """
+    """Fine-tune a copy of run.model on what probe.prepare made of a part and its class numbers (N,), or where
+    `classes` is None scores (N,), learned in units of their deviation -> the Classifier, each epoch's mean
+    loss. R8: the new layer, the order, mixing, and dropout or drop path each have a seed of their own."""
     p, images, device = protocol, run.tokenizer is None, run.model.query.device
     seeds = np.random.SeedSequence(seed).generate_state(3 + images).tolist()
     head_seed, order_seed, *mix_seed, drop_seed = seeds
@@ -221,8 +213,7 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
         if (step + 1) % per_epoch == 0:
             losses.append(running.item() / per_epoch)
             if not math.isfinite(losses[-1]):
-                raise BadInput(f"the loss is {losses[-1]} in epoch {len(losses)}; try a smaller --lr than "
-                               f"{p.lr:g}")
+                raise BadInput(f"the loss is {losses[-1]}; try a smaller --lr than {p.lr:g}")
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
             running = 0.0
     return model, losses
@@ -266,8 +257,7 @@ def summary(metric, predicted, true, data):
 # ---------------------------------------------------------------------------- commands
 
 def print_scores(args, name, results):
-    """The metrics of one data set; of at most ten classes how often which was taken for which, all seeds
-    together."""
+    """The metrics of one data set, and of at most ten classes who was taken for whom by all seeds."""
     classes, rows = results["classes"], []
     labels = "scores" if classes is None else f"{len(classes):,} classes: {glue.listed(classes)}"
     lines = [f"{name}: {labels}; {results['train']:,} training and {results['dev']:,} dev examples"]
@@ -334,9 +324,8 @@ def predict_command(args):
     else:
         found = {"class": [model.classes[k] for k in predicted], "probability": probabilities.max(1).tolist()}
     content = {"file or row": part.places.tolist(), **texts, **found}
-    rows = [list(content)]
-    for row in zip(*content.values()):
-        rows.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row])
+    rows = [list(content), *([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row]
+                             for row in zip(*content.values()))]
     if args.csv:
         with open(args.csv, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
@@ -399,8 +388,7 @@ def add_commands(command):
         add("--max-train", **count, help="use a random N of the training examples only")
         add("--glue-dir", metavar="DIR", required=name == "glue", help="the official GLUE files")
         if name == "glue":
-            add("--tasks", default="all", help=f"names with commas; all: those of {','.join(glue.TABLE2)} "
-                                                 "whose files are there")
+            add("--tasks", default="all", help="names with commas; all: Table 2's whose files are there")
             add("--submit", metavar="DIR", help="write test predictions for GLUE's server, one zip a seed")
         else:
             add("--data", required=name != "probe", nargs="+" * (name == "transfer") or None,

@@ -85,11 +85,9 @@ class Dataset:
 # ---------------------------------------------------------------------------- tables
 
 def read_rows(path, columns=None, ragged=False):
-    """(line number, {column: cell}) of each row of a table. `columns` name them where no header does.
-
-    .csv: commas or semicolons between cells, which may be quoted. .jsonl: one object a line. Anything else:
-    tabs and line feeds, as in GLUE. Rows with a wrong number of cells are refused, or if `ragged` left out.
-    """
+    """(line number, {column: cell}) of each row of a .csv file, of objects in a .jsonl file, or of anything
+    else as GLUE has it: tabs and line feeds. `columns` name the cells where no header does; `ragged` leaves
+    out rows with a wrong number of cells instead of refusing them."""
     suffix, number, left_out = Path(path).suffix.lower(), 0, 0
     with open(path, encoding="utf-8-sig", errors="replace", newline="" if suffix == ".csv" else "\n") as file:
         if suffix == ".csv":
@@ -254,23 +252,22 @@ def table_dataset(path, dev=None, regression=False, columns=("text",), label="la
     classes_of. Without a `dev` file a seeded fifth is held out."""
     for file in filter(None, (path, dev)):
         if not Path(file).is_file():
-            raise BadInput(f"{file} is not a file; give a .tsv, .csv or .jsonl file with columns text and "
-                           f"label, pydoc, or a GLUE task: {', '.join(TASKS)}")
+            raise BadInput(f"{file} is no file with columns text and label, and no GLUE task")
     tables = [read_table(file, columns, label) for file in (path, dev) if file]
     classes = classes_of(tables[0], regression)
-    parts = [numbered(table, classes) for table in tables]
-    if not dev:
-        order = np.random.default_rng(seed).permutation(len(parts[0].texts))
+    train, *held = (numbered(table, classes) for table in tables)
+    if not held:
+        order = np.random.default_rng(seed).permutation(len(train.texts))
         count = max(1, round(0.2 * len(order)))
-        parts = [parts[0].only(np.sort(order[count:])), parts[0].only(np.sort(order[:count]))]
-    known, tested = set(parts[0].texts), parts[1].texts
+        train, *held = train.only(np.sort(order[count:])), train.only(np.sort(order[:count]))
+    known, tested = set(train.texts), held[0].texts
     again = sum(texts in known for texts in tested)
     if dev and again == len(tested):
         raise BadInput(f"all texts of {dev} are in {path}, too, so that it tests nothing")
     if again:
         note(f"{dev or path}: {again:,} of {len(tested):,} dev texts are trained on, too")
     metrics = ("pearson", "spearman") if classes is None else ("accuracy", "matthews")
-    return Dataset(str(path), classes, metrics, parts[0], {"": parts[1]}, columns)
+    return Dataset(str(path), classes, metrics, train, {"": held[0]}, columns)
 
 
 def read_texts(path, columns):
@@ -400,7 +397,7 @@ def novels_of(folder):
     return {author: paths for author, paths in novels.items() if len(paths) > 1}
 
 
-def cut(path, count, rng, characters=600):
+def pieces(path, count, rng, characters=600):
     """`count` random pieces of a text, of whole words, white space made single."""
     text = " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
     margin = len(text) // 20  # neither title page nor index
@@ -423,8 +420,8 @@ def main(argv=None):
     train, dev = [], []
     for author, (*known, last) in novels.items():
         shares = np.diff(np.linspace(0, args.train, len(known) + 1).round().astype(int))
-        train += [(text, author) for path, share in zip(known, shares) for text in cut(path, share, rng)]
-        dev += [(text, author) for text in cut(last, args.dev, rng)]
+        train += [(text, author) for path, share in zip(known, shares) for text in pieces(path, share, rng)]
+        dev += [(text, author) for text in pieces(last, args.dev, rng)]
     out.mkdir(parents=True, exist_ok=True)
     for side, rows in (("train", train), ("dev", dev)):
         write_text(out / f"{side}.tsv", "\n".join(["text\tlabel", *map("\t".join, rows), ""]))

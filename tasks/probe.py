@@ -33,7 +33,6 @@ LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # R8: texts are 
 L2 = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # strengths of the penalty to choose from
 FEW = 1000  # examples; with fewer, the strength is chosen on each fifth in turn
 
-# ---------------------------------------------------------------------------- labelled data
 
 def labelled_data(args, run, source=None, seed=0):
     """The labelled texts or images that the options describe, few of them if asked for -> glue.Dataset."""
@@ -90,10 +89,8 @@ def prepare(run, part):
 
 
 def batch_rows(lengths, size, seed=None, epoch=0):
-    """Which rows make up each batch of an epoch -> list of arrays. seed None: by length, for scoring.
-
-    R8: texts of like length share a batch. A seeded order is sorted within pools of 50 batches.
-    """
+    """Which rows make up each batch of an epoch -> list of arrays. seed None: by length, for scoring. R8:
+    texts of like length share a batch; a seeded order is sorted within pools of 50 batches."""
     if seed is None:
         return np.split(order := np.argsort(lengths, kind="stable"), range(size, len(order), size))
     rng, batches = np.random.default_rng([seed, epoch]), []
@@ -149,10 +146,8 @@ def pool_features(features, padding, pool):
 
 @torch.no_grad()
 def frozen_features(run, prepared, pool, causal, layer="last", autocast=PLAIN):
-    """Pooled features of a frozen encoder -> {layer: float32 (N, D) on the CPU}, one pass for all layers.
-
-    layer: "last", after the final norm; "0", the embedding, or another number; or "all".
-    """
+    """Pooled features of a frozen encoder -> {layer: float32 (N, D) on the CPU}. layer: "last", after the
+    final norm; "0", the embedding, or another number; or "all", in one pass."""
     features, batches = {}, every_batch(run, prepared)
     run.model.eval()
     for rows, tokens, padding in tqdm(batches, desc="features", leave=False, delay=2, mininterval=1):
@@ -180,11 +175,6 @@ def features(run, examples, attention=None, pool=None):
     return frozen_features(run, prepare(run, part), pool, attention == "causal")["last"]
 
 
-def raw_pixels(run, images):
-    """The baseline: the numbers that go into the model -> float32 (N, 3 * size * size)."""
-    return torch.cat([patches.flatten(1).cpu() for _, patches, _ in every_batch(run, images)])
-
-
 # ---------------------------------------------------------------------------- classifiers
 
 def linear(x, w):
@@ -193,10 +183,8 @@ def linear(x, w):
 
 def logistic_regression(x, y, l2, classes, start=None):
     """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2/2 ||W||^2, the intercept left free.
-
     x (N, D), y (N,) class numbers -> weights (D + 1, classes), the intercept last. scikit-learn's C is
-    1 / (N l2), but 2 / (N l2) for two classes: it has one vector v, where ours are v/2 and -v/2.
-    """
+    1 / (N l2), but 2 / (N l2) for two classes: it has one vector v, where ours are v/2 and -v/2."""
     w = (x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()).requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-12,
                                   line_search_fn="strong_wolfe")
@@ -212,11 +200,9 @@ def logistic_regression(x, y, l2, classes, start=None):
 
 
 def fit_probe(train_x, train_y, test_x, test_y, seed=0):
-    """Logistic regression on features (N, D), standardised as the training part is, and class numbers (N,).
-
-    R9: in float64. The L2 strength is chosen by cross-entropy on a fifth of the training data (on each fifth
-    in turn where they are FEW), from strong to weak until it gets worse. Returns `figures`.
-    """
+    """Logistic regression on features (N, D), standardised as the training part is, and class numbers (N,),
+    in float64 (R9) -> `figures`. The L2 strength is chosen by cross-entropy on a fifth of the training data
+    (on each fifth in turn where they are FEW), from strong to weak until it gets worse."""
     train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     classes = int(max(train_y.max(), test_y.max())) + 1
     mean, std = train_x.double().mean(0), train_x.double().std(0)
@@ -239,11 +225,9 @@ def fit_probe(train_x, train_y, test_x, test_y, seed=0):
 
 
 def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90):
-    """MAE's linear probe (He et al. 2021, A.1) on features (N, D) and class numbers (N,). Returns `figures`.
-
-    Batch norm without affine map, a linear layer; rate 0.1 * batch / 256, 10 of 90 epochs of warm-up, cosine
-    to 0, momentum 0.9, no decay. Each feature is computed once; small batches of SGD stand in for LARS.
-    """
+    """MAE's linear probe (He et al. 2021, A.1) on the same: batch norm without affine map, a linear layer;
+    rate 0.1 * batch / 256, 10 of 90 epochs of warm-up, cosine to 0, momentum 0.9, no decay. Each feature is
+    computed once; small batches of SGD stand in for LARS."""
     train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     (N, D), classes = train_x.shape, int(max(train_y.max(), test_y.max())) + 1
     size, generator = min(256, N), torch.Generator().manual_seed(seed)
@@ -292,7 +276,8 @@ def probe(args, run, autocast, source):
     x, test_x = (frozen_features(run, part, pool, attention == "causal", args.layer, autocast)
                  for part in parts)
     if args.pixels:
-        x["pixels"], test_x["pixels"] = (raw_pixels(run, part) for part in parts)
+        x["pixels"], test_x["pixels"] = (
+            torch.cat([x.flatten(1).cpu() for _, x, _ in every_batch(run, part)]) for part in parts)
     fit = sgd_probe if args.classifier == "sgd" else fit_probe
     layers = {name: fit(x[name], data.train.labels, test_x[name], dev.labels, args.seed) for name in x}
     return {"data": data.name + suffix, "classes": data.classes, "classifier": args.classifier, "pool": pool,

@@ -1,5 +1,6 @@
 """Fine-tuning learns, repeats, leaves the network alone, and gives each layer its rate."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -45,11 +46,11 @@ def tune(run, examples, labels, seed=0, classes="abc", **changes):
 def test_fine_tuning_learns_classes_on_a_copy(run, attention, pool):
     words, prepared = texts(run, 200)
     labels = np.array([2 if "a" in text else int("e" in text) for text in words])
-    before = [parameter.clone() for parameter in run.model.parameters()]
+    before = copy.deepcopy(run.model.state_dict())
     model, losses = tune(run, prepared, labels, attention=attention, pool=pool, epochs=8)
     assert np.bincount(labels).max() < 100
-    assert np.mean(finetune.predict(model, run, prepared)[0] == labels) > 0.85
-    assert losses[-1] < 0.7 and all(map(torch.equal, before, run.model.parameters()))
+    assert np.mean(finetune.predict(model, run, prepared)[0] == labels) > 0.85 and losses[-1] < 0.7
+    assert all(torch.equal(x, before[name]) for name, x in run.model.state_dict().items())
     assert all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
@@ -73,7 +74,7 @@ def test_seeds_repeat_and_micro_batches_add_up_to_the_batch(run):
 
 def test_divergence_is_reported(run):
     _, prepared = texts(run, 16)
-    with pytest.raises(BadInput, match="smaller --lr than 1e"):
+    with pytest.raises(BadInput, match="smaller .*lr than 1e"):
         tune(run, prepared, np.arange(16) % 3, lr=1e30)
     model, _ = tune(run, prepared, np.arange(16) % 3)
     with torch.no_grad():
@@ -119,9 +120,8 @@ def test_fine_tuning_of_images_learns_with_mixing(image_run):
 
 def test_every_parameter_has_the_rate_of_its_layer(image_run):
     protocol = dataclasses.replace(QUICK, lr=1.0, layer_decay=0.5, weight_decay=0.3)
-    model, found = finetune.Classifier(image_run, "abc", protocol, 0), {}
-    for group in model.groups():
-        found |= {id(parameter): (group["lr"], group["weight_decay"]) for parameter in group["params"]}
+    model = finetune.Classifier(image_run, "abc", protocol, 0)
+    found = {id(x): (group["lr"], group["weight_decay"]) for group in model.groups() for x in group["params"]}
     shares = {"head": 1, "encoder.norm": 1, "encoder.blocks.2": 1 / 2, "encoder.blocks.1": 1 / 4,
               "encoder.blocks.0": 1 / 8}  # and 1 / 16 for all that comes before the blocks
     for name, parameter in model.named_parameters():
@@ -131,13 +131,11 @@ def test_every_parameter_has_the_rate_of_its_layer(image_run):
 
 
 def test_drop_path_leaves_out_whole_samples_and_rises_with_depth(image_run):
-    torch.manual_seed(0)
-    x, drop = torch.rand(20_000, 2, 3) + 1, DropPath(0.3)
+    x, drop = torch.rand(500, 2, 3) + 1, DropPath(0.3)
     y = drop.train()(x)
-    out = (y == 0).flatten(1)
-    assert torch.equal(out.any(1), out.all(1)) and torch.equal(drop.eval()(x), x)
-    assert abs(out[:, 0].double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 20_000)
-    assert torch.allclose(y[~out[:, 0]], x[~out[:, 0]] / 0.7)
+    out = (y == 0).all(2).all(1)
+    assert torch.allclose(y[~out], x[~out] / 0.7) and 50 < out.sum() < 250
+    assert torch.equal(drop.eval()(x), x)
     model = finetune.Classifier(image_run, "abc", dataclasses.replace(QUICK, drop_path=0.4, dropout=0.0), 0)
     assert [block.dropout.p for block in model.encoder.blocks] == pytest.approx([0, 0.2, 0.4])
     assert all(isinstance(block.dropout, torch.nn.Dropout) for block in image_run.model.blocks)  # of a copy
@@ -197,9 +195,8 @@ def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path
         table, rows = list(csv.DictReader(file)), list(csv.DictReader(new))
     texts = [row["text"] for row in table]
     assert [table[k]["label"] == "pos" for k in places] == results["labels"]
-    assert [row["text"] for row in rows] == texts and [row["class"] for row in rows] == found["class"]
-    sure = [float(row["probability"]) for row in rows]
-    assert np.allclose(sure, probabilities.max(1), atol=1e-4)
+    assert [(row["text"], row["class"]) for row in rows] == list(zip(texts, found["class"]))
+    assert np.allclose([float(row["probability"]) for row in rows], probabilities.max(1), atol=1e-4)
     (tmp_path / "new.txt").write_text("".join(text + "\n" for text in texts))
     lines = f"{line} {out} --data {tmp_path / 'new.txt'}"
     assert call_json(lines)["results"]["class"] == found["class"] and "the first 10 of 160" in call(lines)

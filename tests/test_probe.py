@@ -64,7 +64,7 @@ def test_features_are_those_of_each_text_alone(run, pool, causal):
         for layer, state in enumerate(states):
             alone = state[0].mean(0) if pool == "mean" else state[0, -1]
             assert torch.allclose(features[str(layer)][i], alone, atol=1e-4)
-    with pytest.raises(BadInput, match="--layer 4 is not in 0..3"):
+    with pytest.raises(BadInput, match="layer 4 is not in 0..3"):
         probe.frozen_features(run, prepared, pool, causal, "4")
 
 
@@ -76,14 +76,14 @@ def test_features_are_those_of_each_image_alone(image_way, make_image_model, siz
     run = Run(model, objective, path, None, Settings(preset="vit-tiny"), 0, "test")
     pictures = ImageSet(rng.integers(0, 256, (5, size, size, 3)).astype(np.uint8), np.arange(5))
     features = probe.frozen_features(run, pictures, "mean", False, "all")
-    pixels = probe.raw_pixels(run, pictures)
+    [(_, inputs, _)] = probe.every_batch(run, pictures)
     for k in range(5):
         x = torch.tensor(pictures.images[k] / 255, dtype=torch.float32).permute(2, 0, 1)
         if size != 12:
             x = F.interpolate(x[None], (12, 12), mode="bilinear", antialias=True)[0]
         x = (x - 0.5) / 0.25
         patches = torch.stack([x[:, i:i + 4, j:j + 4].flatten() for i in (0, 4, 8) for j in (0, 4, 8)])
-        assert torch.allclose(pixels[k], patches.flatten(), atol=1e-4)
+        assert torch.allclose(inputs[k], patches, atol=1e-4)
         for layer, state in enumerate(model.encode(patches[None], causal=False, every_layer=True)):
             assert torch.allclose(features[str(layer)][k], state[0].mean(0), atol=2e-4)
 
