@@ -41,7 +41,7 @@ from masks import (
     show,
 )
 from model import LinearCrossEntropy, gather_rows, rows_at_once
-from util import BadInput, Parser, command_line, numbers, positive
+from util import BadInput, Parser, command_line, note, numbers, positive
 
 # ---------------------------------------------------------------------------- the paper's four
 
@@ -419,6 +419,9 @@ def main(argv=None):
             report_checks(objective, path)
             continue
         draws = typical_draws(objective, path, S, args.samples)
+        if hasattr(objective, "mask") and objective.max_targets(S) == 1:
+            note(f"{describe(objective)} hides one of {S} tokens, so that each context has one target and the "
+                 "spectrum is flat; a larger --length shows more")
         if args.plot:
             from experiments.spectrum import spectrum
             values = spectrum(objective, S, flag=name)["singular_values"]

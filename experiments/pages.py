@@ -327,20 +327,20 @@ def write_report(folder, targets, readme=None):
     drawn = [{**c, "verdict": in_words(c)} for c in headlines if c["difference"] is not None]
     if drawn and find_spec("matplotlib"):
         plots.forest(folder / "forest.png", drawn)
-    forest = "![Primary claims: ours with intervals, and the paper's effects]({}forest.png)\n"
+    forest = "![Primary claims: ours with intervals, and the paper's effects](forest.png)\n"
     forest *= (folder / "forest.png").exists()
     lines = ["# Results", "", ORIGIN, ""]
     if primaries:
         lines += in_short(reported, primaries, [name for name in targets if name not in largest])
         meaning = [f"- *{word}*: {text}." for word, text in MEANING.items()]
-        lines += [CORRECTED, "", *claim_rows(primaries), *meaning, "", LEGEND, "", forest.format("")]
+        lines += [CORRECTED, "", *claim_rows(primaries), *meaning, "", LEGEND, "", forest]
     for x in reported:
         lines += [markdown(x, level=2)]
     write_text(folder / "README.md", "\n".join(lines).rstrip() + "\n")
     if readme:
         relative = os.path.relpath(folder, Path(readme).parent)
         link = f"{WORDS} More on [{relative}/README.md]({relative}/README.md).\n"
-        lines = [*claim_rows(headlines), link, forest.format(f"{relative}/")] if headlines else []
+        lines = [*claim_rows(headlines), link] if headlines else []
         write_between_markers(Path(readme), lines)
 
 

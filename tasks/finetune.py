@@ -8,13 +8,19 @@ Text follows the Cramming protocol: all weights, a new linear layer on the poole
 AdamW, cosine decay, 5 epochs of batches of 16. Images follow MAE's (He et al. 2021, A.1) without RandAugment
 and random erasing. The last epoch counts: dev labels choose nothing. In --json, `places` says which row of
 its file (from 0, below the names of the columns) or which image file each prediction is of.
+
+A classifier is a folder: classifier.pt, a checkpoint of the fine-tuned weights with the new layer beside
+them, and metrics.jsonl, the mean loss of each epoch and at last the metrics on the dev examples.
 """
 
 import contextlib
 import copy
 import csv
+import io
 import itertools
+import json
 import math
+import os
 import statistics
 import zipfile
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +39,7 @@ from run import choose_autocast, choose_device, load_checkpoint, load_run, save_
 from tasks import glue, probe
 from tasks.hub import open_run
 from tasks.probe import show
-from util import BadInput, positive, printable, table
+from util import BadInput, positive, printable, table, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +299,9 @@ def finetune_command(args):
                 "classifier": {"head": model.head.state_dict(), "protocol": asdict(protocol),
                                "classes": data.classes, "columns": data.columns, "mean": float(model.mean),
                                "spread": float(model.spread)}})
+            rows = [{"epoch": k, "loss": loss} for k, loss in enumerate(results["figures"][0]["epochs"], 1)]
+            rows.append({metric: x["seeds"][0] for metric, x in results.items() if isinstance(x, dict)})
+            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     show(args, f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
                f"{protocol.attention} attention; scores x 100 on dev examples")
     print_scores(args, data.name, results)
@@ -327,8 +336,9 @@ def predict_command(args):
     rows = [list(content), *([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row]
                              for row in zip(*content.values()))]
     if args.csv:
-        with open(args.csv, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+        write_text(args.csv, lines.getvalue())
     short = [[place, *(" ".join(cell.split())[:40] for cell in cells)] for place, *cells in rows[:11]]
     show(args, table(short, "<") + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
     return {"results": {"data": args.data, "classes": model.classes, "places": part.places, **found,
@@ -365,9 +375,10 @@ def glue_command(args):
         Path(args.submit).mkdir(parents=True, exist_ok=True)
         paths = [f"{args.submit}/seed{seed}.zip" for seed in range(args.seeds)]
         for seed, path in enumerate(paths):
-            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            with zipfile.ZipFile(f"{path}.partial", "w", zipfile.ZIP_DEFLATED) as archive:
                 for file, texts in submission.items():
                     archive.writestr(file, texts[seed])
+            os.replace(f"{path}.partial", path)
         wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
         missing = [file for file in wanted if file not in submission]
         results |= {"submissions": paths, "not_in_submission": missing}

@@ -184,6 +184,9 @@ def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path
     assert accuracy["seeds"] == [np.mean(correct) for correct in results["correct"]]
     assert accuracy["interval"] is None and results["classes"] == ["neg", "pos"]
     assert np.array_equal(np.array(results["predictions"]) == results["labels"], results["correct"])
+    *losses, metrics = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert [row["loss"] for row in losses] == results["figures"][0]["epochs"] and losses[1]["epoch"] == 2
+    assert metrics["accuracy"] == accuracy["seeds"][0]
     with pytest.raises(BadInput, match="out exists"):
         call(tune)
     found = call_json(f"{line} {out} --data {reviews} --csv {tmp_path / 'new.csv'}")["results"]

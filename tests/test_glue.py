@@ -258,3 +258,10 @@ def test_glue_writes_results_and_submissions(tmp_path, trained):
                 assert all(0 <= float(x) <= 5 if name == "STS-B.tsv" else x in glue.NLI for _, x in rows)
     again = call_json(f"{line} --tasks stsb --seeds 1")["results"]["tasks"]["stsb"]
     assert again["predictions"] == task["predictions"][:1]
+
+
+def test_ax_stands_where_the_download_script_puts_it(tmp_path):
+    usual = tmp_path / "diagnostic" / "diagnostic.tsv"
+    usual.parent.mkdir()
+    usual.touch()
+    assert glue.task_file(tmp_path, "ax", "AX.tsv") == usual

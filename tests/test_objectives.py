@@ -451,6 +451,13 @@ def test_filler_is_never_asked_for(way):
     assert torch.equal(part.total, batch.total[:2])  # a process knows of the filler in the others' rows
 
 
+def test_a_ratio_that_hides_one_token_is_told(capsys):
+    call("objectives.py mlm --length 8")
+    assert "hides one of 8 tokens" in capsys.readouterr().err
+    call("objectives.py mlm vl spans")
+    assert "hides one" not in capsys.readouterr().err
+
+
 def test_the_path_of_each_objective():
     paths = {name: choose_path(from_options(name), images=name == "segments") for name in DEFINITIONS}
     assert paths == {**dict.fromkeys(DEFINITIONS, "two-stream"), "ar": "causal",

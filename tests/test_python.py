@@ -41,7 +41,7 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, request):
         exec(block.replace("steps=1000", "steps=3, batch_size=4, length=16"), names)  # noqa: S102  it is ours
     assert names["x"].shape == (2, 32) and isinstance(names["text"], str)
     assert names["scores"]["perplexity"] > 1 and names["masks"][0].shape == (8, 8)
-    assert names["mine"].objective == names["Every"](nth=4)
+    assert load_run("runs/every").objective == names["Every"](nth=4)
 
 
 def test_texts_and_ids_are_data(tmp_path):
