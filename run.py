@@ -55,7 +55,7 @@ class Settings:
     streams: int = setting(None, "2: two streams also where one suffices", choices=(1, 2))
     mask_rule: str = setting(None, "one stream: always = [MASK] at every target, the paper's formula; "
                              "bert = 80%% [MASK], 10%% random, 10%% kept", choices=("always", "bert"))
-    blind: bool = setting(False, "two streams: queries do not know their position", action="store_true")
+    blind: bool = setting(False, "two streams: no query knows the position it predicts", action="store_true")
     data: str = setting("pydoc", "text: pydoc, a file or folder, a token folder of data.py, hf:NAME, toy; "
                         "images: shapes, a folder of JPEG or PNG files, an image folder of data.py")
     preset: str = setting(None, "model size and budget (default: tiny, for images vit-tiny)", choices=PRESETS)
