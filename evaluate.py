@@ -120,7 +120,8 @@ def by_length(nll):
     sequences; for bins of lengths, 1, 2-3, 4-7, .., which are less noisy, the mean of each sequence."""
     longest = nll.shape[1]
     edges = [2 ** k for k in range(longest.bit_length())] + [longest + 1]
-    return {"nll": nll.mean(0).tolist(),
+    return {"prefix": list(range(1, longest + 1)), "nll": nll.mean(0).tolist(),
+            "stderr": (nll.std(0) / math.sqrt(len(nll))).tolist(),
             "bins": [{"first": low, "last": end - 1, "sequence_nll": nll[:, low - 1:end - 1].mean(1).tolist()}
                      for low, end in itertools.pairwise(edges)]}
 

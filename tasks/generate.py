@@ -8,6 +8,7 @@
 import functools
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,12 +117,15 @@ def continue_text(run, prompt, tokens=100, suffix="", **how):
 
 
 def show_step(tokenizer, tokens, known):
-    """Print a sequence that is being filled on one line, with dots for what is missing."""
-    text = ""
-    for there, part in itertools.groupby(zip(tokens.tolist(), known > 0), key=lambda pair: bool(pair[1])):
+    """Print a sequence that is being filled: what is missing as dots, the newest token in colour. A terminal
+    shows one picture after another, a file one line a step."""
+    terminal, text = sys.stdout.isatty(), ""
+    state = torch.where(known == known.max(), 2, (known > 0).long())     # 0 missing, 1 known, 2 new
+    for kind, part in itertools.groupby(zip(tokens.tolist(), state.tolist()), key=lambda pair: pair[1]):
         ids = [i for i, _ in part]
-        text += printable(tokenizer.decode(ids)) if there else "·" * len(ids)
-    print(text.replace("\n", " "), flush=True)
+        word = printable(tokenizer.decode(ids)) if kind else "·" * len(ids)
+        text += f"\x1b[1;32m{word}\x1b[0m" if terminal and kind == 2 else word
+    print("\x1b[H\x1b[J" + text if terminal else text.replace("\n", " "), flush=True)
 
 
 # ---------------------------------------------------------------------------- images

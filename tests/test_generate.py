@@ -12,6 +12,7 @@ import torch
 from conftest import WAYS, call, call_json, name_of
 
 import evaluate
+from data import ByteTokenizer
 from images import write_png
 from masks import Objective
 from objectives import from_options, target_nll
@@ -46,6 +47,12 @@ def test_watch_shows_each_step(trained):
     steps = call(line).splitlines()
     assert [step.count("·") for step in steps[:5]] == [4, 3, 2, 1, 0]
     assert all(step.startswith("ab") and "\x1b" not in step for step in steps[:5])
+
+
+def test_a_terminal_shows_the_newest_token_in_colour(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    generate.show_step(ByteTokenizer(), torch.tensor([97, 98, 99, 0]), torch.tensor([1, 2, 3, 0]))
+    assert capsys.readouterr().out == "\x1b[H\x1b[Jab\x1b[1;32mc\x1b[0m·\n"
 
 
 def fill_by_hand(run, tokens, blank):
