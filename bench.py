@@ -215,6 +215,7 @@ def time_cases(cases, device, rounds):
             result["ms_rounds"].append(1e3 * run())
     for case, result in zip(cases, results):
         result["ms_per_step"] = statistics.median(result["ms_rounds"])
+        result["flops_per_second"] = 1e3 * result["flops_per_step"] / result["ms_per_step"]
         result["tokens_per_second"] = 1e3 * case.batch * case.config.length / result["ms_per_step"]
     return results
 
@@ -292,9 +293,10 @@ def main(argv=None):
     if args.json != "-":
         print(f"{name}, {case.dtype}, threads: {torch.get_num_threads()}\n")
         rows = [(x["name"], f"{x['ms_per_step']:.1f}", f"{min(x['ms_rounds']):.1f}-{max(x['ms_rounds']):.1f}",
-                 f"{x['tokens_per_second']:,.0f}", f"{x['flops_per_step'] / 1e9:.1f}",
-                 f"{x['peak_memory'] / 1e6:.0f}", f"{x['parameters'] / 1e6:.2f}M") for x in results]
-        print(table([("", "ms/step", "range", "tokens/s", "GFLOP", "peak MB", "params"), *rows]))
+                 f"{x['tokens_per_second']:,.0f}", f"{x['flops_per_second'] / 1e9:,.0f}",
+                 f"{x['flops_per_step'] / 1e9:.1f}", f"{x['peak_memory'] / 1e6:.0f}",
+                 f"{x['parameters'] / 1e6:.2f}M") for x in results]
+        print(table([("", "ms/step", "range", "tokens/s", "GFLOP/s", "GFLOP", "peak MB", "params"), *rows]))
         rows = [(f"{x['name']} / {x['peer']}", f"{x['speed']:.2f}",
                  f"{x['speed_low']:.2f}-{x['speed_high']:.2f}", f"{x['memory']:.2f}", f"{x['flops']:.2f}")
                 for x in ratios]

@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import prefetch
-from model import LONG, Transformer
+from model import Transformer
 from objectives import add_options, describe, draw_batch, loss_sum
 from run import (
     add_settings,
@@ -45,7 +45,7 @@ from run import (
     save_checkpoint,
     warmup_cosine,
 )
-from util import BadInput, Parser, command_line, note, positive, write_text
+from util import BadInput, Parser, command_line, import_optional, note, positive, write_text
 
 # ---------------------------------------------------------------------------- schedules
 
@@ -335,37 +335,16 @@ class PatientStderr:
         return getattr(self.file, name)
 
 
-# ---------------------------------------------------------------------------- FLOPs
-
-def flops_per_sequence(config, path, length, targets, given=None):
-    """FLOPs of the matrix products of one training step for one sequence: forward once, backward twice.
-
-    `targets` rows go through the output layer, and on the mae path `given` rows (default: all others) through
-    the encoder. Attention counts what its kernel needs: half of S^2 for the causal path, and for two streams
-    from LONG tokens, where blocks that nobody sees are skipped.
-    """
-    S, n, D, width = length, targets, config.width, config.width
-
-    def stack(D, rows, content, share=1.0):
-        """Multiply-adds of layers, of which layer l sends rows[l] rows to attend to `content` rows."""
-        return sum(r * 8 * D * D + content * 2 * D * D + 2 * r * content * share * D for r in rows)
-
-    if path == "mae":
-        layers, width, _ = config.decoder
-        v = S - n if given is None else given
-        macs = stack(D, [v] * config.layers, v) + v * D * width + stack(width, [S] * (layers - 1) + [n], S)
-    else:
-        half = path == "causal" or path == "two-stream" and S >= LONG
-        inner, last = {"causal": (S, S), "mask": (S, n), "two-stream": (S + n, n)}[path]
-        macs = stack(D, [inner] * (config.layers - 1) + [last], S, 0.5 if half else 1.0)
-    macs += n * width * config.values + S * D * config.values if config.patch else n * D * config.vocab
-    return 2 * 3 * macs
+def open_board(out, step):
+    """A TensorBoard writer into the run folder."""
+    import_optional("tensorboard")
+    return import_optional("torch.utils.tensorboard").SummaryWriter(str(out), purge_step=step + 1)
 
 
 # ---------------------------------------------------------------------------- a run
 
 def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=None, compiled=None, fsdp=False,
-          threads=None, log_every=10, eval_every=200, save_every=500, quiet=False):
+          threads=None, log_every=10, eval_every=200, save_every=500, tensorboard=False, quiet=False):
     """Train to the end of the budget -> the last validation loss, or None where a signal stopped the run.
 
     Started by torchrun, each of W processes takes its part of every batch; the first one writes the folder.
@@ -444,7 +423,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     seen_before, clock = itertools.accumulate(sizes[step:], initial=seen), time.perf_counter()
     shown = {"disable": quiet or not is_main, "mininterval": 1 if sys.stderr.isatty() else 10}
     with (folder as metrics, stop_signals() as stop,
-          tqdm(total=steps, initial=step, unit="step", **shown) as bar):
+          tqdm(total=steps, initial=step, unit="step", **shown) as bar,
+          open_board(out, step) if tensorboard and is_main else contextlib.nullcontext() as board):
         say(f"{describe(objective)} ({path}), {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{train_set.total:,} training {unit}; {world} x {device.type} {precision}; "
             f"{steps - step:,} steps")
@@ -482,6 +462,8 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
                 say(f"step {step:6,}  training loss {mean:.3f}  {masked}validation loss {val_loss:.3f}")
             bar.set_postfix_str(f"loss {mean:.3f}, {per_second * each:,.0f} {unit}/s", refresh=False)
             print(json.dumps(line), file=metrics, flush=True)
+            for name in line.keys() - {"step"} if board else ():
+                board.add_scalar(name, line[name], step)
 
             # the next steps, or the end
             if stopping or step == steps:
@@ -519,6 +501,7 @@ def main(argv=None):
     add("--threads", type=positive, help="on a CPU (default: as PyTorch chooses)")
     add("--compile", dest="compiled", action=BooleanOptionalAction, help="default: on CUDA")
     add("--fsdp", action="store_true", help="torchrun: shard weights and optimizer over the processes")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into the run folder")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add("--eval-every", type=positive, default=200, help="steps between validation losses")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")

@@ -477,3 +477,12 @@ def test_held_out_text_is_the_part_that_training_left(trained, books):
     assert 0 < len(own.val) < len(all_of_it.val) / 2 and own.val_bytes < all_of_it.val_bytes
     sequences, tokens_per_byte, name = evaluation_sequences(run, count=3)
     assert sequences.shape == (3, 32) and 0.5 < tokens_per_byte < 1.5 and name == str(books)
+
+
+def test_tensorboard_gets_every_line(text, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(resolve(data=text, **SMALL), tmp_path / "run", log_every=6, tensorboard=True)
+    board = EventAccumulator(str(tmp_path / "run")).Reload()
+    found = [(event.step, round(event.value, 4)) for event in board.Scalars("loss")]
+    assert found == [(line["step"], pytest.approx(line["loss"])) for line in metrics(tmp_path / "run")]
