@@ -420,8 +420,8 @@ def main(argv=None):
             continue
         draws = typical_draws(objective, path, S, args.samples)
         if hasattr(objective, "mask") and objective.max_targets(S) == 1:
-            note(f"{describe(objective)} hides one of {S} tokens, so that each context has one target and the "
-                 "spectrum is flat; a larger --length shows more")
+            note(f"{describe(objective)} hides one of {S} tokens, so that each context has one target and "
+                 "the spectrum is flat; a larger --length shows more")
         if args.plot:
             from experiments.spectrum import spectrum
             values = spectrum(objective, S, flag=name)["singular_values"]
