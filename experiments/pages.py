@@ -43,8 +43,8 @@ CORRECTED = ("One primary claim for each target, or for several that are of the 
              "tests at 5%, after Holm's correction over all of these claims, for the tests against 0 and for "
              "those against the paper's effect apart.")
 WORDS = ("*Supported*: seen in our models. *Paper's size excluded*: not seen, and so large an effect would "
-         "have been.\n*Uninformative*: too little is known. This holds after Holm's correction; intervals are "
-         "over seeds and examples.")
+         "have been.\n*Uninformative*: too little is known. This holds after Holm's correction; intervals "
+         "are over seeds and examples.")
 LEGEND = ("Differences are positive where the claim holds, in points of a percentage, in dB (PSNR), or as "
           "factors where the quantity has no scale of its own (perplexity, L2). Intervals are over "
           "pretraining seeds and test examples, both the same on both sides (experiments/verdicts.py). Like "
