@@ -39,7 +39,7 @@ from model import SIZES, Config, Transformer
 from objectives import add_options, choose_path, describe, draw_batch, loss_sum, several
 from run import IMAGE_MASKS, PRESETS, choose_autocast, choose_device, resolve
 from train import LossModule, make_optimizer, update
-from util import BadInput, Parser, command_line, import_optional, positive, table, write_json
+from util import BadInput, Parser, command_line, import_optional, output_file, positive, table, write_json
 
 SECONDS = 0.5  # that one case runs in one round, at least
 STATUS = Path("/proc/self/status")  # Linux: where a process reads its own peak memory
@@ -274,11 +274,9 @@ def main(argv=None):
     add("--threads", type=positive, help="of a CPU (default: as PyTorch chooses)")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where it is faster")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--json", metavar="FILE", help="the results as one JSON object; - for standard output")
+    add("--json", type=output_file, metavar="FILE", help="results as one JSON object; - for standard output")
     add_options(parser)
     args = parser.parse_args(argv)
-    if args.json and not Path(args.json).absolute().parent.is_dir():  # complain before the work, not after it
-        raise BadInput(f"{args.json}: there is no such folder")
 
     device = choose_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())

@@ -31,7 +31,7 @@ from objectives import describe, scores_next, target_nll
 from run import evaluation_sequences, held_out_text
 from tasks import connectivity, export, finetune, generate
 from tasks.hub import about, open_run, open_runs
-from util import BadInput, Parser, command_line, positive, printable, table, write_json
+from util import BadInput, Parser, command_line, output_file, positive, printable, table, write_json
 
 # ---------------------------------------------------------------------------- likelihood
 
@@ -165,8 +165,9 @@ def difference(a, b):
     """b - a of two `perplexity`, in their first regimes; None where their unigrams are not of one text."""
     if a["unigram"]["sequence_nll"] != b["unigram"]["sequence_nll"]:
         return None
-    a, b = (torch.tensor(next(iter(x["regimes"].values()))["sequence_nll"]).double() for x in (a, b))
-    return paired(b - a)
+    (first, a), (second, b) = (next(iter(x["regimes"].items())) for x in (a, b))
+    gap = paired(torch.tensor(b["sequence_nll"]).double() - torch.tensor(a["sequence_nll"]).double())
+    return {"regimes": [second, first], **gap}
 
 
 def read_curves(folder):
@@ -245,8 +246,10 @@ def perplexity_command(args):
     cells = []
     for row in rows[1:]:
         row["difference"] = gap = difference(rows[0], row)
-        cells.append([printable(row["checkpoint"]),
-                      in_words(gap) if gap else "not paired, other tokens: compare bits/byte"])
+        told = "not paired, other tokens: compare bits/byte"
+        if gap:
+            told = f"{in_words(gap)}, {' against '.join(gap['regimes'])}"
+        cells.append([printable(row["checkpoint"]), told])
     print("\n" + table([["", "nats a token more than the first, 95% interval"], *cells], align="<"))
     return {"checkpoints": rows}, None
 
@@ -351,7 +354,8 @@ def main(argv=None):
         sub.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
         sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
         sub.add_argument("--threads", type=positive, metavar="N", help="on a CPU")
-        sub.add_argument("--json", metavar="FILE", help="results as one JSON object; - for standard output")
+        sub.add_argument("--json", type=output_file, metavar="FILE", help="results as one JSON object; - for "
+                         "standard output")
         return sub
 
     for add in (add_commands, generate.add_commands, connectivity.add_commands, finetune.add_commands):
@@ -370,10 +374,6 @@ def main(argv=None):
 def check_outputs(args):
     """Complain of what cannot be written before the work, not after it."""
     picture, plot, out = (getattr(args, name, None) for name in ("picture", "plot", "out"))
-    for file in filter(None, (args.json, picture, getattr(args, "csv", None))):
-        path = Path(file).absolute()
-        if file != "-" and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise BadInput(f"{file} cannot be written; name a file in a folder that you can write to")
     if plot:
         plots.check(plot)
     if picture and Path(picture).suffix.lower() != ".png":

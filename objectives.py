@@ -183,8 +183,11 @@ def options_of(flag):
         raise BadInput(f"put @dataclass(frozen=True) above class {cls.__name__}, the objective {flag}")
     if cls.one_stream not in (None, "causal", "mask"):
         raise BadInput(f"{cls.__name__}.one_stream is {cls.one_stream!r}; it may be None, causal or mask")
-    if "generator" not in inspect.signature(cls.groups).parameters:
-        raise BadInput(f"{cls.__name__}.groups takes batch, length and generator, from which it draws")
+    methods = [name for name, x in vars(Objective).items() if inspect.isfunction(x) and name[0] != "_"]
+    for name in methods:
+        wanted, found = (inspect.signature(getattr(x, name)).parameters for x in (Objective, cls))
+        if len(found) != len(wanted) or "generator" in wanted and "generator" not in found:
+            raise BadInput(f"{cls.__name__}.{name} takes {', '.join(wanted)}, not {', '.join(found)}")
     return {f.name for f in fields(cls)}
 
 
@@ -387,7 +390,7 @@ def report_checks(objective, path):
     print(f"{describe(objective)}, on {length} tokens of 3 kinds")
     wrong = []
     for name, holds, sentence in check(objective, path, length, draw_batch):
-        print(f"{'missing' if holds is None else 'ok' if holds else 'WRONG':8s}{name}: {sentence}")
+        print(f"{'none' if holds is None else 'ok' if holds else 'WRONG':7s}{name}: {sentence}")
         wrong += [name] if holds is False else []
     if wrong:
         raise BadInput(f"{describe(objective)} is wrong in: {'; '.join(wrong)}")
@@ -429,7 +432,8 @@ def main(argv=None):
                            "singular_values": values})
         else:
             print(f"{describe(objective)}: {objective.paper}\n")
-            print("\n\n".join(draw(f, queries, words) for f, queries in draws) + "\n")
+            for k, (f, queries) in enumerate(draws, 1):
+                print(f"draw {k} of {len(draws)}\n\n{draw(f, queries, words)}\n")
     if args.plot:
         plots.objectives(args.plot, sheets)
 

@@ -83,6 +83,14 @@ def numbers(text):
     return values if len(values) > 1 else values[0]
 
 
+def output_file(text):
+    """An argparse type: a file that can be written, or -, standard output. It complains before the work."""
+    path = Path(text).absolute()
+    if text != "-" and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written; name a file in a folder that is there")
+    return text
+
+
 def import_optional(name):
     """Import a package, or a module of one, that only some commands need."""
     try:

@@ -28,7 +28,7 @@ from model import Config, Transformer
 from objectives import describe, draw_batch, flag, loss_sum
 from run import choose_autocast, resolve
 from train import LossModule, learning_rate, make_optimizer, update, validation_loss
-from util import BadInput, Parser, command_line, plain, positive, table, write_json
+from util import BadInput, Parser, command_line, output_file, plain, positive, table, write_json
 
 WAYS = ("blind", "told")
 PLACES = ("common", "own")
@@ -184,10 +184,8 @@ def main(argv=None):
     summary.add_argument("files", nargs="+", metavar="FILE", help="what train wrote, one for each seed")
     summary.add_argument("--plot", metavar="FILE", help="the picture")
     for command in (train, summary):
-        command.add_argument("--json", metavar="FILE", help="- for standard output")
+        command.add_argument("--json", type=output_file, metavar="FILE", help="- for standard output")
     args = parser.parse_args(argv)
-    if not Path(args.json or "-").absolute().parent.is_dir():
-        raise BadInput(f"--json {args.json}: name a file in a folder that is there")
     if args.command == "train":
         results = run_train(args)
     else:

@@ -45,7 +45,7 @@ def listed_is_drawn(objective, length, draws=20_000):
     """Chi-squared of draws against the list; what comes up less than five times is pooled."""
     listed = None if type(objective).outcomes is Objective.outcomes else objective.outcomes(length)
     if listed is None:
-        return "outcomes", None, f"not listed at length {length}: no exact spectrum there"
+        return "outcomes", None, "its spectrum is counted from draws"
     expected = {tuple(f): draws * p for f, p in zip(listed[0].tolist(), listed[1].tolist())}
     seen = Counter(map(tuple, objective.groups(draws, length, torch.Generator().manual_seed(0)).tolist()))
     rare = [f for f in expected if expected[f] < 5]
@@ -95,7 +95,7 @@ def chain_is_exact(model, objective, path, length):
     """Each token in a pass of its own; the probabilities of all sequences sum to one."""
     regimes, order = objective.left_to_right(length, path), objective.chain(length)
     if regimes is None:
-        yield "left_to_right", None, "no perplexity, and no generation token by token"
+        yield "left_to_right", None, "no perplexity, and no text is written from left to right"
         return
     sequences = all_sequences(length, int(order[0]))
     for name, passes in regimes.items():
@@ -133,7 +133,7 @@ def decoding_finishes(objective, length):
     while (order == 0).any():
         f = objective.decoding(order, 1)
         if f is None:
-            return "decoding", None, "generation goes from left to right only"
+            return "decoding", None, "no text is written in another order, or into a gap"
         wanted = ((f == f.max()) & (order == 0)).nonzero()[:, 0]
         if not len(wanted):
             break

@@ -17,7 +17,7 @@ from util import import_optional, write_json, write_text
 CARD = """# {name}
 
 A Transformer of {parameters:,} parameters ({layers} layers, width {width}), pretrained with the objective
-**{objective}** ({paper}; Look Ahead or Look Around?, arXiv 2407.00935), and run as {path}.
+**{objective}** ({paper}; Look Ahead or Look Around?, arXiv 2407.00935), on the path {path}.
 
 | | |
 |---|---|
@@ -30,8 +30,8 @@ A Transformer of {parameters:,} parameters ({layers} layers, width {width}), pre
 
 ```python
 from run import load_run
-run = load_run("{folder}")
-features = run.model.encode(tokens)  # tokens (B, S) -> (B, S, {width})
+from tasks.probe import features
+x = features(load_run("{folder}"), {examples})  # (N, {width})
 ```
 
 It repeats what it read in this data; nothing was done to make its texts true or harmless.
@@ -53,12 +53,14 @@ def export(run: Run, out, regimes):
         write_json(folder / "config.json", {
             "settings": settings.to_dict(), "model_config": asdict(config), "step": run.step,
             "tokenizer": run.tokenizer and run.tokenizer.kind})
-        scores = "\n".join(f"| perplexity, {name} | {x['perplexity']:.2f} |" for name, x in regimes.items())
+        scores = "\n".join(f"| perplexity, {name}, of {x['sequences']} sequences | {x['perplexity']:.2f} ± "
+                           f"{x['perplexity_stderr']:.2f} |" for name, x in regimes.items())
         write_text(folder / "README.md", CARD.format(
             name=Path(out).name, parameters=sum(p.numel() for p in run.model.parameters()),
             layers=config.layers, width=config.width, objective=describe(run.objective),
             paper=run.objective.paper, data=settings.data, step=run.step, batch_size=settings.batch_size,
-            tokens=tokens, path=run.path, scores=scores, folder=out))
+            tokens=tokens, path=run.path, scores=scores, folder=out,
+            examples='["a text", "another"]' if run.tokenizer else "images"))
 
 
 def byte_tokenizer():

@@ -39,7 +39,7 @@ from run import choose_autocast, choose_device, load_checkpoint, load_run, save_
 from tasks import glue, probe
 from tasks.hub import open_run
 from tasks.probe import show
-from util import BadInput, positive, printable, table, write_text
+from util import BadInput, output_file, positive, printable, table, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,4 +430,4 @@ def add_commands(command):
     add("--data", required=True, help="a table as for finetune, a .txt file with one text a line, a folder "
                                       "of images, or an image")
     add("--text-column", metavar="NAME", nargs="+", help="default: as in training")
-    add("--csv", metavar="FILE", help="write file or row, text, class and probability")
+    add("--csv", type=output_file, metavar="FILE", help="write file or row, text, class and probability")

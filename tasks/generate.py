@@ -18,7 +18,7 @@ from tqdm import tqdm
 from images import SUFFIXES, ImageSet, Patches, decoded, files_in, load_images, unpatchify, write_png
 from objectives import describe, scores_next
 from tasks.hub import about, open_run
-from util import BadInput, import_optional, positive, printable, table
+from util import BadInput, import_optional, output_file, positive, printable, table
 
 # ---------------------------------------------------------------------------- text
 
@@ -316,5 +316,5 @@ def add_commands(command):
     add("--max-images", type=positive, default=1000, help="the same for every checkpoint")
     add("--seed", type=int, default=0, help="of the images and the hidden patches")
     add("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network")
-    add("--picture", metavar="FILE", help="of 8 images the original, with the mean colour, and each "
-                                          "reconstruction")
+    add("--picture", type=output_file, metavar="FILE", help="of 8 images the original, with the mean colour, "
+                                                            "and each reconstruction")

@@ -52,7 +52,7 @@ def test_every_check_holds_or_names_what_is_missing(way, my):
     found = {name: holds for name, holds, _ in check(*way, 6, draw_batch)}
     assert False not in found.values() and {"queries", "generator", "leaks"} <= found.keys()
     out = call(f"objectives.py {my} --check")
-    assert "ok      left_to_right, from right to left" in out and "missing bound" in out
+    assert "ok     left_to_right, from right to left" in out and "none   bound" in out
     assert "WRONG" not in out
 
 
