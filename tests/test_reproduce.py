@@ -64,6 +64,7 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
         parse(parser, argv)
         raise Understood
 
+    @functools.wraps(train.train)
     def train_nothing(settings, out, **machine):
         assert Path(out).parent == tmp_path / "work" and settings.task()
         raise Understood
