@@ -77,6 +77,7 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
         place = place_at(scale, tmp_path, name)
         kinds |= {(stage.argv[:2], *(word for word in stage.argv if word[0] == "-")): stage.line()
                   for stage in stages_of(place, target(place), 1)}
+    (tmp_path / "work").mkdir()
     monkeypatch.setattr(train, "train", train_nothing)
     for name, *argv in kinds.values():
         module = importlib.import_module(name.removesuffix(".py"))
