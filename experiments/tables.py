@@ -32,6 +32,7 @@ from experiments.measures import (
     transfer,
 )
 from experiments.verdicts import Claim
+from model import SIZES
 
 AR, DAR, MASKED = "Autoregressive", "Diversity-enhanced", "Masked"
 PAIR = {AR: "ar --streams 2", DAR: "dar --t 2"}
@@ -214,28 +215,26 @@ def variety(place):
 
 def trend(place):
     """Do the effects of Tables 7 and 1 come with scale? Every budget is a run with a schedule of its own."""
-    middle, most = "Masked (0.225)", place.scale["tokens"]
-    flags = {AR: "ar", **MASKS, middle: "mlm --mask 0.225"}
-    contrasts = {(DRAWN, THIRTY): 50.2 / 45.1, (DRAWN, middle): float(np.sqrt(59.6 * 50.2)) / 45.1,
-                 (AR, FIFTEEN): 34.1 / 22.8}  # the ratio of the paper's perplexities
+    most, flags = place.scale["tokens"], {AR: "ar", **MASKS}
+    contrasts = {(DRAWN, THIRTY): 50.2 / 45.1, (AR, FIFTEEN): 34.1 / 22.8}  # in perplexity
     columns, rows, claims = {regime: perplexity(regime) for regime in REGIMES}, {}, []
     for ((better, worse), factor), (preset, shares) in itertools.product(
             contrasts.items(), place.scale["sizes"].items()):
-        if better == AR or worse == middle:
+        if better == AR:
             shares = shares[:-1]
-        contrast = []
+        size, contrast = "{layers} x {width}".format(**SIZES[preset]), []
         for share in shares:
-            budget = f"{preset}, {share * most:,.0f} tokens"
+            budget = f"{size}, {share * most:,.0f} tokens"
             rows |= {f"{name}, {budget}": Model(flags[name], budget=share, preset=preset)
                      for name in (better, worse)}
             contrast.append({f"{better}, {budget}": 1, f"{worse}, {budget}": -1})
         for regime in REGIMES:
-            about = f"{better} better than {worse}, {preset}"
+            about = f"{better} better than {worse}, {size}"
             found = [claim(columns, regime, f"{about}, {share * most:,.0f} tokens", weights)
                      for share, weights in zip(shares, contrast)]
             pool = tuple(one.contrast for one in found)
             claims += [replace(one, effect=float(np.log(factor)), ours=False, pool=pool, at={
-                "panel": f"{worse} / {better}, {regime}", "line": preset, "tokens": share * most})
+                "panel": f"{worse} / {better}, {regime}", "line": size, "tokens": share * most})
                 for one, share in zip(found, shares)]
             if len(shares) > 1:  # the slope of least squares
                 x = np.log10(shares) - np.mean(np.log10(shares))
@@ -246,8 +245,7 @@ def trend(place):
                 claims += [replace(claim(columns, regime, text, weights, primary=primary), pool=pool)]
     fair = ("One architecture, the same text and settings; a budget is a run of its own, not a checkpoint of "
             "a longer one. The variance of seeds is taken as one over the budgets of a contrast and a size, "
-            "as few seeds alone decide nothing. The largest budget is for the first contrast alone. Of 0.225 "
-            "the paper prints nothing: its effect is interpolated.")
+            "as few seeds alone decide nothing. The largest budget is for the first contrast alone.")
     return Table("Trend: do the effects come with scale?", fair, with_guess(UNIGRAMS, rows), columns,
                  claims=tuple(claims))
 
