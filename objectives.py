@@ -185,7 +185,7 @@ def options_of(flag):
         raise BadInput(f"{cls.__name__}.one_stream is {cls.one_stream!r}; it may be None, causal or mask")
     methods = [name for name, x in vars(Objective).items() if inspect.isfunction(x) and name[0] != "_"]
     for name in methods:
-        wanted, found = (inspect.signature(getattr(x, name)).parameters for x in (Objective, cls))
+        wanted, found = (list(inspect.signature(getattr(x, name)).parameters)[1:] for x in (Objective, cls))
         if len(found) != len(wanted) or "generator" in wanted and "generator" not in found:
             raise BadInput(f"{cls.__name__}.{name} takes {', '.join(wanted)}, not {', '.join(found)}")
     return {f.name for f in fields(cls)}

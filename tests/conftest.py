@@ -18,6 +18,16 @@ from model import SIZES, Config, Transformer
 from objectives import OBJECTIVES, choose_path, describe, from_options
 from util import BadInput
 
+
+@pytest.fixture(autouse=True)
+def registry():
+    """Objectives that a test registers are gone after it."""
+    before = dict(OBJECTIVES)
+    yield
+    OBJECTIVES.clear()
+    OBJECTIVES.update(before)
+
+
 LITTLE = {"layers": 2, "width": 32, "heads": 2}
 
 # Options that suit 8 tokens and 9 patches; an objective that is not listed is tested as it comes.

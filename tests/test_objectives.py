@@ -430,7 +430,7 @@ def test_a_class_that_is_not_written_as_it_must_be_is_refused_by_name(monkeypatc
     unseeded = type("Unseeded", (Objective,), {"groups": lambda self, batch, length: None})
     unseeded = dataclass(frozen=True)(unseeded)
     for cls, says in ((plain, "dataclass.*above class Plain"), (bert, "one_stream is 'bert'"),
-                      (unseeded, "Unseeded.groups takes batch, length and generator")):
+                      (unseeded, "Unseeded.groups takes batch, length, generator, not batch, length")):
         monkeypatch.setitem(OBJECTIVES, "fork", cls)
         with pytest.raises(BadInput, match=says):
             from_options("fork")

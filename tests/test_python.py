@@ -32,8 +32,7 @@ def no_command_line(monkeypatch):
     monkeypatch.setattr(BadInput, "flags", False)
 
 
-def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, request):
-    request.addfinalizer(lambda: OBJECTIVES.pop("every", None))
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.py").write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0])
     names = {"__name__": "notebook"}
