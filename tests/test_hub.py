@@ -167,6 +167,22 @@ def test_commands(folders, tmp_path):
     assert found["texts"][0] == hub.load_hub_model(f"hf:{path}").tokenizer.decode(ids)
 
 
+def test_a_run_beside_hub_models(folders, trained, tmp_path):
+    """On one text, each beside a unigram model of its own tokens; hub models of one tokenizer are paired."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    gpt2, run = f"hf:{folders['gpt2'][2]}", trained("mlm --mask 0.3")
+    line = f"--data {tmp_path / 'text.txt'} --max-sequences 4 --dtype fp32"
+    ours, theirs = call_json(f"evaluate.py perplexity {run} {gpt2} {line}")["checkpoints"]
+    assert theirs["difference"] is None and theirs["unigram"]["nll"] > 0 < ours["unigram"]["nll"]
+    assert {ours["objective"], theirs["objective"]} == {"mlm 0.3", "ar"}
+    one = call_json(f"evaluate.py perplexity {run} {run} {line} --regime truncated")["checkpoints"][1]
+    assert list(one["regimes"]) == ["truncated"] and one["difference"]["nll"] == 0
+    two = call_json(f"evaluate.py perplexity {gpt2} {gpt2} {line} --length 12")["checkpoints"][1]
+    assert two["length"] == 12 and two["difference"]["interval"] == [0, 0]
+    with pytest.raises(BadInput, match="hf: models"):
+        call(f"evaluate.py perplexity {gpt2} {run} {line} --length 12")
+
+
 @pytest.mark.parametrize("name, says", [("not causal", "not causal"), ("capped", "after the output layer"),
                                         ("headless", "lacks weights")])
 def test_what_would_give_wrong_numbers_is_refused(folders, name, says):
