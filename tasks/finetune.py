@@ -262,7 +262,7 @@ def summary(metric, predicted, true, data):
 
 # ---------------------------------------------------------------------------- commands
 
-def print_scores(args, name, results):
+def print_scores(name, results):
     """The metrics of one data set, and of at most ten classes who was taken for whom by all seeds."""
     classes, rows = results["classes"], []
     labels = "scores" if classes is None else f"{len(classes):,} classes: {glue.listed(classes)}"
@@ -281,7 +281,7 @@ def print_scores(args, name, results):
             np.add.at(counts, (results["labels" + suffix], np.array(results["predictions" + suffix])), 1)
             rows = [["  " + true, *map(str, row)] for true, row in zip(classes, counts)]
             lines.append(table([[f"  true{suffix} \\ predicted", *classes], *rows]))
-    show(args, "\n".join(lines))
+    show("\n".join(lines))
 
 
 def finetune_command(args):
@@ -302,11 +302,11 @@ def finetune_command(args):
             rows = [{"epoch": k, "loss": loss} for k, loss in enumerate(results["figures"][0]["epochs"], 1)]
             rows.append({metric: x["seeds"][0] for metric, x in results.items() if isinstance(x, dict)})
             write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    show(args, f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
-               f"{protocol.attention} attention; scores x 100 on dev examples")
-    print_scores(args, data.name, results)
+    show(f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
+         f"{protocol.attention} attention; scores x 100 on dev examples")
+    print_scores(data.name, results)
     if folder:
-        show(args, f"{args.out} is a classifier now: python evaluate.py predict {args.out} --data FILE")
+        show(f"{args.out} is a classifier now: python evaluate.py predict {args.out} --data FILE")
     return {"protocol": asdict(protocol), "results": {"data": data.name, **results}}, run
 
 
@@ -340,7 +340,7 @@ def predict_command(args):
         csv.writer(lines, lineterminator="\n").writerows(rows)
         write_text(args.csv, lines.getvalue())
     short = [[place, *(" ".join(cell.split())[:40] for cell in cells)] for place, *cells in rows[:11]]
-    show(args, table(short, "<") + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
+    show(table(short, "<") + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
     return {"results": {"data": args.data, "classes": model.classes, "places": part.places, **found,
                         "probabilities": probabilities}}, run
 
@@ -362,15 +362,15 @@ def glue_command(args):
         done[name], predicted, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
         submission |= {file: [glue.prediction_file(data.classes, x) for x in predicted[file]]
                        for file in tests}
-        print_scores(args, glue.TASKS[name].folder, done[name])
+        print_scores(glue.TASKS[name].folder, done[name])
     row = {glue.TASKS[name].folder + suffix: done[name][glue.TASKS[name].metrics[0] + suffix]["mean"]
            for name in glue.TABLE2 if name in done for suffix, *_ in glue.TASKS[name].parts}
     results = {"tasks": done}
     if row:
         results |= {"table2": row, "average": statistics.fmean(row.values())}
         scores = [f"{100 * score:.1f}" for score in (*row.values(), results["average"])]
-        show(args, f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's "
-                   f"9\n{table([['', *row, 'mean'], ['dev', *scores]])}")
+        show(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's "
+             f"9\n{table([['', *row, 'mean'], ['dev', *scores]])}")
     if args.submit:
         Path(args.submit).mkdir(parents=True, exist_ok=True)
         paths = [f"{args.submit}/seed{seed}.zip" for seed in range(args.seeds)]
@@ -382,7 +382,7 @@ def glue_command(args):
         wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
         missing = [file for file in wanted if file not in submission]
         results |= {"submissions": paths, "not_in_submission": missing}
-        show(args, f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
+        show(f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
     return {"protocol": asdict(protocol), "results": results}, run
 
 

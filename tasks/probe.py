@@ -259,10 +259,9 @@ def figures(predicted, train_y, test_y, **settings):
 
 # ---------------------------------------------------------------------------- commands
 
-def show(args, text):
-    """Print for people, unless standard output is for --json."""
-    if args.json != "-":
-        print(printable(text))
+def show(text):
+    """Print names and texts of other people, whose control characters are shown."""
+    print(printable(text))
 
 
 def probe(args, run, autocast, source):
@@ -296,10 +295,10 @@ def probe_command(args):
     *_, last = results["layers"].values()
     rows = [[name, percent(found)] for name, found in results["layers"].items()]
     rows = [["layer", "accuracy, %"], *rows, ["largest class", f"{100 * last['majority']:.1f}"]]
-    show(args, f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, {results['pool']} "
-               f"pooling, {results['attention']} attention\n{len(results['classes'])} classes: "
-               f"{glue.listed(results['classes'])}; {last['train']:,} training and {last['test']:,} dev "
-               f"examples\n\n{table(rows)}")
+    show(f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, {results['pool']} "
+         f"pooling, {results['attention']} attention\n{len(results['classes'])} classes: "
+         f"{glue.listed(results['classes'])}; {last['train']:,} training and {last['test']:,} dev "
+         f"examples\n\n{table(rows)}")
     return {"results": results}, run
 
 
@@ -315,5 +314,5 @@ def transfer_command(args):
         rows.append([found["data"], str(len(found["classes"])), f"{last['train']:,}",
                      f"{100 * last['majority']:.1f}", percent(last)])
     mean = sum(one["accuracy"] for one in sets) / len(sets)
-    show(args, table([*rows, ["mean", "", "", "", f"{100 * mean:.1f}"]]))
+    show(table([*rows, ["mean", "", "", "", f"{100 * mean:.1f}"]]))
     return {"results": {"sets": sets, "mean": mean}}, run
