@@ -235,10 +235,12 @@ def tail_findings(reported):
 
 def trend_findings(reported):
     """Where the effect of the trend's primary claim goes, in a sentence."""
-    for slope in [c for x in reported if x["target"] == "trend" for c in x["claims"] if c["primary"]]:
-        [x] = [x for x in reported if x["target"] == "trend"]
+    for claims in [x["claims"] for x in reported if x["target"] == "trend"]:
+        [slope] = [c for c in claims if c["primary"]]
+        if not slope["measured"] or slope["interval"] is None:
+            continue
         name = slope["claim"].split(": more")[0]
-        last = [c for c in x["claims"] if c["at"] and c["claim"].startswith(name)][-1]
+        last = [c for c in claims if c["at"] and c["claim"].startswith(name)][-1]
         (low, high), gap = slope["interval"], last["effect"] - last["difference"]
         goes = "is not seen to move"
         if not low < 0 < high:

@@ -143,6 +143,19 @@ def test_the_trend(tmp_path):
     assert len({" ".join(line[line.index("--batch-size"):line.index("--steps")]) for line in lines}) == 1
 
 
+@pytest.mark.parametrize("slope, interval, word", [
+    (0.05, [0.01, 0.09], "towards"), (-0.05, [-0.09, -0.01], "away"), (0.05, [-0.1, 0.2], "not seen to move")])
+def test_where_an_effect_goes_in_words(slope, interval, word):
+    known = {"primary": False, "at": None, "measured": True, "effect": 0.107}
+    points = [{**known, "claim": f"a, {n} tokens", "at": {"tokens": n}, "difference": gap}
+              for n, gap in ((3, -0.09), (10, -0.06))]
+    fitted = {**known, "claim": "a: more so with every tenfold of tokens", "primary": True,
+              "difference": slope, "interval": interval}
+    [sentence] = pages.trend_findings([{"target": "trend", "claims": [*points, fitted]}])
+    assert word in sentence and "x0.942" in sentence and "x1.113" in sentence
+    assert not [*pages.trend_findings([{"target": "trend", "claims": [*points, {**fitted, "measured": False}]}])]
+
+
 def test_the_papers_numbers(tmp_path):
     paper = place_at("paper", tmp_path)
     for row in reproduce.TARGETS["table2"](paper).paper.values():  # its last column is the mean of the others
