@@ -351,7 +351,11 @@ def trend(path, claims):
             axis.errorbar(tokens, np.exp(effect), (low, high), fmt="o-", color=f"C{k}", capsize=3, label=line)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.axhline(np.exp(shown[0]["effect"]), color="black", linestyle="--", label="the paper's effect")
-        style(axis, xscale="log", title=panel, xlabel="tokens read", ylabel="ratio of perplexities")
+        style(axis, xscale="log", xlabel="millions of tokens read", ylabel="ratio of perplexities")
+        axis.set_title(panel, size=9)
+        read = sorted({c["at"]["tokens"] for c in claims})
+        axis.set_xticks(read, [f"{x / 1e6:g}" for x in read])
+        axis.set_xticks([], minor=True)
     legend(figure, axes.flat, len(axes) + 1)
     save(figure, path)
 
