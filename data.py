@@ -92,6 +92,7 @@ class TrainedTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, kind, vocab, texts):
+        """A new one of that kind ("wordpiece" or "bpe") and at most `vocab` tokens, from texts (str)."""
         lib, pieces = import_optional("tokenizers"), [piece for text in texts for piece in cut_at_lines(text)]
         if kind == "wordpiece":
             tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))

@@ -212,7 +212,8 @@ def choose_tasks(text, glue_dir, submit=None):
         if name not in TASKS:
             raise BadInput(f"there is no GLUE task {name!r}; choose from all, {', '.join(TASKS)}")
         if lacking[name]:
-            raise BadInput(f"{lacking[name]} is not there; GLUE's files are at https://gluebenchmark.com/tasks")
+            raise BadInput(f"{lacking[name]} is not there; GLUE's files are at "
+                           "https://gluebenchmark.com/tasks")
     if "ax" in names and not (submit and "mnli" in names):
         raise BadInput("the mnli model predicts ax: it needs --submit DIR and mnli among the --tasks")
     left_out = [f"{TASKS[one].folder} ({lacking[one].name})" for one in TABLE2 if lacking[one]]
