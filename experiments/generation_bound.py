@@ -81,38 +81,50 @@ def measure_attention(model, tokens, s_m):
 
 # ---------------------------------------------------------------------------- the printed proof
 
-def proof_steps(model, tokens, s_m, k=2):
-    """The steps of A.4 on one sequence (1, s), as rows: the printed ones fail, the corrected ones hold.
+def proof_steps(model, tokens, s_m):
+    """The steps of A.4 in numbers -> {step: (left, right)}, of the sequence (N, s) and k where it is most
+    wrong. X_m is the prefix X_<k and as many of the last tokens as make s_m. Powers are those of a double
+    sum, so that only the step itself is tested. "here" is what does hold."""
+    found, eta, (N, s) = {}, model.eta(tokens, 2), tokens.shape
+    for k in range(2, s_m + 1):
+        before = torch.arange(s) < k - 1
+        shown = before | (torch.arange(s) >= s - (s_m - k + 1))
+        f, f_m = (model.features(tokens, seen) for seen in (before, shown))
+        y, y_m = f @ model.W.T, f_m @ model.W.T
+        target = F.one_hot(tokens[:, k - 1], len(model.W)).to(y)
+        ratio, w_eta = s_m ** 2 / (k - 1) ** 2, torch.full((N,), (s_m ** 2 - (k - 1) ** 2) * eta)
+        eps = f_m - ratio * f
+        a, b, both = (x.square().sum(1) / 2 for x in (y - target, y_m - target, y_m - y))
+        moved, size = (f_m - f).norm(dim=1), eps.square().sum(1)
+        minus, plus = (((ratio - 1) * f + sign * eps).norm(dim=1) for sign in (-1, 1))
+        steps = {
+            "Eq. 10  -[W f(X_<k)]_+ = |W f(X_<k) - 1|^2/2 - 1": (-(y * target).sum(1), a - 1),
+            "Eq. 11  |x - 1|^2/2 <= |x - y|^2/2 + |y - 1|^2/2": (a, both + b),
+            "  here  |x - 1|^2/2 <= |x - y|^2 + |y - 1|^2": (a, 2 * both + 2 * b),
+            "Eq. 12  |W f(X_m) - 1|^2/2 = 1 - [W f(X_m)]_+": (b, 1 - (y_m * target).sum(1)),
+            "Eq. 16  |eps|^2 <= w eta": (size, w_eta),
+            "  here  |eps|^2 <= (w eta)^2": (size, w_eta ** 2),
+            "Eq. 19  |f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) - eps|": (moved, minus),
+            "  here  |f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) + eps|": (moved, plus),
+            "Eq. 21  [W f(X_<k)]^2 <= 1 for every token": (y.square().max(1).values, torch.ones(N))}
+        for step, (left, right) in steps.items():
+            excess = (left - right).abs() if " = " in step else left - right
+            i = excess.argmax().item()
+            worst = (excess[i].item(), left[i].item(), right[i].item())
+            found[step] = max(found.get(step, worst), worst)
+    return {step: worst[1:] for step, worst in found.items()}
 
-    X_m is the prefix X_<k and as many of the last tokens as make s_m. Powers are those of a double sum.
-    """
-    i, s = torch.arange(tokens.shape[1]), tokens.shape[1]
-    before, last = i < k - 1, i >= s - (s_m - k + 1)
-    f, f_m = (model.features(tokens, seen)[0] for seen in (before, before | last))
-    y, y_m = model.W @ f, model.W @ f_m
-    target = F.one_hot(tokens[0, k - 1], len(model.W)).to(y)
-    ratio, w_eta = s_m ** 2 / (k - 1) ** 2, (s_m ** 2 - (k - 1) ** 2) * model.eta(tokens, 2)
-    eps = f_m - ratio * f
-    a, b, both = (x.square().sum() / 2 for x in (y - target, y_m - target, y_m - y))
-    moved, size = (f_m - f).norm(), eps.square().sum()
-    minus, plus = (((ratio - 1) * f + sign * eps).norm() for sign in (-1, 1))
-    steps = [("Eq. 10", "-[W f(X_<k)]_+ = |W f(X_<k) - 1|^2/2 - 1", -y @ target, a - 1),
-             ("Eq. 11", "|x - 1|^2/2 <= |x - y|^2/2 + |y - 1|^2/2", a, both + b),
-             ("corrected", "|x - 1|^2/2 <= |x - y|^2 + |y - 1|^2", a, 2 * both + 2 * b),
-             ("Eq. 12", "|W f(X_m) - 1|^2/2 = 1 - [W f(X_m)]_+", b, 1 - y_m @ target),
-             ("Eq. 16", "|eps|^2 <= w eta", size, w_eta),
-             ("corrected", "|eps|^2 <= (w eta)^2", size, w_eta ** 2),
-             ("Eq. 19", "|f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) - eps|", moved, minus),
-             ("corrected", "|f(X_m) - f(X_<k)| = |(ratio - 1) f(X_<k) + eps|", moved, plus),
-             ("Eq. 21", "[W f(X_<k)]^2 <= 1 for every token", y.square().max(), 1)]
-    rows = []
-    for equation, formula, left, right in steps:
+
+def proof_rows(steps):
+    """Rows of proof_steps: the printed steps fail for these numbers, the corrected ones hold."""
+    for step, (left, right) in steps.items():
+        equation, formula = step.strip().split("  ")
+        equation = equation.replace("here", "corrected")
         claim, sides = f"A.4  {equation}, the same model", f"left {left:.1f}, right {right:.1f}"
-        excess = abs(left - right) if " = " in formula else left - right
-        holds = bool(excess <= 1e-9 * max(1, abs(right)))
-        rows.append(row(claim, "", f"{formula}: {sides}", holds, "holds") if equation == "corrected" else
-                    row(claim, formula, sides, not holds, "does not hold"))
-    return rows
+        excess = abs(left - right) if " = " in step else left - right
+        holds = excess <= 1e-9 * max(1, abs(right))
+        yield (row(claim, "", f"{formula}: {sides}", holds, "holds") if equation == "corrected" else
+               row(claim, formula, sides, not holds, "does not hold"))
 
 
 def broken_model(c=60.0):
@@ -166,27 +178,30 @@ def theorem43(r=2, s=6, T=2, rho=0.5, steps=1000, d=32, seed=0):
     masks = from_options("mlm", mask=hidden / s), from_options("vl", mask=(0.5 / s, 1 - 0.5 / s))
     model, all_lengths = (train_attention(x, tokens, vocab, d, steps, seed=seed) for x in masks)
     s_m = s - hidden
-    x = measure_attention(model, tokens, s_m)
-    one, several = x["loss"], measure_attention(all_lengths, tokens, s_m)["loss"]
+    x, every = measure_attention(model, tokens, s_m), [measure_attention(all_lengths, tokens, n) for n in m]
+    one, several = x["loss"], every[0]["loss"]
+    bound = np.array([y["corrected"][-1] for y in every])  # of all lengths: s_m = m, where nothing is missing
     short, whole = ((blind - told)[:n].sum() / (one - told)[:n].sum() for n in (s_m, s))
 
     broken = {key: value.mean() for key, value in measure_attention(*broken_model()).items()}
+    steps = proof_steps(*broken_model())
     loss, printed, corrected = (broken[name] for name in ("loss", "printed", "corrected"))
     rows = [row("4.3  printed bound, a model against it", f"L <= {printed:.1f}", f"L = {loss:.1f}",
                 loss > printed, "does not hold"),
             row("4.3  corrected bound, the same model", "", f"L = {loss:.1f} <= {corrected:.1f}",
-                loss <= corrected, "holds"), *proof_steps(*broken_model())]
+                loss <= corrected, "holds"), *proof_rows(steps)]
     copies, w = tokens[:1, :1].expand(1, s_m), s_m ** 3 - np.arange(s) ** 3
     f, f_of_one = (model.features(copies, torch.arange(s_m) < n).norm().item() for n in (s_m, 1))
+    growth = f / f_of_one
     rows += [row(f"4.3  terms of linear attention, {s_m} tokens", f"triple sum, {s_m ** 3}",
-                 f"{f / f_of_one:.1f}", abs(f / f_of_one - s_m ** 2) < 1e-6, "double sum"),
+                 f"{growth:.1f}", abs(growth - s_m ** 2) < 1e-6, "double sum"),
              row("4.3  the sum over k", "all k", f"w_k = {', '.join(map(str, w))}",
                  (w[:s_m + 1] >= 0).all() and (w[s_m + 1:] < 0).all(), "k = 2 .. s_m + 1 only"),
              row("4.3  ||W f||, by length of the prefix", "1", ", ".join(f"{norm:.2f}" for norm in x["norm"]),
                  s == 2 or np.ptp(x["norm"]) > 0, "differs by length"),
              row("4.3  trained linear attention", f"L <= {x['printed'].mean():.1f}",
                  f"L = {one[:s_m].mean():.3f} <= {x['corrected'].mean():.1f}",
-                 (one[:s_m] <= x["corrected"]).all(), "holds, vacuous")]
+                 (one[:s_m] <= x["corrected"]).all() and (several <= bound).all(), "holds, vacuous")]
     if s > 2:  # there are other lengths
         elsewhere = [np.delete(losses, s_m - 1).mean() for losses in (one, several)]
         rows += [row(f"4.3  loss at lengths other than {s_m}", "all lengths better",
@@ -197,4 +212,6 @@ def theorem43(r=2, s=6, T=2, rho=0.5, steps=1000, d=32, seed=0):
     return {"visible": s_m, "prefix": m, "loss_one_length": one, "loss_all_lengths": several,
             "ideal_blind": blind, "ideal_told_position": told, "norm_one_length": x["norm"],
             "printed_bound": x["printed"], "corrected_bound": x["corrected"],
-            "share_of_blindness": short, "share_of_blindness_all_prefixes": whole, "rows": rows}
+            "corrected_bound_all_lengths": bound, "share_of_blindness": short,
+            "share_of_blindness_all_prefixes": whole, "w": w, "growth": growth, "counterexample": broken,
+            "proof": proof_steps(model, tokens, s_m), "proof_counterexample": steps, "rows": rows}

@@ -33,6 +33,7 @@ from experiments.measures import (
 )
 from experiments.verdicts import Claim
 from model import SIZES
+from spectral import TABLE_9
 
 AR, DAR, MASKED = "Autoregressive", "Diversity-enhanced", "Masked"
 PAIR = {AR: "ar --streams 2", DAR: "dar --t 2"}
@@ -305,7 +306,6 @@ def figure3(place):
 # ---------------------------------------------------------------------------- images
 
 PROBE_AND_FINETUNE = {"LP Acc.": probe(), "FT Acc.": finetune()}
-TABLE_9 = {1: (56.2, 82.5), 2: (59.4, 82.9), 3: (59.6, 82.7), 4: (58.8, 82.5)}  # t: linear probe, fine-tuning
 
 
 def images_table(title, rows, numbers, pairs=((DAR, AR),), columns=PROBE_AND_FINETUNE, note=""):

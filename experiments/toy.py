@@ -235,16 +235,19 @@ def correlation(x, errors, resamples=300):
 
 def findings(rows, ts, r):
     """Spearman correlations of the objectives' errors with Theorem 4.1's tail, for each noise and loss: `at`
-    the bottleneck t (`exact_tail` is of exact features), and of `few` labels without one, the tail at r."""
+    the bottleneck t (`exact_tail`: that of exact features), there with what the objective needs and with exact
+    errors too, and of `few` labels without a bottleneck, the tail at r."""
     result = []
     for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
         group = [row for row in rows if row["eps"] == eps]
-        tails, exact = (np.array([row[name] for row in group]).T for name in ("tails", "exact"))
+        tails, exact, needs = (np.array([row[name] for row in group]).T for name in ("tails", "exact", "needs"))
         errors = np.stack([row[kind]["all"] for row in group], 1)              # (seeds, objectives, n)
         few = {place: correlation(tails[r - 1], np.stack([row[kind][place][0] for row in group], 1))
                for place in PLACES}
         at = [{"t": t, "exact_tail": spearman(tails[t - 1], exact[t - 1]),
-               "tail": correlation(tails[t - 1], errors[:, :, k])} for k, t in enumerate(ts)]
+               **{name: correlation(x, errors[:, :, k]) for name, x in
+                  (("tail", tails[t - 1]), ("needs", needs), ("exact", exact[t - 1]))}}
+              for k, t in enumerate(ts)]
         result.append({"eps": eps, "loss": kind, "few": few, "at": at})
     return result
 

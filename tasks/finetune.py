@@ -235,7 +235,7 @@ def fine_tune_seeds(run, data, protocol, seeds, autocast, tests):
         model, losses = fine_tune(run, train, data.train.labels, data.classes, protocol, seed, autocast,
                                   printable(f"{data.name} seed {seed}"))
         first = first or model
-        figures.append({"epochs": losses})
+        figures.append({"train_loss": losses[-1], "epochs": losses})
         for name, examples in prepared.items():
             predicted[name].append(predict(model, run, examples, autocast)[0])
     results = {"classes": data.classes, "train": len(train),

@@ -310,7 +310,7 @@ def transfer_command(args):
     for source in args.data:
         found = probe(args, run, autocast, source)
         *_, last = found.pop("layers").values()
-        sets.append(found | last)
+        sets.append({**found, **last, "classes": len(found["classes"]), "size": run.model.config.size})
         rows.append([found["data"], str(len(found["classes"])), f"{last['train']:,}",
                      f"{100 * last['majority']:.1f}", percent(last)])
     mean = sum(one["accuracy"] for one in sets) / len(sets)
