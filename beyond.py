@@ -242,6 +242,8 @@ class Spans(Objective):
         super().check(length)
         if isinstance(self.mask, tuple) or not 0 < self.mask < 1:
             raise BadInput(f"--mask {show(self.mask)} is not a ratio between 0 and 1, such as 0.15")
+        if self.span < 1:
+            raise BadInput(f"--span {show(self.span)} is no length of a span: it is at least 1")
 
     def counts(self, length):
         """Hidden tokens and spans. Two spans have a visible token between them."""
@@ -315,7 +317,7 @@ class Segments(Objective):
     def check(self, length):
         super().check(length)
         side = math.ceil(math.sqrt(length))
-        if side ** 2 != length or side % self.segment or side == self.segment:
+        if side ** 2 != length or self.segment not in range(1, side) or side % self.segment:
             raise BadInput(f"--segment {self.segment} does not divide a square of {length} patches, such as "
                            f"{side} x {side}, into two or more squares")
 
