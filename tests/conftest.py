@@ -7,6 +7,7 @@ import json
 import random
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,19 @@ def name_of(way):
 
 
 WAYS = list(ways(SMALL, 8))
+LEFT_TO_RIGHT = [way for way in WAYS if way[0].left_to_right(8, way[1])]
 IMAGE_WAYS = list(ways(SMALL_IMAGES, 9, images=True))
 
 
 @pytest.fixture(params=WAYS, ids=name_of)
 def way(request):
     """(objective, path) for text."""
+    return request.param
+
+
+@pytest.fixture(params=LEFT_TO_RIGHT, ids=name_of)
+def exact_way(request):
+    """The same where texts have an exact likelihood."""
     return request.param
 
 
@@ -90,6 +98,18 @@ def call(line):
 def call_json(line):
     """The object that a command writes with --json."""
     return json.loads(call(f"{line} --json -"))
+
+
+def call_both(line):
+    """What a command prints, and the object that it writes to a file with --json."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "results.json")
+        return call(f"{line} --json {path}"), json.loads(path.read_text())
+
+
+def logged(run):
+    """The lines that training logged."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------- data and runs
@@ -146,6 +166,10 @@ def trained(books, tmp_path_factory):
 
 # ---------------------------------------------------------------------------- models
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def scaled(model, scale):
     """At its initial size all outputs of a model are nearly the same, and a test of what they depend on would
     prove nothing."""
@@ -181,15 +205,16 @@ def make_image_model():
 
 
 @pytest.fixture
-def make_run(make_model):
+def make_run(make_model, make_image_model):
     """A function that wraps such a model as the Run that evaluation works on."""
     from data import ByteTokenizer
     from objectives import flag
     from run import Run, Settings
 
-    def make(objective, path, **kwargs):
-        model = make_model(**kwargs)
-        settings = Settings(flag(objective), vars(objective), length=model.config.length, preset="tiny")
-        return Run(model, objective, path, ByteTokenizer(), settings, 0, "test")
+    def make(objective, path, images=False, **kwargs):
+        model = make_image_model(path, **kwargs) if images else make_model(**kwargs)
+        settings = Settings(flag(objective), vars(objective), length=model.config.length,
+                            preset="vit-tiny" if images else "tiny")
+        return Run(model, objective, path, None if images else ByteTokenizer(), settings, 0, "test")
 
     return make

@@ -54,6 +54,9 @@ train.py --resume --out none | none does not exist
 train.py --resume --out ar --lr 0.5 | --lr 0.5
 train.py --resume --out ar | step 20
 train.py --resume --out ar --steps 30 --data other.txt | other.txt data
+train.py --resume --out ar --steps 30 --objective dar | --objective dar
+train.py --resume --out spans --steps 30 --mask 0.3 | --mask 0.3
+train.py --resume --out ar --overwrite | --resume --overwrite
 train.py --resume --out cut | cut whole checkpoint
 data.py text none.txt --out new | none.txt does not exist
 data.py text empty.txt --out new | empty.txt
@@ -71,6 +74,13 @@ evaluate.py perplexity ar --regime padded | --regime padded next
 evaluate.py perplexity ar --length 8 | --length 8 hf:
 evaluate.py perplexity ar --data short.txt | short.txt
 evaluate.py perplexity ar --json none/x.json | none/x.json folder
+evaluate.py perplexity none --json . | . folder
+evaluate.py perplexity none --plot x.txt | x.txt picture
+evaluate.py connectivity none --plot x.jpg | x.jpg picture
+evaluate.py reconstruct none --picture x.jpg | x.jpg png
+evaluate.py curves ar --plot none/x.png | none/x.png
+evaluate.py export none --out . | . exists
+evaluate.py predict none --data x --csv . | . folder
 evaluate.py perplexity spans | spans likelihood
 evaluate.py perplexity images | images text
 evaluate.py bound ar | ar any order
@@ -79,6 +89,8 @@ evaluate.py generate images | images text
 evaluate.py generate ar --temperature -1 | --temperature -1 at least 0
 evaluate.py generate ar --order confident | ar --order confident
 evaluate.py generate ar --suffix x | --suffix
+evaluate.py generate spans --order left | spans --order left
+evaluate.py generate spans --prompt once --suffix xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx | --suffix 32
 evaluate.py connectivity ar none | none does not exist
 evaluate.py connectivity images | images text
 evaluate.py reconstruct ar | ar text images
@@ -104,6 +116,8 @@ spectral.py theorem4.2 --r 50 --s 50 | r = 50 smaller
 spectral.py theorem4.3 --T 100 | T = 100 smaller
 spectral.py spectrum --objective dar --t 16 | --t 16 1..15
 spectral.py all --json none/x.json | none/x.json folder
+spectral.py all --plot x.txt | x.txt picture
+spectral.py spectrum --objective ar --json none/x.json | none/x.json folder
 spectral.py toy --eps 1 | --eps 1
 bench.py --objectives bert | 'bert'
 bench.py --objectives dar --t 500 | --t 500 1..127
