@@ -24,7 +24,6 @@ import torch
 from tqdm import tqdm
 
 import plots
-from data import Corpus
 from masks import queries_of
 from model import Transformer
 from objectives import describe, scores_next, target_nll
@@ -130,7 +129,7 @@ def perplexity(run, data=None, max_sequences=200, regime=None, lengths=False):
     """Left-to-right likelihood of held-out text under a Run -> dict of results per regime, with `lengths`
     also against the length of the prefix; and the loss of the training text's unigram frequencies on the same
     tokens. `data` is what --data names, or a Corpus."""
-    corpus = data if isinstance(data, Corpus) else held_out_text(run, data)
+    corpus = held_out_text(run, data)
     sequences, tokens_per_byte, data = evaluation_sequences(run, corpus, max_sequences)
     nll = left_to_right(run, sequences, regime)
     nll["unigram"] = unigram_nll(corpus, sequences[:, run.objective.chain(sequences.shape[1])])

@@ -212,8 +212,8 @@ def decode_all(files, labels, size):
 
 
 def cifar_files(root):
-    """Binary files of CIFAR-10 or CIFAR-100 -> (class names, bytes before the pixels, training, validation);
-    None in any other folder."""
+    """Binary files of CIFAR-10 or CIFAR-100 -> (that of the class names, bytes before the pixels, those for
+    training, those for validation); None in any other folder."""
     if (root / "test_batch.bin").exists():
         return root / "batches.meta.txt", 1, sorted(root.glob("data_batch_*.bin")), [root / "test_batch.bin"]
     if (root / "fine_label_names.txt").exists():

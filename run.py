@@ -1,4 +1,5 @@
-"""A run: its settings and presets, its machine, its checkpoint, the Run that evaluation opens, its data."""
+"""A run: its settings, presets and schedules, its machine, its checkpoint, the Run that evaluation opens, its
+data."""
 
 import contextlib
 import ctypes
@@ -6,11 +7,12 @@ import json
 import math
 import os
 import zipfile
-from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from data import POSITIONS, Corpus, Sequences, load_corpus, load_evaluation, tokenizer_from_json, toy_noise
 from images import Patches, is_images, load_images
@@ -99,14 +101,14 @@ class Settings:
 
 
 def add_settings(parser):
-    """One flag for each field of Settings. Those that are not given are missing from the parsed arguments."""
+    """One flag for each field of Settings; None where it is not given."""
     by_preset = {name for preset in PRESETS.values() for name in preset}
     for f in fields(Settings):
         if "help" in f.metadata:
             default = "the preset's" if f.name in by_preset else f.default
             shown = "" if default is None or default is False else f" (default: {default})"
             kind = {} if "action" in f.metadata else {"type": positive if f.type is int else f.type}
-            parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS,
+            parser.add_argument("--" + f.name.replace("_", "-"), default=None,
                                 **{**kind, **f.metadata, "help": f.metadata["help"] + shown})
 
 
@@ -129,7 +131,7 @@ def resolve(**given):
     given.setdefault("preset", "vit-tiny" if images else "tiny")
     if toy:
         given.setdefault("length", POSITIONS)
-    settings, preset = Settings(**given), PRESETS[given["preset"]]
+    settings = Settings(**given)
     if settings.images and settings.objective in IMAGE_MASKS:
         options.setdefault("mask", IMAGE_MASKS[settings.objective])
     objective, path = replace(settings, options=options).task()
@@ -149,10 +151,22 @@ def resolve(**given):
     budget = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
     rule = {} if path == "mask" else {"mask_rule": None}
     given |= {"options": asdict(objective), "objective_text": objective_text(settings.objective)}
-    settings = Settings(**{**preset, **budget, **rule, **given})
+    settings = Settings(**{**PRESETS[settings.preset], **budget, **rule, **given})
     check_ranges(settings)
     objective.check(settings.positions)
     return settings
+
+
+def resumed(out, given):
+    """Settings of the run in `out`, of which the budget, the place of the data and the memory may change."""
+    saved = load_checkpoint(out)["settings"]
+    values = {**asdict(saved), **saved.options}
+    for name in given.keys() - {"steps", "epochs", "data", "micro_batch"}:
+        if given[name] != values.get(name):
+            raise BadInput(f"the run in {out} has --{name.replace('_', '-')} {values.get(name)}, not "
+                           f"{given[name]}")
+    budget = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
+    return resolve(**{**asdict(saved), **budget, **given})
 
 
 def objective_text(objective):
@@ -173,6 +187,32 @@ def check_ranges(settings):
                 raise BadInput(f"--{name.replace('_', '-')} {value:g} is not {allowed}")
     if settings.images and settings.size % settings.patch:
         raise BadInput(f"--patch {settings.patch} does not divide images of --size {settings.size}")
+
+
+# ---------------------------------------------------------------------------- schedules
+
+def learning_rate(settings, progress):
+    """The rate at `progress` in 0..1 through the budget."""
+    if settings.schedule == "cosine":
+        return settings.lr * warmup_cosine(progress, settings.warmup)
+    share = 0.25 + progress if progress < 0.75 else 4 * (1 - progress)  # the Cramming protocol's one cycle
+    return settings.lr * share * (min(1, progress / settings.warmup) if settings.warmup else 1)
+
+
+def batch_sizes(settings, steps):
+    """The number of sequences of every step, which grows by sixteenths over the first `batch_ramp`."""
+    full, ramp = settings.batch_size, steps * settings.batch_ramp
+    if not ramp:
+        return [full] * steps
+    return [math.ceil(full * min(16, 1 + int(16 * step / ramp)) / 16) for step in range(steps)]
+
+
+def steps_for(settings, sequences):
+    """The fewest steps whose batches make up that many sequences."""
+    steps = math.ceil(sequences / settings.batch_size)
+    while (missing := sequences - sum(batch_sizes(settings, steps))) > 0:
+        steps += math.ceil(missing / settings.batch_size)
+    return steps
 
 
 def warmup_cosine(progress, warmup):
@@ -213,6 +253,54 @@ def choose_autocast(device, name=None):
     return (lambda: torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")), name
 
 
+# ---------------------------------------------------------------------------- several processes
+
+def join_processes(device):
+    """(this process's device, the number of processes that torchrun started, which of them this is)."""
+    device, world = choose_device(device), int(os.environ.get("WORLD_SIZE") or 1)
+    if world == 1:
+        return device, 1, 0
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise BadInput(f"WORLD_SIZE={world} without {', '.join(missing)}: start processes with torchrun")
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, world, dist.get_rank()
+
+
+def wrap_distributed(module, device, world, fsdp, sizes):
+    """The module, its gradients averaged over processes that share batches of `sizes`; FSDP shards it."""
+    if uneven := [size for size in sizes if size < world or fsdp and size % world]:
+        raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
+                       + " in equal parts" * fsdp + "; give another --batch-size")
+    if fsdp and world == 1:
+        raise BadInput("--fsdp shards over several processes; start them with torchrun --nproc_per_node=N")
+    if not fsdp:
+        return nn.parallel.DistributedDataParallel(module) if world > 1 else module
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(device.type, (world,))
+    for block in module.model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def full_state(model, optimizer, world):
+    """{"model", "optimizer"}: their state by the parameters' names, whole though there are many processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=world > 1)
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
+
+
+def load_state(model, optimizer, saved):
+    """Set what `full_state` gave; each process of FSDP keeps its shard."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]  # this machine's, not the one's that wrote it
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                   options=StateDictOptions(full_state_dict=True))
+
+
 # ---------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, content):
@@ -235,7 +323,13 @@ def load_checkpoint(path):
         raise BadInput(f"{path} {'is no regular file' if path.exists() else 'does not exist'}; give a run "
                        "folder of train.py, or its ckpt.pt")
     try:
-        content = read_exported(path) if exported else read_saved(path)
+        if exported:
+            content = read_exported(path)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed, and would unpack to more than it holds")
+            content = torch.load(path, map_location="cpu", weights_only=True)
         for name, cls in (("settings", Settings), ("model_config", Config)):
             known = {f.name for f in fields(cls)}  # earlier versions had fields that are gone
             content[name] = cls(**{key: x for key, x in content[name].items() if key in known})
@@ -253,16 +347,8 @@ def load_checkpoint(path):
     return content
 
 
-def read_saved(path):
-    """The content of a file of `save_checkpoint`; nothing in it is unpacked."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it is compressed, and would unpack to more than it holds")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def read_exported(path):
-    """The same of a model.safetensors and the files beside it."""
+    """The content of a checkpoint from a model.safetensors and the files beside it."""
     content = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
     content["model"] = import_optional("safetensors.torch").load_file(path)
     if content["tokenizer"] == "byte":
@@ -332,11 +418,12 @@ def training_corpus(settings):
 
 
 def held_out_text(run, data=None):
-    """What --data names, as a Corpus whose `val` is evaluated on. None: what the run's own data held out."""
+    """What --data names, or a Corpus, as a Corpus whose `val` is evaluated on. None: what the run's own data
+    held out."""
     if run.tokenizer is None:
         raise BadInput(f"{run.name} was trained on images; this command reads text")
     if data is not None:
-        return load_evaluation(data, run.tokenizer)
+        return data if isinstance(data, Corpus) else load_evaluation(data, run.tokenizer)
     if run.settings.data is None:
         raise BadInput(f"{run.name} does not come with a text to evaluate on; give one with --data")
     corpus = training_corpus(run.settings)
@@ -348,8 +435,8 @@ def held_out_text(run, data=None):
 
 def evaluation_sequences(run, data=None, count=200):
     """(`count` sequences of held-out text (N, S), its tokens per byte, the name of the data), the same for
-    every checkpoint of one tokenizer and length. `data` is as for `held_out_text`, or what that returned."""
-    corpus = data if isinstance(data, Corpus) else held_out_text(run, data)
+    every checkpoint of one tokenizer and length. `data` is as for `held_out_text`."""
+    corpus = held_out_text(run, data)
     S = run.settings.length
     whole = corpus.val[:len(corpus.val) // S * S]
     if len(whole) < 2 * S or count < 2:

@@ -32,47 +32,12 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import run
 from data import prefetch
 from model import Transformer
 from objectives import add_options, describe, draw_batch, loss_sum
-from run import (
-    add_settings,
-    choose_autocast,
-    choose_device,
-    load_checkpoint,
-    load_examples,
-    resolve,
-    save_checkpoint,
-    warmup_cosine,
-)
+from run import batch_sizes, join_processes, learning_rate, load_examples, resolve, save_checkpoint, steps_for
 from util import BadInput, Parser, command_line, import_optional, note, positive, write_text
-
-# ---------------------------------------------------------------------------- schedules
-
-def learning_rate(settings, progress):
-    """The rate at `progress` in 0..1 through the budget."""
-    if settings.schedule == "cosine":
-        return settings.lr * warmup_cosine(progress, settings.warmup)
-    share = 0.25 + progress if progress < 0.75 else 4 * (1 - progress)  # the Cramming protocol's one cycle
-    return settings.lr * share * (min(1, progress / settings.warmup) if settings.warmup else 1)
-
-
-def batch_sizes(settings, steps):
-    """The number of sequences of every step, which grows by sixteenths over the first `batch_ramp`."""
-    full = settings.batch_size
-    if not settings.batch_ramp:
-        return [full] * steps
-    ramp = steps * settings.batch_ramp
-    return [math.ceil(full * min(16, 1 + int(16 * step / ramp)) / 16) for step in range(steps)]
-
-
-def steps_for(settings, sequences):
-    """The fewest steps whose batches make up that many sequences."""
-    steps = math.ceil(sequences / settings.batch_size)
-    while (missing := sequences - sum(batch_sizes(settings, steps))) > 0:
-        steps += math.ceil(missing / settings.batch_size)
-    return steps
-
 
 # ---------------------------------------------------------------------------- optimizers
 
@@ -144,6 +109,17 @@ def make_optimizer(model, settings):
 
 # ---------------------------------------------------------------------------- one step, and validation
 
+class LossModule(nn.Module):
+    """The loss as a module, which is what the wrappers for several processes take."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch, path):
+        return self.function(self.model, batch, path)
+
+
 def update(loss_module, optimizer, batches, count, path, autocast, clip, rate, world=1):
     """One optimizer step on the mean loss over the `count` targets of all `batches`, whose gradients add up
     -> this process's part of the loss, and the norm of the gradient before clipping, both on the device."""
@@ -186,67 +162,6 @@ def validation_loss(loss_module, objective, path, sequences, device, autocast, m
     return total / targets
 
 
-# ---------------------------------------------------------------------------- processes and their state
-
-def join_processes(device):
-    """(this process's device, the number of processes that torchrun started, which of them this is)."""
-    device, world = choose_device(device), int(os.environ.get("WORLD_SIZE") or 1)
-    if world == 1:
-        return device, 1, 0
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise BadInput(f"WORLD_SIZE={world} without {', '.join(missing)}: start processes with torchrun")
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, world, dist.get_rank()
-
-
-class LossModule(nn.Module):
-    """The loss as a module, which is what the wrappers for several processes take."""
-
-    def __init__(self, model, function):
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, batch, path):
-        return self.function(self.model, batch, path)
-
-
-def wrap_distributed(module, device, world, fsdp, sizes):
-    """The module, its gradients averaged over processes that share batches of `sizes`; FSDP shards it."""
-    if uneven := [size for size in sizes if size < world or fsdp and size % world]:
-        raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
-                       + " in equal parts" * fsdp + "; give another --batch-size")
-    if fsdp and world == 1:
-        raise BadInput("--fsdp shards over several processes; start them with torchrun --nproc_per_node=N")
-    if world == 1:
-        return module
-    if not fsdp:
-        return nn.parallel.DistributedDataParallel(module)
-    from torch.distributed.fsdp import fully_shard
-    mesh = dist.init_device_mesh(device.type, (world,))
-    for block in module.model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
-
-
-def full_state(model, optimizer, world):
-    """{"model", "optimizer"}: their state by the parameters' names, whole though there are many processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    options = StateDictOptions(full_state_dict=True, cpu_offload=world > 1)
-    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
-
-
-def load_state(model, optimizer, saved):
-    """Set what `full_state` gave; each process of FSDP keeps its shard."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-    for group in saved["optimizer"]["param_groups"]:
-        group["fused"] = optimizer.defaults["fused"]  # this machine's, not the one's that wrote it
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))
-
-
 # ---------------------------------------------------------------------------- the run folder, signals, output
 
 def load_saved(out, resume, overwrite):
@@ -260,7 +175,7 @@ def load_saved(out, resume, overwrite):
         with open(metrics, "rb") as file:
             lock(file, "LOCK_SH")
     if resume:
-        saved = load_checkpoint(out)
+        saved = run.load_checkpoint(out)
         if "total" not in saved:
             raise BadInput(f"{out} was written by an earlier version: it can be evaluated, but not resumed")
         return saved
@@ -356,7 +271,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     saved = load_saved(out, resume, overwrite)
     device, world, rank = join_processes(device)
     is_main = rank == 0
-    autocast, precision = choose_autocast(device, dtype or saved.get("dtype"))
+    autocast, precision = run.choose_autocast(device, dtype or saved.get("dtype"))
     torch.set_num_threads(threads or saved.get("threads") or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")
 
@@ -382,11 +297,11 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     if compiled or compiled is None and device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64  # every size of a ramped batch is a graph of its own
         function = torch.compile(loss_sum, dynamic=False)
-    loss_module = wrap_distributed(LossModule(model, function), device, world, fsdp, sizes)
+    loss_module = run.wrap_distributed(LossModule(model, function), device, world, fsdp, sizes)
     val_module = loss_module if fsdp else LossModule(model, loss_sum)
     optimizer = make_optimizer(model, settings)
     if saved:
-        load_state(model, optimizer, saved)
+        run.load_state(model, optimizer, saved)
 
     def draw(place):
         """This process's part of the batch of a step, and the number of targets of the whole batch."""
@@ -400,7 +315,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
 
     def save():
         """The checkpoint, of which every process gathers its part and the first one writes."""
-        state = full_state(model, optimizer, world)
+        state = run.full_state(model, optimizer, world)
         if is_main:
             save_checkpoint(out / "ckpt.pt", {
                 **state, **data, "settings": settings.to_dict(), "model_config": asdict(config),
@@ -417,13 +332,13 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     # what is written: from here on the folder is this run's
     new = ".new" if overwrite and (out / "ckpt.pt").exists() else ""
     config_json = {**settings.to_dict(), "steps": steps, "path": path}
-    folder = run_folder(out, config_json, step, new) if is_main else io.StringIO()
     unit, each = ("images", 1) if settings.images else ("tokens", config.length)
     losses, logged, logged_seen, val_loss = torch.zeros((), device=device), step, seen, 0.0
     seen_before, clock = itertools.accumulate(sizes[step:], initial=seen), time.perf_counter()
-    shown = {"disable": quiet or not is_main, "mininterval": 1 if sys.stderr.isatty() else 10}
-    with (folder as metrics, stop_signals() as stop,
-          tqdm(total=steps, initial=step, unit="step", **shown) as bar,
+    with (run_folder(out, config_json, step, new) if is_main else io.StringIO() as metrics,
+          stop_signals() as stop,
+          tqdm(total=steps, initial=step, unit="step", disable=quiet or not is_main,
+               mininterval=1 if sys.stderr.isatty() else 10) as bar,
           open_board(out, step) if tensorboard and is_main else contextlib.nullcontext() as board):
         say(f"{describe(objective)} ({path}), {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{train_set.total:,} training {unit}; {world} x {device.type} {precision}; "
@@ -477,21 +392,9 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
 
 # ---------------------------------------------------------------------------- command line
 
-def resumed(out, given):
-    """Settings of the run in `out`, of which the budget, the place of the data and the memory may change."""
-    saved = load_checkpoint(out)["settings"]
-    values = {**asdict(saved), **saved.options}
-    for name in given.keys() - {"steps", "epochs", "data", "micro_batch"}:
-        if given[name] != values.get(name):
-            raise BadInput(f"the run in {out} has --{name.replace('_', '-')} {values.get(name)}, not "
-                           f"{given[name]}")
-    budget = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
-    return resolve(**{**asdict(saved), **budget, **given})
-
-
 def main(argv=None):
     parser = Parser(description="Pretrain a Transformer with any objective.")
-    add_settings(parser)
+    run.add_settings(parser)
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run folder (default: runs/ and the objective)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -514,7 +417,7 @@ def main(argv=None):
     machine = {name: given.pop(name) for name in inspect.signature(train).parameters if name in given}
     if machine["resume"] and (out is None or machine["overwrite"]):
         raise BadInput("--resume goes on with the run in a folder: give it as --out DIR, without --overwrite")
-    settings = resumed(out, given) if machine["resume"] else resolve(**given)
+    settings = run.resumed(out, given) if machine["resume"] else resolve(**given)
     if out is None:
         objective, path = settings.task()
         two = " two-stream" if path == "two-stream" and objective.one_stream else ""
