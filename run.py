@@ -393,8 +393,8 @@ def load_run(path, device="cpu"):
 # ---------------------------------------------------------------------------- the data of a run
 
 def load_examples(settings, path, device="cpu"):
-    """(Config, training sequences, validation sequences, tokenizer or None). Sequences of text and of images
-    both have `len`, `batch(start, size, part)`, and their `total` of tokens or images."""
+    """(Config, training sequences, validation sequences, tokenizer or None). Sequences of text and images
+    have `len`, `batch(start, size, part)`, `lengths(start, size)` and `total`, of tokens or of images."""
     if settings.images != (isinstance(settings.data, str) and is_images(settings.data)):
         kinds = ("text", "images") if settings.images else ("images", "text")
         raise BadInput(f"--data {settings.data} is {kinds[0]}, and --preset {settings.preset} for {kinds[1]}")
