@@ -6,7 +6,7 @@ from conftest import call
 
 from evaluate import left_to_right
 from experiments.check import check
-from objectives import describe, draw_batch, from_options, scores_next
+from objectives import describe, draw_batch, from_options
 from util import BadInput
 
 BACKWARD = """
@@ -56,12 +56,6 @@ def test_every_check_holds_or_names_what_is_missing(way, my):
     assert "WRONG" not in out
 
 
-def test_scores_next_in_another_order():
-    f = torch.tensor([4, 3, 2, 1])
-    assert scores_next(f).tolist() == [False] * 4
-    assert scores_next(f, torch.tensor([3, 2, 1, 0])).tolist() == [True, True, True, False]
-
-
 WRONG = {
     "generator": """def groups(self, batch, length, generator=None):
         return 1 + (torch.rand(batch, length).argsort(1) > 0).long()""",
@@ -86,7 +80,6 @@ def test_what_is_wrong_is_named(tmp_path, name, method):
 
 
 def test_likelihood_in_the_order_of_its_chain(my, make_run):
-    """From right to left the last token is given, and all sequences have probability one."""
     run = make_run(from_options(my), "two-stream", vocab=3, length=4)
     sequences = torch.cartesian_prod(*[torch.arange(3)] * 3, torch.tensor([1]))
     (name, nll), = left_to_right(run, sequences).items()

@@ -1,11 +1,9 @@
 """Figure 2: the blocked search for the most similar pairs against all pairs at once, and the command."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import call, call_json
+from conftest import call_both, call_json, seeded
 
 from data import Corpus
 from tasks import connectivity
@@ -20,7 +18,7 @@ def all_pairs(x, texts):
 @pytest.mark.parametrize("count", (1, 50, 10 ** 6))
 def test_top_pairs_are_those_of_all_pairs(count):
     """Small integers: products are exact, and many are tied, also at the last place."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     x = torch.randint(-2, 3, (20, 4), generator=generator).float()
     for texts in (torch.arange(20), torch.arange(20) // 4, torch.randint(5, (20,), generator=generator)):
         expected = all_pairs(x, texts)
@@ -30,7 +28,7 @@ def test_top_pairs_are_those_of_all_pairs(count):
 
 
 def test_both_kinds_of_similarity():
-    x, texts = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40) // 2
+    x, texts = 3 * torch.randn(40, 5, generator=seeded()), torch.arange(40) // 2
     result = connectivity.similarities(x, texts, 300)
     assert (result["features"], result["texts"], result["pairs"]) == (40, 20, 300)
     for name, rows in (("inner_product", x), ("cosine", x / x.norm(dim=1, keepdim=True))):
@@ -46,11 +44,11 @@ def test_both_kinds_of_similarity():
 def test_features_are_of_contexts_of_every_text(way, make_run, count, each):
     objective, path = way
     run = make_run(objective, path, length=16)
-    tokens = torch.randint(11, (6 * 16,), generator=torch.Generator().manual_seed(0)).numpy()
+    tokens = torch.randint(11, (6 * 16,), generator=seeded()).numpy()
     corpus = Corpus("x", run.tokenizer, tokens[:0], tokens, len(tokens))
     features, texts = connectivity.features_of(run, corpus, count)
     assert features.shape == (len(texts), run.model.config.width)
-    fewest = int((objective.groups(500, 16, torch.Generator().manual_seed(0)) > 1).sum(1).min())
+    fewest = int((objective.groups(500, 16, seeded()) > 1).sum(1).min())
     assert all(min(each, fewest) <= n <= each for n in texts.bincount(minlength=6))
     assert torch.equal(features, connectivity.features_of(run, corpus, count)[0])
     assert not torch.equal(features, connectivity.features_of(run, corpus, count, seed=1)[0])
@@ -66,6 +64,5 @@ def test_command(trained, tmp_path):
         assert -1 <= row["cosine"]["least"] <= row["cosine"]["mean"] <= 1 + 1e-6
         assert row["inner_product"]["mean_of_all"] < row["inner_product"]["mean"]
     assert (tmp_path / "figure2.png").read_bytes()[:4] == b"\x89PNG"
-    out = tmp_path / "alone.json"
-    assert "cosine" in call(f"evaluate.py connectivity {vl} {few} --json {out}")
-    assert json.loads(out.read_text())["checkpoints"] == x["checkpoints"][1:]  # its numbers are its own
+    said, alone = call_both(f"evaluate.py connectivity {vl} {few}")
+    assert "cosine" in said and alone["checkpoints"] == x["checkpoints"][1:]  # its numbers are its own

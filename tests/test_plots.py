@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from conftest import call
 
-from util import BadInput
-
 pytest.importorskip("matplotlib")
 
 import plots
@@ -105,10 +103,3 @@ def test_a_row_far_from_all_others_does_not_squeeze_them():
     assert plots.far_row([row["cells"]["padded"]["seeds"] for row in rows]) == 0  # the unigrams
     assert plots.far_row([[10.0, 11.0], [12.0], [15.0, 14.0]]) is None
     assert plots.far_row([[1.0], [2.0]]) is None
-
-
-@pytest.mark.parametrize("name", ["x.gif", "picture", "none/x.png"])
-def test_a_picture_that_cannot_be_written_is_refused_before_the_work(name, tmp_path):
-    with pytest.raises(BadInput, match=name):
-        plots.ranks(tmp_path / name, None)
-    assert not list(tmp_path.iterdir())

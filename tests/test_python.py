@@ -1,23 +1,27 @@
-"""The project from Python: README's lines, data given as it is, objectives of one's own, several calls."""
+"""The project from Python: data given as it is, objectives of one's own. What the README shows."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import call, call_json
 from test_check import BACKWARD
 
+import spectral
 from evaluate import perplexity
 from masks import Objective
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, from_options
 from run import Settings, load_run, resolve
 from tasks.probe import features
 from train import train
 from util import BadInput
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README, ERRATA = (ROOT.joinpath(name).read_text(encoding="utf-8") for name in ("README.md", "ERRATA.md"))
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # first an objective of one's own
 SMALL = {"length": 16, "steps": 4, "batch_size": 4}
 TEXTS = [f"text number {k} of many, with a few words in it" for k in range(60)]
 
@@ -34,9 +38,9 @@ def no_command_line(monkeypatch):
 
 def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.py").write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0])
+    (tmp_path / "my.py").write_text(PYTHON[0])
     names = {"__name__": "notebook"}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    for block in PYTHON:
         exec(block.replace("steps=1000", "steps=3, batch_size=4, length=16"), names)  # noqa: S102  it is ours
     assert names["x"].shape == (2, 32) and isinstance(names["text"], str)
     assert names["scores"]["perplexity"] > 1 and names["masks"][0].shape == (8, 8)
@@ -99,3 +103,41 @@ def test_an_objective_of_a_cell_and_one_of_a_file(tmp_path, monkeypatch):
     path.write_text(BACKWARD + "\n# changed\n")
     with pytest.raises(BadInput, match="is not the file"):
         load_run(tmp_path / "file")
+
+
+# ---------------------------------------------------------------------------- README.md and ERRATA.md
+
+def test_the_worked_example_is_an_objective_with_an_option_of_its_own(tmp_path, books):
+    (tmp_path / "my.py").write_text(PYTHON[0])
+    name = f"{tmp_path / 'my.py'}:Every"
+    f = from_options(name, nth=4).groups(200, 9)
+    hidden = {tuple((row > 1).nonzero()[:, 0].tolist()) for row in f}
+    assert hidden == {(0, 4, 8), (1, 5), (2, 6), (3, 7)}
+    assert "Every nth=2" in call(f"objectives.py {name} --nth 2 --length 4 --samples 1")
+    assert "WRONG" not in call(f"objectives.py {name} --check")
+    call(f"train.py --objective {name} --nth 3 --data {books} --length 12 --batch-size 4 --steps 3 "
+         f"--no-report --threads 1 --device cpu --out {tmp_path / 'run'}")
+    found, = call_json(f"spectral.py spectrum --objective {name} --nth 3 --s 6")["spectra"]
+    assert found["singular_values"] == pytest.approx([1, 1, 1, 0, 0, 0], abs=1e-9)
+    with pytest.raises(BadInput):
+        call(f"evaluate.py perplexity {tmp_path / 'run'}")
+
+
+def test_every_file_and_folder_it_names_is_there():
+    named = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
+    named |= set(re.findall(r"`((?:[a-z]+/)?\w+\.(?:py|md|txt|cff))`", README))
+    named -= {"my.py"}  # the reader's own
+    assert len(named) > 4 and not {name for name in named if not (ROOT / name).exists()}
+
+
+def test_every_flag_and_command_it_names_is_defined():
+    files = (path for folder in (".", "tasks", "experiments") for path in ROOT.glob(f"{folder}/*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
+    known = set(re.findall(r'"--([a-z][a-z-]*)"', code))
+    known |= {f.name.replace("_", "-") for cls in (Settings, *OBJECTIVES.values()) for f in fields(cls)}
+    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help", "nth", "s"}
+    for text in (README, ERRATA):
+        flags = set(re.findall(r"(?<![\w-])--([a-z][a-z_-]*)", text))
+        assert len(flags) > 3 and flags <= known
+    commands = re.findall(r"spectral\.py ([a-z][\w.]*)", README + ERRATA)
+    assert len(commands) > 10 and not set(commands) - set(spectral.COMMANDS)

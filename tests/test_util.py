@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from util import plain, printable, table, write_json, write_text
+from util import plain, write_json, write_text
 
 
 def test_json_has_no_numbers_that_are_not_finite(tmp_path, capsys):
@@ -30,11 +30,3 @@ def test_files_are_written_whole_and_in_utf_8(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="space"):
         write_text(path, "half")
     assert path.read_text(encoding="utf-8").startswith("±")
-
-
-def test_control_characters_are_shown():
-    assert printable("a\x1b[31mb\r\tc\nü") == "a\\x1b[31mb\\r\tc\nü"
-
-
-def test_table_aligns_columns():
-    assert table([["name", "x"], ["a", "10"]]) == "name   x\na     10"
