@@ -7,28 +7,24 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, seeded
 
 import images
-from images import ImageSet, Patches, crop, decode, is_images, load_images, patchify, random_views, unpatchify
+from images import ImageSet, Patches, crop, decode, is_images, load_images, random_views, unpatchify
 from model import Config
 from util import BadInput
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def class_folders(root, sizes, shape=(8, 8)):
+def class_folders(root, sizes):
     """{"train/cat": 3, ...} -> that many PNG files in each; returns {folder: pixels}."""
     pixels = {}
     for i, (folder, count) in enumerate(sizes.items()):
         (root / folder).mkdir(parents=True)
-        pixels[folder] = noise(count, *shape, 3, seed=i)
+        pixels[folder] = noise(count, 8, 8, 3, seed=i)
         for k, image in enumerate(pixels[folder]):
             save(root / folder / f"{k:04}.png", image)
     return pixels
@@ -217,7 +213,7 @@ def pillow_crop(image, view, size):
 
 @pytest.mark.parametrize("H, W, size", [(7, 7, 7), (5, 9, 6), (12, 10, 4)])
 def test_crops_are_those_of_pillow(H, W, size):
-    pixels, views = noise(3, H, W, 3), random_views(3, generator(1))
+    pixels, views = noise(3, H, W, 3), random_views(3, seeded(1))
     views[2] = torch.tensor([0.5, 0.5, 1, 1, -1])
     with torch.autocast("cpu", torch.bfloat16):
         found = crop(torch.from_numpy(pixels), views, size).numpy()
@@ -229,7 +225,7 @@ def test_crops_are_those_of_pillow(H, W, size):
 
 
 def test_random_views_are_uniform_and_inside():
-    cx, cy, wide, high, sign = random_views(20_000, generator(), scale=(0.3, 0.9)).unbind(1)
+    cx, cy, wide, high, sign = random_views(20_000, seeded(), scale=(0.3, 0.9)).unbind(1)
     for centre, extent in ((cx, wide), (cy, high)):
         assert (centre - extent / 2).min() > -1e-6 and (centre + extent / 2).max() < 1 + 1e-6
         free = ((centre - extent / 2) / (1 - extent))[extent < 0.9]
@@ -238,12 +234,6 @@ def test_random_views_are_uniform_and_inside():
     assert area.min() > 0.299 and area.max() < 0.901 and abs(area.std() - 0.6 / 12 ** 0.5) < 0.01
     assert ratio.abs().max() < math.log(4 / 3) + 1e-5 and abs(ratio.mean()) < 0.01 and ratio.std() > 0.1
     assert set(sign.tolist()) == {-1, 1} and abs(sign.mean()) < 0.03
-
-
-def test_patches_are_in_raster_order_and_come_back():
-    x = torch.randn(2, 3, 12, 12, generator=generator())
-    assert torch.equal(patchify(x, 4)[:, 5], x[:, :, 4:8, 8:12].flatten(1))
-    assert torch.equal(unpatchify(patchify(x, 4), 4), x)
 
 
 def test_batches_are_the_same_whoever_asks():
@@ -269,7 +259,7 @@ def test_mixing_treats_images_and_targets_alike(mixup, cutmix):
     B, kinds = 6, set()
     x = torch.arange(B).float()[:, None, None, None].expand(B, 3, 16, 12)
     for seed in range(40):
-        mixed, soft = images.mix(x, torch.eye(B), generator(seed), mixup, cutmix)
+        mixed, soft = images.mix(x, torch.eye(B), seeded(seed), mixup, cutmix)
         assert torch.allclose(soft.sum(dim=1), torch.ones(B)) and mixed.shape == x.shape
         assert torch.allclose(mixed.mean(dim=(1, 2, 3)), soft @ torch.arange(B).float(), atol=1e-4)
         whole = (mixed == mixed.round()).all().item()
@@ -283,7 +273,7 @@ def test_mixing_treats_images_and_targets_alike(mixup, cutmix):
 
 def test_mixing_weights_are_beta():
     x, eye = torch.zeros(2, 1, 24, 24), torch.eye(2)
-    share = torch.stack([images.mix(x, eye, generator(seed), 0.8, 0)[1][0, 0] for seed in range(1500)])
+    share = torch.stack([images.mix(x, eye, seeded(seed), 0.8, 0)[1][0, 0] for seed in range(1500)])
     # The variance of Beta(a, a) is 1 / (4 (2 a + 1)).
     assert abs(share.mean() - 0.5) < 0.03 and abs(share.var() - 1 / (4 * 2.6)) < 0.01
 

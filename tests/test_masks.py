@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import seeded
 
-from masks import content_mask, dar_groups, draw, masked_groups, query_mask, stratified
+from masks import content_mask, masked_groups, query_mask, stratified
 
 
 def test_masks_against_eq_24():
@@ -30,12 +30,3 @@ def test_masked_groups_hide_an_exact_count(ratio, hidden):
 def test_of_127_stratified_numbers_each_comes_once():
     for times in (1, 10):
         assert sorted(stratified(127 * times, 127, seeded(1)).tolist()) == sorted([*range(1, 128)] * times)
-
-
-def test_drawing_shows_who_sees_whom():
-    lines = draw(dar_groups(4, 2, 1), [(1, 2, 1.0), (3, 2, 0.5)]).splitlines()
-    assert lines[1].split()[-4:] == ["1", "2", "2", "3"]
-    seen = ["".join(line.split()[1:5]) for line in lines[4:8]]
-    assert seen == ["■···", "■■■·", "■■■·", "■■■■"]
-    assert lines[10].split() == ["2", *"■···"] and lines[11].split()[:5] == ["4", *"■···"]
-    assert lines[11].endswith("cut 2, weight 0.5")

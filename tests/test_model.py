@@ -3,30 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 
 from masks import ar_groups, sees
-from model import (
-    Config,
-    LinearCrossEntropy,
-    Transformer,
-    additive,
-    attend,
-    block_mask,
-    gather_rows,
-    grid_sinusoids,
-)
+from model import Config, LinearCrossEntropy, Transformer, additive, attend, block_mask, grid_sinusoids
 from objectives import draw_batch, from_options, loss_sum
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def run(model, batch, path):
     return model(batch.tokens, batch.groups, batch.targets, path, batch.cuts, batch.blank, False, batch.given)
 
-
-# ---------------------------------------------------------------------------- who depends on whom
 
 def dependence(model, batch, path):
     """Which tokens the feature of each query has a gradient to: bool (B, n, B, S), a query's own sequence and
@@ -79,27 +65,6 @@ def test_padding_is_never_seen(make_model, path):
     gradient, = torch.autograd.grad(first.sin().sum(), model.embedding.weight)
     assert torch.equal(gradient[:8].abs().amax(1) > 0, f == 1)
 
-
-def test_rows_that_see_nothing_are_finite(make_model):
-    """The first group of dar, filler: forward and backward, though nobody scores them."""
-    model = make_model()
-    groups = torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3], [0, 0, 1, 1, 1, 2, 2, 2]])
-    features = model(torch.randint(11, (2, 8)), groups, torch.arange(8).expand(2, -1), "two-stream")
-    features.square().sum().backward()
-    assert features.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-def test_blind_queries_of_one_context_are_alike(make_image_model):
-    f, targets = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 3, 3]]), torch.tensor([[4, 5, 8]])
-    patches = torch.randn(1, 9, 48, dtype=torch.float64, generator=seeded())
-    told, blind = (make_image_model("two-stream", blind=x)(patches, f, targets, "two-stream")[0]
-                   for x in (False, True))
-    assert torch.equal(blind[0], blind[1]) and not torch.allclose(blind[1], blind[2])
-    assert not torch.allclose(told[0], told[1])
-
-
-# ---------------------------------------------------------------------------- against transcriptions
 
 def dense(model, x, f, g, cuts):
     """Eq. 23 and 24 row by row and head by head, for one sequence: content x (S, D) under f, queries g (n, D)
@@ -198,10 +163,7 @@ def test_positions_of_a_square():
     row, column = torch.arange(9) // 3, torch.arange(9) % 3
     for half, line in ((positions[:, :8], row), (positions[:, 8:], column)):
         assert torch.equal((half[:, None] == half).all(-1), line[:, None] == line)
-    assert torch.equal(gather_rows(positions[None], torch.tensor([[4]]))[0, 0], positions[4])
 
-
-# ---------------------------------------------------------------------------- attention and precision
 
 def test_block_masks_see_what_the_masks_say(monkeypatch):
     """Cell by cell, block by block, and attention through them."""

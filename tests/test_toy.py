@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, call_json
+from conftest import call_both, call_json, seeded
 
 from experiments import toy
 from experiments.spectrum import normalised, pairs
@@ -109,7 +109,7 @@ def test_draw_agrees_with_the_exact_model():
     model = toy.NoisyToy(3, 4, T=2, eps=0.4)
     contexts, q = pairs(from_options("dar", t=2), 4)
     own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
-    bag, P, pi, y = toy.draw_texts(model, *own, 40_000, torch.Generator().manual_seed(1))
+    bag, P, pi, y = toy.draw_texts(model, *own, 40_000, seeded(1))
     merged, exact = toy.merged(model, contexts, q)
     assert P.mean(0).numpy() == pytest.approx(merged.sum(0).repeat(2) / 2, abs=4e-3)  # T = 2 values a class
     assert pi.max(1).values.mean().item() == pytest.approx(merged.sum(1) @ exact.max(1), abs=6e-3)
@@ -122,7 +122,7 @@ def test_spectral_networks_reach_the_optimum_and_loss_is_that_of_the_theorem():
     contexts, q = pairs(from_options("vl", mask=(0.25, 0.75)), 4)
     own = torch.tensor(contexts), torch.tensor(q, dtype=torch.float32)
     sigma = toy.split(model, contexts, q)[2]
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     weights, root = toy.train_networks(model, *own, ts, "spectral", seeds, 600, generator)
     bag, P, _, _ = toy.draw_texts(model, *own, 20_000, generator)
     loss = toy.network_losses(weights, bag.expand(seeds, -1, -1), P.expand(seeds, -1, -1), root, "spectral")
@@ -133,8 +133,16 @@ def test_spectral_networks_reach_the_optimum_and_loss_is_that_of_the_theorem():
     assert spectral_loss(z / root, targets, root ** 2).item() == pytest.approx(loss[0, 0].item(), abs=0.05)
 
 
+def test_spectral_loss_against_its_formula():
+    scores, targets = torch.randn(6, 4, generator=seeded()), torch.randint(4, (6,), generator=seeded())
+    marginal = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = sum(-2 * scores[i, targets[i]] + sum(marginal[v] * scores[i, v] ** 2 for v in range(4))
+                   for i in range(6)) / 6
+    torch.testing.assert_close(spectral_loss(scores, targets, marginal), expected)
+
+
 def test_probes_of_features_that_are_known():
-    y, generator = torch.arange(400) % 4, torch.Generator().manual_seed(0)
+    y, generator = torch.arange(400) % 4, seeded()
     f = torch.stack([torch.eye(4)[y], torch.rand(400, 4, generator=generator)])
     for error in toy.all_labels(f, f[0]), toy.few_label_errors(f, f[0], y, generator):
         assert error.shape == (2,) and error[0] == 0 and error[1] > 0.4
@@ -154,9 +162,9 @@ def test_command(tmp_path, monkeypatch):
     assert {"permutation", "ar", "mtp t=2"} <= {describe(objective) for objective in toy.candidates(8)}
     pytest.importorskip("matplotlib")
     small = "spectral.py toy --quick --s 4 --r 3 --T 1 --steps 3 --eps 0.5 --seed 3"
-    text = call(f"{small} --json {tmp_path / 'toy.json'} --plot {tmp_path / 'toy.png'}")
+    text, content = call_both(f"{small} --plot {tmp_path / 'toy.png'}")
     assert "Spearman" in text and "nan" not in text and (tmp_path / "toy.png").stat().st_size > 10_000
-    rows = json.loads((tmp_path / "toy.json").read_text())["rows"]
+    rows = content["rows"]
     assert len(rows) == 5 and np.shape(rows[0]["spectral"]["all"]) == (2, 4)
     last = toy.candidates(4, quick=True)[-1:]
     monkeypatch.setattr(toy, "candidates", lambda s, quick: last)
