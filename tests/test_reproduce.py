@@ -33,6 +33,11 @@ def place_at(scale, folder, target=""):
     return Place(scale, folder / "data", folder / "work", scale_of(scale, target))
 
 
+def line_of(folder, target, scale="cpu"):
+    paths = f"--data-dir {folder}/data --work {folder}/work --out {folder}/out"
+    return [target, "--scale", scale, *paths.split()]
+
+
 def in_process(stage):
     """What reproduce.run does in a process of its own."""
     name, *argv = reproduce.command(stage)
@@ -48,6 +53,12 @@ def little_text(monkeypatch):
     rng = np.random.default_rng(0)
     texts = [(f"module{k}", " ".join(rng.choice(["one", "two", "three", "four"], 400))) for k in range(60)]
     monkeypatch.setattr(data, "pydoc_texts", lambda: iter(texts))
+
+
+def write_novels(folder):
+    (folder / "data" / "text").mkdir(parents=True)
+    for name in ("austen_emma", "austen_persuasion", "eliot_romola", "eliot_middlemarch"):
+        (folder / "data" / "text" / f"{name}.txt").write_text("x")
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -69,9 +80,7 @@ def test_every_command_line_is_understood(scale, tmp_path, monkeypatch):
         assert Path(out).parent == tmp_path / "work" and settings.task()
         raise Understood
 
-    for name in ("austen_emma", "austen_persuasion", "eliot_romola", "eliot_middlemarch"):
-        (tmp_path / "data" / "text").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "text" / f"{name}.txt").write_text("x")
+    write_novels(tmp_path)
     kinds = {}  # one of each command and set of flags
     for name, target in reproduce.TARGETS.items():
         place = place_at(scale, tmp_path, name)
@@ -194,8 +203,7 @@ def test_no_verdict_on_models_that_learned_nothing(target, tmp_path):
 # ---------------------------------------------------------------------------- running
 
 def test_table7_at_smoke_scale(tmp_path, monkeypatch, capsys, little_text):
-    line = ["table7", "--scale", "smoke", "--tokens", "1024", "--work", str(tmp_path / "work"),
-            "--out", str(tmp_path / "out")]
+    line = [*line_of(tmp_path, "table7", "smoke"), "--tokens", "1024"]
     monkeypatch.setattr(reproduce, "run", in_process)
     assert reproduce.main(line) == 0
     text, x = capsys.readouterr().out, json.loads((tmp_path / "out" / "table7-smoke.json").read_text())
@@ -272,28 +280,23 @@ def test_a_model_that_diverged_has_a_page(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduce, "run", functools.partial(pretend, result=diverged))
     (tmp_path / "data" / "text").mkdir(parents=True)
-    reproduce.main(["table7", "--scale", "cpu", "--data-dir", str(tmp_path / "data"), "--work",
-                    str(tmp_path / "work"), "--out", str(tmp_path / "out")])
+    reproduce.main(line_of(tmp_path, "table7"))
     reproduce.main(["report", "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| x1.113 | - | - | not measured |" in text and "nan" not in text and "None" not in text
 
 
-def test_stages_run_after_what_they_need_and_end_at_the_first_failure(tmp_path, monkeypatch):
+def test_the_first_failure_is_the_end(tmp_path, monkeypatch):
+    def fail(stage):
+        ran.append(stage)
+        raise BadInput("no memory")
+
+    ran = []
     (tmp_path / "data" / "images").mkdir(parents=True)
-    ran, line = [], ["table8", "--scale", "cpu", "--data-dir", str(tmp_path / "data"), "--work",
-                     str(tmp_path / "work")]
-
-    def run(stage):
-        assert {need.out for need in stage.needs} <= set(ran)
-        if stage.argv[1] == "probe" and "seed1" in str(stage.out):
-            raise BadInput("no memory")
-        ran.append(stage.out)
-
-    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce, "run", fail)
     with pytest.raises(BadInput, match="no memory"):
-        reproduce.main(line)
-    assert len(ran) > 1
+        reproduce.main(line_of(tmp_path, "table8"))
+    assert len(ran) == 1
 
 
 # ---------------------------------------------------------------------------- pages
@@ -325,7 +328,8 @@ def made_up(argv, rng):
 
 
 def pretend(stage, result=made_up):
-    """In place of running a stage."""
+    """In place of running a stage, after all that it needs."""
+    assert all(need.out.exists() for need in stage.needs)
     rng = np.random.default_rng(sum(map(ord, str(stage.argv))))
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     if stage.line()[-2] == "--out":
@@ -352,10 +356,8 @@ def test_cells_are_metrics_of_what_is_written(tmp_path):
             100 * np.mean([metric(one[:6], labels[:6]) for one in predictions]))
     assert measures.probe().read(ar, x).value == pytest.approx(100 * np.mean(written["correct"]))
     assert measures.probe().read(Model("ar", instead="guess"), x).value == pytest.approx(10)
-    (tmp_path / "data" / "text").mkdir(parents=True)
-    for name in ("austen_emma", "austen_persuasion", "eliot_romola", "eliot_middlemarch"):
-        assert [*measures.few_labels(place)] == ["pydoc probe"]  # two novels of two authors are needed
-        (tmp_path / "data" / "text" / f"{name}.txt").write_text("x")
+    assert [*measures.few_labels(place)] == ["pydoc probe"]  # two novels of two authors are needed
+    write_novels(tmp_path)
     [column] = measures.few_labels(place).values()
     written["layers"]["4"]["correct"] = [1] * 80 + [0] * 80
     cell = column.read(ar, x)
@@ -376,10 +378,8 @@ def test_every_target_makes_its_page(scale, names, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(pages, "judge", functools.partial(pages.judge, draws=10))
     for name in ("text", "glue", "images", "wikitext2", "other", *(f"transfer/{name}" for name in NINE)):
         (tmp_path / "data" / name).mkdir(parents=True)
-    arguments = ["--scale", scale, "--data-dir", str(tmp_path / "data"), "--work", str(tmp_path / "work"),
-                 "--out", str(tmp_path / "out"), "--seeds", "2"]
     for name in ["all"] if scale == "cpu" else names:
-        assert reproduce.main([name, *arguments]) == 0
+        assert reproduce.main([*line_of(tmp_path, name, scale), "--seeds", "2"]) == 0
     for name in names:
         x = json.loads((tmp_path / "out" / f"{name}-{scale}.json").read_text())
         assert all(column["seeds"] == [] or column["mean"] is not None for row in x["rows"]
