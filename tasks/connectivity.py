@@ -13,16 +13,14 @@ from tqdm import tqdm
 import plots
 from objectives import draw_batch
 from run import evaluation_sequences
-from tasks.hub import about, open_runs
+from tasks.hub import about, finite, open_runs
 from util import BadInput, positive, table
 
-# ---------------------------------------------------------------------------- similarity
 
 @torch.no_grad()
 def features_of(run, corpus, count, seed=0):
-    """`count` features f(X) of contexts X in held-out text, from which the run's network predicts X+: equally
-    many from each of at most `count` sequences, drawn by the run's own objective. Returns features (n, D),
-    float32, and the sequence that each came from (n,), both on the CPU."""
+    """`count` features f(X) of contexts X in held-out text, drawn by the run's own objective, equally many
+    from each sequence -> features float32 (n, D) and the sequence that each came from (n,), on the CPU."""
     sequences, device = evaluation_sequences(run, corpus, count)[0], run.model.query.device
     each, generator, rows = math.ceil(count / len(sequences)), torch.Generator().manual_seed(seed), []
     for first in tqdm(range(0, len(sequences), 64), unit=" batches", leave=False, delay=2, mininterval=1):
@@ -36,10 +34,8 @@ def features_of(run, corpus, count, seed=0):
         texts = torch.arange(first, first + len(tokens))[:, None].expand_as(targets)
         rows.append((features[chosen.values > 0], texts[chosen.values > 0]))
     features, texts = map(torch.cat, zip(*rows))
-    if not features.isfinite().all():
-        raise BadInput(f"{run.name} gives features that are not finite: its training diverged")
     pick = torch.randperm(len(texts), generator=generator)[:count].sort().values
-    return features[pick], texts[pick]
+    return finite(run, features)[pick], texts[pick]
 
 
 def top_pairs(x, texts, count=100_000, block=256):
@@ -63,8 +59,8 @@ def mean_product(x, texts):
 
 
 def similarities(features, texts, count=100_000):
-    """Figure 2's surrogate for how connected the samples are: the similarity of features of different texts.
-    `inner_product` is the paper's; `cosine`, which has no unit of the network's own, compares networks."""
+    """Figure 2's surrogate for how connected the samples are. `inner_product` is the paper's; `cosine`, which
+    has no unit of the network's own, compares networks."""
     if len(texts.unique()) < 2:
         raise BadInput("similarities take features from two texts; give more --data or more --features")
     results = {}
@@ -77,8 +73,6 @@ def similarities(features, texts, count=100_000):
     return {"features": len(texts), "texts": len(texts.unique()), "pairs": len(top), **results}
 
 
-# ---------------------------------------------------------------------------- command
-
 def connectivity_command(args):
     rows = []
     for name, run, autocast, text in open_runs(args):
@@ -87,9 +81,8 @@ def connectivity_command(args):
         device = run.model.query.device
         rows.append({"checkpoint": name, "label": name, **about(run),
                      **similarities(features.to(device), texts.to(device), args.top)})
-    x = rows[0]
-    print(f"{x['features']:,} features f(X) of {x['texts']:,} sequences of {text.name}; the {x['pairs']:,} "
-          "most similar pairs")
+    print("{features:,} features f(X) of {texts:,} sequences of {data}; the {pairs:,} most similar pairs"
+          .format(data=text.name, **rows[0]))
     for name in ("inner_product", "cosine"):
         cells = [[row["label"], *(f"{row[name][key]:.4g}" for key in ("mean_of_all", "mean", "least"))]
                  for row in rows]
@@ -101,9 +94,8 @@ def connectivity_command(args):
 
 
 def add_commands(command):
-    """Register `connectivity` with evaluate.py: `command(name, function, text, many)` gives a parser."""
-    text = "similarity of features of held-out contexts (Figure 2)"
-    add = command("connectivity", connectivity_command, text, many=True).add_argument
+    add = command("connectivity", connectivity_command, many=True,
+                  text="similarity of features of held-out contexts (Figure 2)").add_argument
     add("--data", help="as for perplexity (default: the first checkpoint's validation text)")
     add("--features", type=positive, default=8000, help="contexts, 8000 in the paper")
     add("--top", type=positive, default=100_000, help="most similar pairs to show")

@@ -42,9 +42,9 @@ def export(run: Run, out, regimes):
     """Write the folder `out`, which must not exist. regimes: {name: results of evaluate.perplexity}."""
     save_file = import_optional("safetensors.torch").save_file
     config, settings = run.model.config, run.settings
+    weights = {name: x.contiguous().cpu() for name, x in run.model.state_dict().items()}
     with new_folder(out, ()) as folder:
-        save_file({name: x.contiguous().cpu() for name, x in run.model.state_dict().items()},
-                  str(folder / "model.safetensors"))
+        save_file(weights, folder / "model.safetensors")
         tokens = "patches of images"
         if run.tokenizer:
             tokens = f"{run.tokenizer.kind}, vocabulary {config.vocab:,}, sequences of {config.length}"
@@ -66,9 +66,8 @@ def export(run: Run, out, regimes):
 def byte_tokenizer():
     """data.ByteTokenizer as a tokenizer.json, in which a byte is a character that can be printed: itself, or
     one from 256 on."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printed]
-    vocab = {chr(b) if b in printed else chr(256 + others.index(b)): b for b in range(256)}
+    others = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
+    vocab = {chr(256 + others.index(b)) if b in others else chr(b): b for b in range(256)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     separator = {"id": 256, "content": "[SEP]", "single_word": False, "lstrip": False, "rstrip": False,
                  "normalized": False, "special": True}

@@ -17,7 +17,6 @@ import contextlib
 import copy
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -30,15 +29,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from data import prefetch
 from images import Patches, load_unlabelled, mix, new_folder, patchify, unpatchify
 from objectives import describe
-from run import choose_autocast, choose_device, load_checkpoint, load_run, save_checkpoint, warmup_cosine
+from run import load_checkpoint, save_checkpoint, warmup_cosine
 from tasks import glue, probe
 from tasks.hub import open_run
-from tasks.probe import show
 from util import BadInput, output_file, positive, printable, table, write_text
 
 
@@ -104,9 +103,11 @@ class Classifier(nn.Module):
 
     def __init__(self, run, classes, protocol, seed, mean=0.0, spread=1.0):
         super().__init__()
-        self.classes, self.mean, self.spread = classes, mean, spread
-        self.encoder, self.protocol, width = copy.deepcopy(run.model), protocol, run.model.config.width
+        self.classes, self.protocol, self.mean, self.spread = classes, protocol, mean, spread
+        self.encoder, width = copy.deepcopy(run.model), run.model.config.width
+        between = nn.Dropout(protocol.dropout)
         if run.tokenizer is None:
+            between = nn.LayerNorm(width)
             self.encoder.decoder = self.encoder.pixels = None
             rates = torch.linspace(0, protocol.drop_path, len(self.encoder.blocks)).tolist()
             for block, rate in zip(self.encoder.blocks, rates):
@@ -114,7 +115,6 @@ class Classifier(nn.Module):
         for module in self.encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = protocol.dropout
-        between = nn.Dropout(protocol.dropout) if run.tokenizer is not None else nn.LayerNorm(width)
         self.head = nn.Sequential(between, nn.Linear(width, 1 if classes is None else len(classes)))
         nn.init.normal_(self.head[1].weight, std=0.02, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.head[1].bias)
@@ -161,7 +161,7 @@ def text_batches(run, prepared, targets, protocol, seed):
     lengths = np.array(list(map(len, prepared)))
     for epoch in range(protocol.epochs):
         for rows in probe.batch_rows(lengths, protocol.batch_size, seed, epoch):
-            yield *probe.text_batch(run, [prepared[i] for i in rows]), targets[torch.from_numpy(rows)]
+            yield *probe.text_batch(run, prepared, rows), targets[torch.from_numpy(rows)]
 
 
 def image_batches(run, images, classes, protocol, steps, seed, mix_seed):
@@ -181,8 +181,8 @@ def image_batches(run, images, classes, protocol, steps, seed, mix_seed):
 
 def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLAIN, title=""):
     """Fine-tune a copy of run.model on what probe.prepare made of a part and its class numbers (N,), or where
-    `classes` is None scores (N,), learned in units of their deviation -> the Classifier, each epoch's mean
-    loss. R8: the new layer, the order, mixing, and dropout or drop path each have a seed of their own."""
+    `classes` is None its scores (N,) -> the Classifier, each epoch's mean loss. R8: the new layer, the order,
+    mixing, and dropout or drop path each have a seed of their own."""
     p, images, device = protocol, run.tokenizer is None, run.model.query.device
     seeds = np.random.SeedSequence(seed).generate_state(3 + images).tolist()
     head_seed, order_seed, *mix_seed, drop_seed = seeds
@@ -192,7 +192,7 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
         targets = ((labels - mean) / spread).astype(np.float32)[:, None]
     model = Classifier(run, classes, p, head_seed, mean, spread).to(device).train()
     per_epoch = len(prepared) / min(p.batch_size, len(prepared))
-    per_epoch = max(1, round(per_epoch)) if images else math.ceil(per_epoch)
+    per_epoch = round(per_epoch) if images else math.ceil(per_epoch)
     steps, losses, running = p.epochs * per_epoch, [], 0.0
     if images:
         batches = image_batches(run, prepared, len(classes), p, steps, order_seed, *mix_seed)
@@ -200,23 +200,22 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
         batches = text_batches(run, prepared, torch.from_numpy(targets).to(device), p, order_seed)
     optimizer = torch.optim.AdamW(model.groups(), betas=(0.9, p.beta2), eps=p.eps,
                                   fused=device.type in ("cuda", "cpu"))
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = LambdaLR(optimizer, lambda step: warmup_cosine((step + 0.5) / steps, p.warmup))
     torch.manual_seed(drop_seed)
     bar = tqdm(batches, total=steps, desc=title, unit=" steps", leave=False, mininterval=1)
-    for step, (tokens, padding, wanted) in enumerate(bar):
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * warmup_cosine((step + 0.5) / steps, p.warmup)
-        n = len(wanted)
-        for a, b in itertools.pairwise([*range(0, n, p.micro_batch), n]):
+    for step, (tokens, padding, wanted) in enumerate(bar, 1):
+        for start in range(0, len(wanted), p.micro_batch):
+            part = slice(start, start + p.micro_batch)
             with autocast:
-                scores = model(tokens[a:b], None if padding is None else padding[a:b])
-            error = loss(scores, wanted[a:b]) * ((b - a) / n)
+                scores = model(tokens[part], None if padding is None else padding[part])
+            error = loss(scores, wanted[part]) * (len(scores) / len(wanted))
             error.backward()
             running += error.detach()
         nn.utils.clip_grad_norm_(model.parameters(), p.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % per_epoch == 0:
+        schedule.step()
+        if step % per_epoch == 0:
             losses.append(running.item() / per_epoch)
             if not math.isfinite(losses[-1]):
                 raise BadInput(f"the loss is {losses[-1]}; try a smaller --lr than {p.lr:g}")
@@ -226,8 +225,8 @@ def fine_tune(run, prepared, labels, classes, protocol, seed, autocast=probe.PLA
 
 
 def fine_tune_seeds(run, data, protocol, seeds, autocast, tests):
-    """Fine-tune on a Dataset with seeds 0 .. seeds - 1 -> what the commands report of the dev parts; {name:
-    each seed's predictions} of the dev parts and of `tests` {name: Part}; the first seed's Classifier."""
+    """Fine-tune on a Dataset with seeds 0 .. seeds - 1 -> what is reported of its dev parts; {name: each
+    seed's predictions} of these and of `tests` {name: Part}; the first seed's Classifier."""
     train = probe.prepare(run, data.train)
     prepared = {name: probe.prepare(run, part) for name, part in {**data.dev, **tests}.items()}
     predicted, figures, first = {name: [] for name in prepared}, [], None
@@ -251,10 +250,10 @@ def fine_tune_seeds(run, data, protocol, seeds, autocast, tests):
 
 def summary(metric, predicted, true, data):
     """A metric over seeds; of one seed its interval over examples; what the largest class would score."""
-    values, majority = [glue.METRICS[metric](one, true) for one in predicted], None
+    score, majority = glue.METRICS[metric], None
+    values, one = [score(found, true) for found in predicted], len(predicted) == 1
     if data.classes is not None:
-        majority = glue.METRICS[metric](np.full(len(true), np.bincount(data.train.labels).argmax()), true)
-    one = len(values) == 1
+        majority = score(np.full(len(true), np.bincount(data.train.labels).argmax()), true)
     return {"seeds": values, "mean": statistics.fmean(values), "median": statistics.median(values),
             "std": None if one else statistics.stdev(values), "majority": majority,
             "interval": glue.interval(metric, predicted[0], true) if one else None}
@@ -281,7 +280,7 @@ def print_scores(name, results):
             np.add.at(counts, (results["labels" + suffix], np.array(results["predictions" + suffix])), 1)
             rows = [["  " + true, *map(str, row)] for true, row in zip(classes, counts)]
             lines.append(table([[f"  true{suffix} \\ predicted", *classes], *rows]))
-    show("\n".join(lines))
+    print(printable("\n".join(lines)))
 
 
 def finetune_command(args):
@@ -302,23 +301,22 @@ def finetune_command(args):
             rows = [{"epoch": k, "loss": loss} for k, loss in enumerate(results["figures"][0]["epochs"], 1)]
             rows.append({metric: x["seeds"][0] for metric, x in results.items() if isinstance(x, dict)})
             write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    show(f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
-         f"{protocol.attention} attention; scores x 100 on dev examples")
+    print(printable(f"{run.name}: {describe(run.objective)}, fine-tuned, {protocol.pool} pooling, "
+                    f"{protocol.attention} attention; scores x 100 on dev examples"))
     print_scores(data.name, results)
     if folder:
-        show(f"{args.out} is a classifier now: python evaluate.py predict {args.out} --data FILE")
+        print(f"{args.out} is a classifier now: python evaluate.py predict {args.out} --data FILE")
     return {"protocol": asdict(protocol), "results": {"data": data.name, **results}}, run
 
 
 def predict_command(args):
-    path, device = Path(args.checkpoint, "classifier.pt"), choose_device(args.device)
+    path = Path(args.checkpoint, "classifier.pt")
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give a folder that evaluate.py finetune --out wrote")
-    run, saved = load_run(path, device), load_checkpoint(path)["classifier"]
-    protocol, columns = Protocol(**saved["protocol"]), saved["columns"]
-    model = Classifier(run, saved["classes"], protocol, 0, saved["mean"], saved["spread"]).to(device)
+    (run, autocast), saved = open_run(args, path), load_checkpoint(path)["classifier"]
+    protocol, columns, classes = Protocol(**saved["protocol"]), saved["columns"], saved["classes"]
+    model = Classifier(run, classes, protocol, 0, saved["mean"], saved["spread"]).to(run.model.query.device)
     model.head.load_state_dict(saved["head"])
-    autocast, _ = choose_autocast(device, args.dtype)
     if run.tokenizer is None:
         part, texts = load_unlabelled(args.data, run.model.config.size), {}
     else:
@@ -327,11 +325,11 @@ def predict_command(args):
             raise BadInput(f"--text-column {' '.join(given)}: {args.checkpoint} takes {len(columns)} of them")
         part = glue.read_texts(args.data, given)
         texts = dict(zip(given, zip(*part.texts)))
-    predicted, probabilities = predict(model, run, probe.prepare(run, part), autocast())
-    if model.classes is None:
+    predicted, probabilities = predict(model, run, probe.prepare(run, part), autocast)
+    if classes is None:
         found = {"score": predicted.tolist()}
     else:
-        found = {"class": [model.classes[k] for k in predicted], "probability": probabilities.max(1).tolist()}
+        found = {"class": [classes[k] for k in predicted], "probability": probabilities.max(1).tolist()}
     content = {"file or row": part.places.tolist(), **texts, **found}
     rows = [list(content), *([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row]
                              for row in zip(*content.values()))]
@@ -340,28 +338,24 @@ def predict_command(args):
         csv.writer(lines, lineterminator="\n").writerows(rows)
         write_text(args.csv, lines.getvalue())
     short = [[place, *(" ".join(cell.split())[:40] for cell in cells)] for place, *cells in rows[:11]]
-    show(table(short, "<") + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11))
-    return {"results": {"data": args.data, "classes": model.classes, "places": part.places, **found,
+    print(printable(table(short, "<") + f"\nthe first 10 of {len(part.places):,}" * (len(rows) > 11)))
+    return {"results": {"data": args.data, "classes": classes, "places": part.places, **found,
                         "probabilities": probabilities}}, run
 
 
 def glue_command(args):
-    run, autocast = open_run(args)
-    if run.tokenizer is None:
-        raise BadInput(f"{run.name} was trained on images, and GLUE is text; probe and finetune take images")
+    run, autocast = open_run(args, kind="text")
     protocol, tasks = protocol_of(args, run), glue.choose_tasks(args.tasks, args.glue_dir, args.submit)
     done, submission = {}, {}  # {file: its text by each seed}
     for name in (task for task in tasks if task != "ax"):
         data = glue.glue_dataset(args.glue_dir, name)
         data = replace(data, train=probe.at_most(data.train, args.max_train))
-        by_this, tests = [name, "ax"] if name == "mnli" and "ax" in tasks else [name], {}
-        for task in by_this if args.submit else ():
-            for file, test in glue.server_files(task).items():
-                path = glue.task_file(args.glue_dir, task, test)
-                tests[file] = glue.read_texts(path, glue.TASKS[task].text)
+        predicts = [name, "ax"] if name == "mnli" and "ax" in tasks else [name]
+        tests = {file: glue.read_texts(glue.task_file(args.glue_dir, task, test), glue.TASKS[task].text)
+                 for task in predicts if args.submit for file, test in glue.server_files(task).items()}
         done[name], predicted, _ = fine_tune_seeds(run, data, protocol, args.seeds, autocast, tests)
-        submission |= {file: [glue.prediction_file(data.classes, x) for x in predicted[file]]
-                       for file in tests}
+        for file in tests:
+            submission[file] = [glue.prediction_file(data.classes, x) for x in predicted[file]]
         print_scores(glue.TASKS[name].folder, done[name])
     row = {glue.TASKS[name].folder + suffix: done[name][glue.TASKS[name].metrics[0] + suffix]["mean"]
            for name in glue.TABLE2 if name in done for suffix, *_ in glue.TASKS[name].parts}
@@ -369,8 +363,8 @@ def glue_command(args):
     if row:
         results |= {"table2": row, "average": statistics.fmean(row.values())}
         scores = [f"{100 * score:.1f}" for score in (*row.values(), results["average"])]
-        show(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table 2's "
-             f"9\n{table([['', *row, 'mean'], ['dev', *scores]])}")
+        print(printable(f"\n{run.name}: {describe(run.objective)}, scores x 100 on DEV, {len(row)} of Table "
+                        f"2's 9\n{table([['', *row, 'mean'], ['dev', *scores]])}"))
     if args.submit:
         Path(args.submit).mkdir(parents=True, exist_ok=True)
         paths = [f"{args.submit}/seed{seed}.zip" for seed in range(args.seeds)]
@@ -382,12 +376,11 @@ def glue_command(args):
         wanted = [file for task in glue.TASKS for file in glue.server_files(task)]
         missing = [file for file in wanted if file not in submission]
         results |= {"submissions": paths, "not_in_submission": missing}
-        show(f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
+        print(f"for the GLUE server: {', '.join(paths)}, without {', '.join(missing) or 'a gap'}")
     return {"protocol": asdict(protocol), "results": results}, run
 
 
 def add_commands(command):
-    """Register what this file and probe.py evaluate: `command(name, function, text)` gives a parser."""
     for name, function, text in (
             ("probe", probe.probe_command, "linear classifier on frozen features of labelled text or images"),
             ("transfer", probe.transfer_command, "the same on several image sets (Table 6)"),
@@ -402,7 +395,7 @@ def add_commands(command):
             add("--tasks", default="all", help="names with commas; all: Table 2's whose files are there")
             add("--submit", metavar="DIR", help="write test predictions for GLUE's server, one zip a seed")
         else:
-            add("--data", required=name != "probe", nargs="+" * (name == "transfer") or None,
+            add("--data", required=name != "probe", nargs="+" if name == "transfer" else None,
                 help="text: a .tsv, .csv or .jsonl file with columns text and label; a GLUE task; pydoc; "
                      "images: as for train.py")
             add("--dev", metavar="FILE", help="dev texts of a table (default: a fifth of it, held out)")

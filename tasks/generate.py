@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from images import SUFFIXES, ImageSet, Patches, decoded, files_in, load_images, unpatchify, write_png
 from objectives import describe, scores_next
-from tasks.hub import about, open_run
+from tasks.hub import about, finite, open_run
 from util import BadInput, import_optional, output_file, positive, printable, table
 
 # ---------------------------------------------------------------------------- text
@@ -35,19 +35,22 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
     A text that outgrows the model's sequence goes on from its last half.
     """
     generator, S, ids = torch.Generator().manual_seed(seed), run.settings.length, list(prompt)
-    order, forward = rule(run, order, suffix)
-    if suffix and len(prompt) + count + len(suffix) > S:
-        raise BadInput(f"{len(prompt) + count + len(suffix)} tokens are more than the model's {S}")
-    while len(ids) < len(prompt) + count:
+    order, forward = choose_order(run, order, suffix)
+    end = len(prompt) + count
+    if suffix and end + len(suffix) > S:
+        raise BadInput(f"{end + len(suffix)} tokens are more than the model's {S}")
+    while len(ids) < end:
         before = ids if len(ids) < S else ids[-(S // 2):]
         P, given = len(before), len(before) + len(suffix)
-        new = min(S - P, len(prompt) + count - len(ids))
+        new = min(S - P, end - len(ids))
         tokens = torch.tensor([*before, *[0] * new, *suffix, *[0] * (S - given - new)])
         known = torch.tensor([*range(1, P + 1), *[0] * new, *range(P + 1, given + 1)])
         for k in tqdm(range(new), unit=" tokens", leave=False, delay=2, mininterval=1):
             f, targets = asked(run, known, given, forward)
-            scores = scores_of(run, tokens, f, targets)                                          # (n, vocab)
-            surest = scores.softmax(-1).amax(-1)
+            length = int(f.nonzero()[-1]) + 1                    # nothing after the last f > 0 is read
+            inputs = (x[None].to(run.model.query.device) for x in (tokens[:length], f[:length], targets))
+            scores = run.model.logits(run.model(*inputs, run.path)[0]).float().cpu()             # (n, vocab)
+            surest = finite(run, scores).softmax(-1).amax(-1)
             row = (torch.rand(len(scores), generator=generator) if order == "random" else surest).argmax()
             tokens[targets[row]] = sample(scores[row], temperature, top_k, generator)
             known[targets[row]] = given + k + 1
@@ -57,14 +60,15 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
     return ids[len(prompt):]
 
 
-def rule(run, order, suffix):
+def choose_order(run, order, suffix):
     """-> the order that is taken; from left to right also the f that asks for each token (S, S)."""
     objective, name, S = run.objective, describe(run.objective), run.settings.length
-    fills, forward = objective.decoding(torch.tensor([1, 0]), 1) is not None, left_to_right(run, S)
-    if not fills and forward is None:
+    forward, fills = left_to_right(run, S), objective.decoding(torch.tensor([1, 0]), 1) is not None
+    can = {"left": forward is not None, "confident": fills, "random": fills}
+    if not any(can.values()):
         raise BadInput(f"{name} cannot write text: it has neither `decoding` nor `left_to_right`")
-    order = order or (objective.generation if forward is not None else "confident")
-    if (forward is None) if order == "left" else not fills:
+    order = order or (objective.generation if can["left"] else "confident")
+    if not can[order]:
         raise BadInput(f"{name} was not trained to write so; leave out --order {order}")
     if order == "left" and suffix:
         raise BadInput("from left to right nobody sees a --suffix; gaps are filled by --order confident")
@@ -90,16 +94,6 @@ def asked(run, known, given, forward):
     return (forward[p] if run.path == "mask" else forward[p, :p + 1]), torch.tensor([p])
 
 
-def scores_of(run, tokens, f, targets):
-    """The scores (n, vocab) of the positions `targets` of one sequence under f."""
-    length = int(f.nonzero()[-1]) + 1                        # nothing after the last f > 0 is read
-    inputs = (x[None].to(run.model.query.device) for x in (tokens[:length], f[:length], targets))
-    scores = run.model.logits(run.model(*inputs, run.path)[0]).float().cpu()
-    if not scores.isfinite().all():
-        raise BadInput(f"{run.name} gives scores that are not finite: its training diverged")
-    return scores
-
-
 def sample(scores, temperature, top_k, generator):
     """One id from scores (vocab,)."""
     if temperature < 1e-6:
@@ -117,8 +111,7 @@ def continue_text(run, prompt, tokens=100, suffix="", **how):
 
 
 def show_step(tokenizer, tokens, known):
-    """Print a sequence that is being filled: what is missing as dots, the newest token in colour. A terminal
-    shows one picture after another, a file one line a step."""
+    """Print a sequence that is being filled, with dots for gaps: a line, or on a terminal a new screen."""
     terminal, text = sys.stdout.isatty(), ""
     state = torch.where(known == known.max(), 2, (known > 0).long())     # 0 missing, 1 known, 2 new
     for kind, part in itertools.groupby(zip(tokens.tolist(), state.tolist()), key=lambda pair: pair[1]):
@@ -131,8 +124,8 @@ def show_step(tokenizer, tokens, known):
 # ---------------------------------------------------------------------------- images
 
 def hidden_patches(count, length, share, seed=0):
-    """Which patches of `count` images are hidden, in raster order -> LongTensor (count, n): a uniform subset
-    of all but the first, which left-to-right objectives do not predict."""
+    """Which patches of `count` images are hidden (count, n), in raster order: a uniform subset of all but the
+    first, which left-to-right objectives do not predict."""
     if not 0 < share < 1:
         raise BadInput(f"--hide {share:g} is not between 0 and 1")
     n, generator = max(1, round(share * (length - 1))), torch.Generator().manual_seed(seed)
@@ -176,8 +169,8 @@ def with_mean(patches, hidden):
     """The baseline: every hidden patch becomes the mean colour of the image's known patches."""
     known = visible(patches, hidden)[..., None]                                              # (N, S, 1)
     mean = (patches * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)               # (N, 1, values)
-    colour = mean.unflatten(2, (3, -1)).mean(3, keepdim=True).expand(-1, -1, -1, mean.shape[2] // 3)
-    return torch.where(known, patches, colour.flatten(2))
+    colour = mean.unflatten(2, (3, -1)).mean(3).repeat_interleave(mean.shape[2] // 3, dim=2)
+    return torch.where(known, patches, colour)
 
 
 def measures(config, patches, filled, hidden, perceptual=None):
@@ -201,14 +194,13 @@ def to_pictures(config, patches):
 def images_of(data, runs, size, count, seed):
     """`count` of all images in the folder `data`, or the validation images of a set that a run was trained on
     or that has no files of its own. None: the first run's."""
-    source, files = data or runs[0].settings.data, []
-    own = {Path(run.settings.data).resolve() for run in runs}
+    source, own = data or runs[0].settings.data, {Path(run.settings.data).resolve() for run in runs}
     if Path(source).is_dir() and Path(source).resolve() not in own:
         files = [path for path in files_in(source) if path.suffix.lower() in SUFFIXES]
-    if files:
-        rows = np.random.default_rng(seed).permutation(len(files))[:count]
-        pixels = np.concatenate([*decoded([files[row] for row in rows], size)])
-        return ImageSet(pixels, np.zeros(len(rows), np.int64))
+        if files:
+            rows = np.random.default_rng(seed).permutation(len(files))[:count]
+            pixels = np.concatenate([*decoded([files[row] for row in rows], size)])
+            return ImageSet(pixels, np.zeros(len(rows), np.int64))
     images = load_images(source, size)
     if not data and runs[0].total not in (None, len(images.train)):
         raise BadInput(f"{source} is not what {runs[0].name} was trained on; give images with --data")
@@ -216,29 +208,26 @@ def images_of(data, runs, size, count, seed):
 
 
 def complete(source, hidden, fill, perceptual):
-    """Complete images of `source` (Patches) by fill(patches, hidden) -> means and standard errors of
-    `measures` with the values of each image; the first 8 images."""
-    found, pictures = [], []
+    """Complete images of `source` (Patches) by fill(patches, hidden) -> `measures`, over images and of each;
+    the first 8 images."""
+    found, pictures, results = [], None, {}
     for k, part in enumerate(hidden.split(100)):
         patches = source.batch(100 * k, len(part))
         filled = fill(patches, part)
         found.append(measures(source.config, patches, filled, part, perceptual))
-        pictures = pictures if k else to_pictures(source.config, filled[:8])
-    results = {}
+        if k == 0:
+            pictures = to_pictures(source.config, filled[:8])
     for name in found[0]:
         x = torch.cat([part[name] for part in found])
-        spread = x.std().item() if len(x) > 1 else math.nan
-        results |= {name: x.mean().item(), f"{name}_stderr": spread / math.sqrt(len(x)),
-                    f"{name}_of_images": x.tolist()}
+        stderr = x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
+        results |= {name: x.mean().item(), f"{name}_stderr": stderr, f"{name}_of_images": x.tolist()}
     return results, pictures
 
 
 # ---------------------------------------------------------------------------- commands
 
 def generate_command(args):
-    run, autocast = open_run(args)
-    if run.tokenizer is None:
-        raise BadInput(f"{run.name} was trained on images; this command writes text")
+    run, autocast = open_run(args, kind="text")
     if not 0 <= args.temperature < math.inf or args.top_k < 0:
         raise BadInput(f"--temperature {args.temperature:g} and --top-k {args.top_k} are not both at least 0")
     how = {name: getattr(args, name) for name in ("tokens", "suffix", "temperature", "top_k", "order")}
@@ -252,37 +241,32 @@ def generate_command(args):
 
 def reconstruct_command(args):
     perceptual = import_optional("lpips").LPIPS(net=args.lpips, verbose=False).eval() if args.lpips else None
-    runs = [open_run(args, checkpoint) for checkpoint in args.checkpoints]
+    runs = [open_run(args, checkpoint, "images") for checkpoint in args.checkpoints]
     first, config = runs[0][0], runs[0][0].model.config
     for run, _ in runs:
-        if run.tokenizer:
-            raise BadInput(f"{run.name} was trained on text; this command needs a checkpoint of images")
         if (run.model.config.size, run.model.config.patch) != (config.size, config.patch):
             raise BadInput(f"{run.name} has other sizes of images or patches than {first.name}")
     images = images_of(args.data, [run for run, _ in runs], config.size, args.max_images, args.seed)
     hidden = hidden_patches(min(args.max_images, len(images)), config.length, args.hide, args.seed)
-    original, rows = Patches(images, config, args.seed), []
-    columns = [to_pictures(config, original.batch(0, min(8, len(hidden))))]
-
-    def add(row, source, fill):
-        results, pictures = complete(source, hidden, fill, perceptual)
-        rows.append({**row, **results})
-        columns.append(pictures)
-
-    add({"checkpoint": None, "label": "mean colour"}, original, with_mean)
+    original = Patches(images, config, args.seed)
+    results, pictures = complete(original, hidden, with_mean, perceptual)
+    rows = [{"checkpoint": None, "label": "mean colour", **results}]
+    columns = [to_pictures(config, original.batch(0, min(8, len(hidden)))), pictures]
     for checkpoint, (run, autocast) in zip(args.checkpoints, runs):
         label = "untrained " * checkpoint.startswith("untrained:") + f"{describe(run.objective)} ({run.path})"
+        source = Patches(images, run.model.config, args.seed)
+        fill = functools.partial(reconstruct, run, at_once=args.at_once)
         with autocast:
-            add({"checkpoint": checkpoint, "label": label, **about(run)},
-                Patches(images, run.model.config, args.seed),
-                functools.partial(reconstruct, run, at_once=args.at_once))
+            results, pictures = complete(source, hidden, fill, perceptual)
+        rows.append({"checkpoint": checkpoint, "label": label, **about(run), **results})
+        columns.append(pictures)
     data, how = args.data or first.settings.data, "at once" if args.at_once else "one by one"
     print(printable(f"{len(hidden):,} images of {data}, {hidden.shape[1]} of {config.length} patches hidden "
                     f"and predicted {how}, never the first; mean ± standard error over images\n"))
-    names, cells = [name for name in ("l2", "psnr", "lpips") if name in rows[0]], []
-    for row in rows:
-        errors = [f" ± {row[f'{name}_stderr']:.4f}" * (len(hidden) > 1) for name in names]
-        cells.append([row["label"], *(f"{row[name]:.4f}{error}" for name, error in zip(names, errors))])
+    names = [name for name in ("l2", "psnr", "lpips") if name in rows[0]]
+    error = " ± {:.4f}" * (len(hidden) > 1)
+    cells = [[row["label"], *(f"{row[name]:.4f}" + error.format(row[f"{name}_stderr"]) for name in names)]
+             for row in rows]
     print(table([["", *names], *cells]))
     if args.picture:
         pixels = torch.stack(columns, dim=1).permute(0, 1, 3, 4, 2)               # (rows, columns, H, W, 3)
@@ -293,12 +277,11 @@ def reconstruct_command(args):
 
 
 def add_commands(command):
-    """Register both with evaluate.py: `command(name, function, text, many)` gives a parser."""
     add = command("generate", generate_command, "sample from the model").add_argument
     add("--prompt", default="", help="text to continue (default: the start of a document)")
     add("--suffix", default="", help="text behind what is added, for objectives that fill gaps")
-    add("--tokens", type=positive, default=100, help="tokens to add; a text that outgrows the model's "
-                                                     "sequence goes on from its last half")
+    add("--tokens", type=positive, default=100,
+        help="tokens to add; a text that outgrows the model's sequence goes on from its last half")
     add("--samples", type=positive, default=1, help="texts, of seeds --seed, --seed + 1, ...")
     add("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     add("--top-k", type=int, default=50, help="0 for all")
@@ -309,12 +292,12 @@ def add_commands(command):
 
     text = "predict hidden patches, from the second on, and compare with what was there (Table 8)"
     add = command("reconstruct", reconstruct_command, text, many=True).add_argument
-    add("--data", help="images: all of a folder that was not trained on (default: the validation images of "
-                       "the first checkpoint's data)")
+    add("--data", help="images: all of a folder that was not trained on "
+                       "(default: the validation images of the first checkpoint's data)")
     add("--hide", type=float, default=0.25, help="share of the patches to hide; 0.75 for MAE")
     add("--at-once", action="store_true", help="masks: all in one pass, not one by one")
     add("--max-images", type=positive, default=1000, help="the same for every checkpoint")
     add("--seed", type=int, default=0, help="of the images and the hidden patches")
     add("--lpips", choices=("alex", "vgg"), help="also LPIPS with that network")
-    add("--picture", type=output_file, metavar="FILE", help="of 8 images the original, with the mean colour, "
-                                                            "and each reconstruction")
+    add("--picture", type=output_file, metavar="FILE",
+        help="of 8 images the original, with the mean colour, and each reconstruction")

@@ -85,28 +85,27 @@ class Dataset:
 # ---------------------------------------------------------------------------- tables
 
 def read_rows(path, columns=None, ragged=False):
-    """(line number, {column: cell}) of each row of a .csv file, of objects in a .jsonl file, or of anything
-    else as GLUE has it: tabs and line feeds. `columns` name the cells where no header does; `ragged` leaves
-    out rows with a wrong number of cells instead of refusing them."""
+    """(line number, {column: cell}) of each row of a .csv or .jsonl file, or of one with tabs, as GLUE's.
+    `columns` name the cells where no header does; `ragged` leaves malformed rows out and refuses none."""
     suffix, number, left_out = Path(path).suffix.lower(), 0, 0
+    objects = suffix in (".jsonl", ".json")
     with open(path, encoding="utf-8-sig", errors="replace", newline="" if suffix == ".csv" else "\n") as file:
-        if suffix == ".csv":
-            csv.field_size_limit(1 << 30)
+        if objects:
+            rows = ((k, json.loads(line)) for k, line in enumerate(file, 1) if line.strip())
+        elif suffix == ".csv":
             first = file.readline()
             file.seek(0)
-            delimiter = ";" if first.count(";") > first.count(",") else ","
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            csv.field_size_limit(1 << 30)
+            reader = csv.reader(file, delimiter=max(",;", key=first.count), strict=True)
             rows = ((reader.line_num, row) for row in reader)
-        elif suffix in (".jsonl", ".json"):
-            rows = ((k, json.loads(line)) for k, line in enumerate(file, 1) if line.strip())
         else:
             rows = ((k, line.rstrip("\r\n").split("\t")) for k, line in enumerate(file, 1))
         try:
             for number, row in rows:
-                if isinstance(row, dict):
-                    yield number, row
-                elif suffix in (".jsonl", ".json"):
+                if objects and not isinstance(row, dict):
                     raise BadInput(f"{path}, line {number} is not an object with a value for each column")
+                if objects:
+                    yield number, row
                 elif columns is None:
                     columns = row
                 elif len(row) == len(columns):
@@ -152,9 +151,9 @@ def read_table(path, text, label=None, columns=None, ragged=False):
     found.check(bool, "is empty")
     found.check(lambda label: "\ufffd" not in label, "is not UTF-8")
     joined = ["".join(texts) for texts in found.texts]
-    if not "".join(joined).strip():
-        raise BadInput(f"{path} has no text in its column {text[0]!r}")
     empty, replaced = sum(not x.strip() for x in joined), sum("\ufffd" in x for x in joined)
+    if empty == len(joined):
+        raise BadInput(f"{path} has no text in its column {text[0]!r}")
     if empty or replaced:
         note(f"{path}: of {len(joined):,} texts {empty:,} are empty, and {replaced:,} hold U+FFFD in place "
              "of what is not UTF-8")
@@ -190,7 +189,6 @@ def numbered(table, classes):
 
 
 def listed(names):
-    """The first ten names."""
     return ", ".join([*names][:10]) + ", ..." * (len(names) > 10)
 
 
@@ -204,33 +202,28 @@ def task_key(name):
 def choose_tasks(text, glue_dir, submit=None):
     """Names of tasks with commas -> keys of TASKS; all: those of Table 2 whose files are there. What is not
     there is refused or told: better now than after hours."""
-    lacking, names = {name: missing_file(glue_dir, name, submit) for name in TASKS}, []
+    lacking, names = {}, []  # {task: paths of its files that are not there}
+    for name, task in TASKS.items():
+        files = [file for _, dev, test in task.parts for file in (dev and "train.tsv", dev, submit and test)]
+        paths = [task_file(glue_dir, name, file) for file in filter(None, files)]
+        lacking[name] = [path for path in paths if not path.is_file()]
+    there = [name for name in TABLE2 if not lacking[name]]
     for name in map(task_key, text.split(",")):
-        there = [one for one in TABLE2 if not lacking[one]]
         names += (there or TABLE2) if name == "all" else [name]
     for name in names:
         if name not in TASKS:
             raise BadInput(f"there is no GLUE task {name!r}; choose from all, {', '.join(TASKS)}")
         if lacking[name]:
-            raise BadInput(f"{lacking[name]} is not there; GLUE's files are at "
-                           "https://gluebenchmark.com/tasks")
+            raise BadInput(f"{lacking[name][0]} is not there; GLUE is at https://gluebenchmark.com/tasks")
     if "ax" in names and not (submit and "mnli" in names):
         raise BadInput("the mnli model predicts ax: it needs --submit DIR and mnli among the --tasks")
-    left_out = [f"{TASKS[one].folder} ({lacking[one].name})" for one in TABLE2 if lacking[one]]
+    left_out = [f"{TASKS[name].folder} ({lacking[name][0].name})" for name in TABLE2 if lacking[name]]
     if left_out and "all" in text:
         note(f"left out, as files are not in {glue_dir}: {', '.join(left_out)}")
     return list(dict.fromkeys(names))
 
 
-def missing_file(glue_dir, name, submit=None):
-    """The first file of a task that is not there, or None."""
-    files = [file for _, dev, test in TASKS[name].parts
-             for file in (["train.tsv", dev] * bool(dev) + [test] * bool(submit))]
-    return next((path for file in files if not (path := task_file(glue_dir, name, file)).is_file()), None)
-
-
 def task_file(glue_dir, name, file):
-    """The path of one file of a task."""
     if not glue_dir:
         raise BadInput(f"{name} is a GLUE task: say with --glue-dir where its files are")
     usual = Path(glue_dir, "diagnostic", "diagnostic.tsv")  # what GLUE's download script makes of AX.tsv
@@ -238,7 +231,6 @@ def task_file(glue_dir, name, file):
 
 
 def glue_dataset(glue_dir, name):
-    """The training and dev parts of a GLUE task."""
     task = TASKS[name]
 
     def part(file):
@@ -252,10 +244,11 @@ def glue_dataset(glue_dir, name):
 def table_dataset(path, dev=None, regression=False, columns=("text",), label="label", seed=0):
     """The table `path`, of one or two `columns` of text. Labels are scores if `regression`, else as in
     classes_of. Without a `dev` file a seeded fifth is held out."""
-    for file in filter(None, (path, dev)):
+    files = [path, dev] if dev else [path]
+    for file in files:
         if not Path(file).is_file():
             raise BadInput(f"{file} is no file with columns text and label, and no GLUE task")
-    tables = [read_table(file, columns, label) for file in (path, dev) if file]
+    tables = [read_table(file, columns, label) for file in files]
     classes = classes_of(tables[0], regression)
     train, *held = (numbered(table, classes) for table in tables)
     if not held:
@@ -297,12 +290,12 @@ def pydoc_dataset(packages=12, size=300):
     for package in classes:
         # R12: the same modules on every machine; the one with the most text is for training
         modules = sorted(documents[package], key=lambda module: zlib.crc32(module[0].encode()))
-        largest, held = max(modules, key=lambda module: len(module[1])), 0
-        for module in modules:
-            dev = module is not largest and held < 0.2 * amount[package]
-            held += dev * len(module[1])
-            sides[dev].texts.extend((passage,) for passage in module[1])
-            sides[dev].labels.extend([package] * len(module[1]))
+        (largest, _), held = max(modules, key=lambda module: len(module[1])), 0
+        for name, found in modules:
+            dev = name != largest and held < 0.2 * amount[package]
+            held += dev * len(found)
+            sides[dev].texts.extend((passage,) for passage in found)
+            sides[dev].labels.extend([package] * len(found))
     train, dev = (numbered(side, classes) for side in sides)
     return Dataset("pydoc", classes, ("accuracy", "matthews"), train, {"": dev}, ("text",))
 
@@ -319,8 +312,8 @@ def passages(text, size):
 
 
 def label_subset(labels, fraction=1.0, per_class=None, seed=0):
-    """A seeded choice of rows, of each class alike: `per_class`, or that share of it, but at least one. Of
-    scores that share of all rows. Returns row numbers in order."""
+    """Row numbers, a seeded choice: `per_class` or that share of each class, but at least one; of scores that
+    share of all."""
     if not 0 < fraction <= 1:
         raise BadInput(f"--label-fraction {fraction:g} is not in 0..1, 0 excluded")
     rng, groups = np.random.default_rng(seed), [np.arange(len(labels))]
@@ -365,8 +358,7 @@ METRICS = {  # of predicted and true class numbers or scores, both (N,)
 
 
 def interval(metric, predicted, true, draws=1000):
-    """95% of a metric over examples: Wilson's of an accuracy, else percentiles of the bootstrap; None where
-    no draw differs."""
+    """95%, over examples: Wilson's of an accuracy, else of the bootstrap; None where no draw differs."""
     n = len(true)
     if metric == "accuracy":
         share, z2 = np.mean(predicted == true), 1.96 ** 2 / n

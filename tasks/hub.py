@@ -28,29 +28,28 @@ from objectives import describe
 from run import Run, Settings, choose_autocast, choose_device, held_out_text, load_run
 from util import BadInput, import_optional
 
-# ---------------------------------------------------------------------------- what CKPT names
 
-def open_run(args, checkpoint=None):
-    """The checkpoint, one of several where a command takes several -> Run, autocast context."""
+def open_run(args, checkpoint=None, kind=None):
+    """The checkpoint, or another -> Run, autocast context. kind: "text" or "images", if only that will do."""
     name, length = str(checkpoint or args.checkpoint), getattr(args, "length", None)
     device, hub = choose_device(args.device), name.startswith("hf:")
     if length and not hub:
         raise BadInput(f"--length {length} is for hf: models; {name} has the length of its training")
     run = load_hub_model(name, device, length) if hub else load_run(name, device)
+    trained_on = "text" if run.tokenizer else "images"
+    if kind not in (None, trained_on):
+        raise BadInput(f"{name} was trained on {trained_on}; this command takes {kind}")
     autocast, _ = choose_autocast(device, args.dtype)
     return run, autocast()
 
 
 def open_runs(args):
-    """Several checkpoints and the text of all, --data or what the first one's data held out -> (name, Run,
-    autocast context, Corpus) of each."""
+    """(name, Run, autocast context, Corpus) of several checkpoints; the text of all is --data, or what the
+    first one's data held out."""
     first = None
     for name in args.checkpoints:
-        run, autocast = open_run(args, name)
-        if args.data or first is None or run.tokenizer is None:
-            text = held_out_text(run, args.data)
-        else:
-            text = same_text(run, *first)
+        run, autocast = open_run(args, name, "text")
+        text = same_text(run, *first) if first and not args.data else held_out_text(run, args.data)
         first = first or (run, text)
         yield name, run, autocast, text
 
@@ -69,7 +68,12 @@ def about(run):
     return {"step": run.step, "objective": describe(run.objective), "path": run.path}
 
 
-# ---------------------------------------------------------------------------- tokenizer
+def finite(run, x):
+    """x, which the network gave, if all of it is finite."""
+    if not x.isfinite().all():
+        raise BadInput(f"{run.name} gives numbers that are not finite: its training diverged")
+    return x
+
 
 class HubTokenizer(TrainedTokenizer):
     """A tokenizer of the transformers package as data.py's are used; `vocab` scores has its model."""
@@ -98,11 +102,11 @@ class HubTokenizer(TrainedTokenizer):
                 found.append([])
         return found
 
-    def pair(self, a, b=None):
-        """[CLS] a [SEP] b [SEP] for BERT, a separator behind each text for causal models."""
-        first, *behind = self.layouts[b is not None]
+    def pair(self, *texts):
+        """[CLS] a [SEP] b [SEP] for BERT, a separator behind each text for causal models; or of one text."""
+        first, *behind = self.layouts[len(texts) - 1]
         ids = list(first)
-        for text, special in zip([a] if b is None else [a, b], behind):
+        for text, special in zip(texts, behind):
             ids += [*map(int, text), *special]
         return ids
 
@@ -115,8 +119,6 @@ class HubTokenizer(TrainedTokenizer):
         """Only a name: no token folder of data.py belongs to this tokenizer."""
         return json.dumps({"kind": "hf", "name": self.name})
 
-
-# ---------------------------------------------------------------------------- model
 
 class HubModel(nn.Module):
     """A language model as model.Transformer is used. Features are what enters its output layer."""
@@ -152,8 +154,6 @@ class HubModel(nn.Module):
                                     output_hidden_states=every_layer)
         return [*x.hidden_states[:-1], x.last_hidden_state] if every_layer else x.last_hidden_state
 
-
-# ---------------------------------------------------------------------------- loading
 
 @torch.no_grad()
 def load_hub_model(name, device="cpu", length=None):

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from data import prefetch
-from images import ImageSet, Patches, load_images, read_manifest
+from images import ImageSet, Patches, load_images
 from objectives import describe
 from run import warmup_cosine
 from tasks import glue
-from tasks.hub import open_run
+from tasks.hub import finite, open_run
 from util import BadInput, printable, table
 
 PLAIN = contextlib.nullcontext()  # in place of an autocast context
@@ -38,8 +39,7 @@ def labelled_data(args, run, source=None, seed=0):
     """The labelled texts or images that the options describe, few of them if asked for -> glue.Dataset."""
     if run.tokenizer is None:
         source = source or run.settings.data
-        size = None if read_manifest(source) else run.model.config.size  # a prepared set stays as it is
-        images = load_images(source, size)
+        images = load_images(source, run.model.config.size)
         data = glue.Dataset(images.name, images.classes, ("accuracy",), images.train, {"": images.val})
     elif source in (None, "pydoc"):
         data = glue.pydoc_dataset()
@@ -50,12 +50,13 @@ def labelled_data(args, run, source=None, seed=0):
                                   tuple(args.text_column), args.label_column)
     train = data.train
     rows = glue.label_subset(train.labels, args.label_fraction, args.labels_per_class, seed)
-    train = train if len(rows) == len(train.labels) else train.only(rows)  # all may stay on disk
-    data = replace(data, train=at_most(train, args.max_train),
-                   dev={suffix: at_most(part, args.max_test) for suffix, part in data.dev.items()})
-    if len(np.unique(data.train.labels)) < 2:
+    if len(rows) < len(train.labels):  # all may stay on disk
+        train = train.only(rows)
+    train = at_most(train, args.max_train)
+    if len(np.unique(train.labels)) < 2:
         raise BadInput(f"{source} has only one label among its training examples: nothing to tell apart")
-    return data
+    dev = {suffix: at_most(part, args.max_test) for suffix, part in data.dev.items()}
+    return replace(data, train=train, dev=dev)
 
 
 def at_most(part, count):
@@ -92,7 +93,7 @@ def batch_rows(lengths, size, seed=None, epoch=0):
     """Which rows make up each batch of an epoch -> list of arrays. seed None: by length, for scoring. R8:
     texts of like length share a batch; a seeded order is sorted within pools of 50 batches."""
     if seed is None:
-        return np.split(order := np.argsort(lengths, kind="stable"), range(size, len(order), size))
+        return np.split(np.argsort(lengths, kind="stable"), range(size, len(lengths), size))
     rng, batches = np.random.default_rng([seed, epoch]), []
     for pool in np.split(rng.permutation(len(lengths)), range(50 * size, len(lengths), 50 * size)):
         pool = pool[np.argsort(lengths[pool], kind="stable")]
@@ -100,13 +101,14 @@ def batch_rows(lengths, size, seed=None, epoch=0):
     return [batches[k] for k in rng.permutation(len(batches))]
 
 
-def text_batch(run, rows):
-    """Arrays of ids -> what an encoder takes: ids (B, L), padding bool (B, L), or None where nothing is."""
-    lengths, device = np.array(list(map(len, rows))), run.model.query.device
+def text_batch(run, prepared, rows):
+    """What an encoder takes of these texts: ids (B, L), padding bool (B, L), or None where nothing is."""
+    ids, device = [prepared[row] for row in rows], run.model.query.device
+    lengths = np.array(list(map(len, ids)))
     L = min([length for length in LENGTHS if length >= lengths.max()] + [run.settings.length])
     padding = np.arange(L) >= lengths[:, None]
     tokens = np.zeros(padding.shape, np.int64)
-    tokens[~padding] = np.concatenate(rows)
+    tokens[~padding] = np.concatenate(ids)
     padding = torch.from_numpy(padding).to(device) if padding.any() else None
     return torch.from_numpy(tokens).to(device), padding
 
@@ -114,8 +116,8 @@ def text_batch(run, rows):
 def every_batch(run, prepared):
     """Every text or image once -> triples (row numbers, ids or patches, padding)."""
     if run.tokenizer is not None:
-        rows = batch_rows(np.array(list(map(len, prepared))), 64)
-        return ((batch, *text_batch(run, [prepared[i] for i in batch])) for batch in rows)
+        batches = batch_rows(np.array(list(map(len, prepared))), 64)
+        return ((rows, *text_batch(run, prepared, rows)) for rows in batches)
     source = Patches(prepared, run.model.config, device=run.model.query.device)
 
     def draw(start):
@@ -128,7 +130,7 @@ def every_batch(run, prepared):
 # ---------------------------------------------------------------------------- features
 
 def attention_and_pool(run, attention=None, pool=None):
-    """What was asked for, or the defaults; see the top of this file."""
+    """What was asked for, or else the defaults that the top of this file names."""
     attention = attention or run.objective.attention
     return attention, pool or ("last" if attention == "causal" and run.tokenizer is not None else "mean")
 
@@ -157,9 +159,7 @@ def frozen_features(run, prepared, pool, causal, layer="last", autocast=PLAIN):
         if layer not in ("all", *states):
             raise BadInput(f"--layer {layer} is not in 0..{len(states) - 1}, 0 being the embedding")
         for key in states if layer == "all" else [layer]:
-            pooled = pool_features(states[key], padding, pool).cpu()
-            if not pooled.isfinite().all():
-                raise BadInput(f"{run.name} has features that are not finite numbers: its training diverged")
+            pooled = finite(run, pool_features(states[key], padding, pool).cpu())
             found = features.setdefault(key, pooled.new_empty(len(prepared), pooled.shape[1]))
             found[torch.from_numpy(rows)] = pooled
     return features
@@ -182,9 +182,8 @@ def linear(x, w):
 
 
 def logistic_regression(x, y, l2, classes, start=None):
-    """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2/2 ||W||^2, the intercept left free.
-    x (N, D), y (N,) class numbers -> weights (D + 1, classes), the intercept last. scikit-learn's C is
-    1 / (N l2), but 2 / (N l2) for two classes: it has one vector v, where ours are v/2 and -v/2."""
+    """Mean cross-entropy + l2/2 ||W||^2 at its minimum: x (N, D), y (N,) -> weights (D + 1, classes), the
+    intercept last. scikit-learn's C is 1 / (N l2); for two classes, with one vector for both, 2 / (N l2)."""
     w = (x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()).requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-12,
                                   line_search_fn="strong_wolfe")
@@ -200,9 +199,9 @@ def logistic_regression(x, y, l2, classes, start=None):
 
 
 def fit_probe(train_x, train_y, test_x, test_y, seed=0):
-    """Logistic regression on features (N, D), standardised as the training part is, and class numbers (N,),
-    in float64 (R9) -> `figures`. The L2 strength is chosen by cross-entropy on a fifth of the training data
-    (on each fifth in turn where they are FEW), from strong to weak until it gets worse."""
+    """Logistic regression on standardised features (N, D) and class numbers (N,), in float64 (R9). The L2
+    strength is chosen by cross-entropy on a fifth of the training data (on each fifth in turn where they are
+    FEW), from strong to weak until it gets worse."""
     train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     classes = int(max(train_y.max(), test_y.max())) + 1
     mean, std = train_x.double().mean(0), train_x.double().std(0)
@@ -234,15 +233,15 @@ def sgd_probe(train_x, train_y, test_x, test_y, seed=0, epochs=90):
     model = nn.Sequential(nn.BatchNorm1d(D, eps=1e-6, affine=False), nn.Linear(D, classes))
     nn.init.normal_(model[1].weight, std=0.01, generator=generator)
     nn.init.zeros_(model[1].bias)
-    lr, steps, step = 0.1 * size / 256, epochs * (N // size), 0
+    lr, steps = 0.1 * size / 256, epochs * (N // size)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    schedule = LambdaLR(optimizer, lambda step: warmup_cosine((step + 0.5) / steps, 10 / 90))
     for _ in range(epochs):
         for rows in torch.randperm(N, generator=generator).split(size)[:N // size]:  # drops the rest
-            optimizer.param_groups[0]["lr"] = lr * warmup_cosine((step + 0.5) / steps, 10 / 90)
             optimizer.zero_grad()
             F.cross_entropy(model(train_x[rows]), train_y[rows]).backward()
             optimizer.step()
-            step += 1
+            schedule.step()
     with torch.no_grad():
         predicted = model.eval()(test_x).argmax(1)
     return figures(predicted, train_y, test_y, epochs=epochs, batch_size=size, lr=lr)
@@ -258,11 +257,6 @@ def figures(predicted, train_y, test_y, **settings):
 
 
 # ---------------------------------------------------------------------------- commands
-
-def show(text):
-    """Print names and texts of other people, whose control characters are shown."""
-    print(printable(text))
-
 
 def probe(args, run, autocast, source):
     """A classifier on the features of each layer that was asked for, of one labelled set -> dict."""
@@ -295,17 +289,16 @@ def probe_command(args):
     *_, last = results["layers"].values()
     rows = [[name, percent(found)] for name, found in results["layers"].items()]
     rows = [["layer", "accuracy, %"], *rows, ["largest class", f"{100 * last['majority']:.1f}"]]
-    show(f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, {results['pool']} "
-         f"pooling, {results['attention']} attention\n{len(results['classes'])} classes: "
-         f"{glue.listed(results['classes'])}; {last['train']:,} training and {last['test']:,} dev "
-         f"examples\n\n{table(rows)}")
+    print(printable(
+        f"{run.name}: {describe(run.objective)}, linear probe on {results['data']}, {results['pool']} "
+        f"pooling, {results['attention']} attention\n{len(results['classes'])} classes: "
+        f"{glue.listed(results['classes'])}; {last['train']:,} training and {last['test']:,} dev "
+        f"examples\n\n{table(rows)}"))
     return {"results": results}, run
 
 
 def transfer_command(args):
-    run, autocast = open_run(args)
-    if run.tokenizer is not None:
-        raise BadInput(f"{run.name} was trained on text, and transfer is for images; probe takes text too")
+    run, autocast = open_run(args, kind="images")
     sets, rows = [], [["", "classes", "training", "largest class", "accuracy, %"]]
     for source in args.data:
         found = probe(args, run, autocast, source)
@@ -314,5 +307,5 @@ def transfer_command(args):
         rows.append([found["data"], str(len(found["classes"])), f"{last['train']:,}",
                      f"{100 * last['majority']:.1f}", percent(last)])
     mean = sum(one["accuracy"] for one in sets) / len(sets)
-    show(table([*rows, ["mean", "", "", "", f"{100 * mean:.1f}"]]))
+    print(printable(table([*rows, ["mean", "", "", "", f"{100 * mean:.1f}"]])))
     return {"results": {"sets": sets, "mean": mean}}, run
