@@ -31,7 +31,6 @@ CASES = {"ar": case_of("ar"), "dar": case_of("dar", t=2), "mlm": case_of("mlm", 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_timed_step_is_a_training_step(name):
-    """The weights after three timed steps are those of a plain loop over the same batches."""
     case = CASES[name]
     run, model = set_up(case, torch.device("cpu"))
     assert run(1) > 0 and run(2) > 0
@@ -95,8 +94,6 @@ def test_ratios_are_of_medians_and_show_the_range():
     assert list(bench.speed_ratio(a, b).values()) == ["a", "b", 2.0, 1.0, 3.0, 0.5, 0.5]
 
 
-# ---------------------------------------------------------------------------- peers
-
 def peer(name):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -105,7 +102,6 @@ def peer(name):
 
 @pytest.mark.parametrize("name", ["ar", "dar", "mlm", "vl"])
 def test_peers_score_the_same_targets(name):
-    """The loss they train on is the sum over exactly this batch's targets of -log P of their true ids."""
     case = peer(name)
     batch, (model, loss), (_, inputs) = draw(case, 0), make_model(case), make_peer(case)
     logits = model.train()(**inputs(batch)).logits

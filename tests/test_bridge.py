@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, call_both
 
 from data import CLASSES, POSITIONS, VALUES, draw_tokens, toy_bytes
 from experiments import bridge, toy
@@ -73,9 +73,8 @@ def test_from_training_to_the_picture(tmp_path, monkeypatch):
     rows[1]["blind"]["common"] = errors[1]
     files[1].write_text(json.dumps(found))
     pytest.importorskip("matplotlib")
-    out = f"--json {tmp_path}/all.json --plot {tmp_path}/b.png"
-    text = call(f"experiments.bridge summary {files[0]} {files[1]} {out}")
-    x = json.loads((tmp_path / "all.json").read_text())["results"]
+    text, content = call_both(f"experiments.bridge summary {files[0]} {files[1]} --plot {tmp_path}/b.png")
+    x = content["results"]
     assert x["rows"][1]["blind"]["common"] == errors
     assert [y["place"] for y in x["orders"]][:2] == ["common", "own"] and "nan" not in text
     assert (tmp_path / "b.png").stat().st_size > 10_000

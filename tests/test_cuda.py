@@ -3,11 +3,11 @@
 Skipped where there is none. On one: python -m pytest -q tests/test_cuda.py (under five minutes).
 """
 
-import json
 import shutil
 
 import pytest
 import torch
+from conftest import logged, scaled, seeded
 
 import model as architecture
 import train as module
@@ -37,12 +37,7 @@ def all_ways():
 def set_up(objective, path, config, batch=8):
     """A model with large weights on the GPU, so that its output depends on its input, and a random batch."""
     torch.manual_seed(0)
-    model = Transformer(config).cuda()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(1.5)
-    generator = torch.Generator().manual_seed(0)
+    model, generator = scaled(Transformer(config).cuda(), 1.5), seeded()
     data = (torch.randn(batch, config.length, config.values, generator=generator) if config.patch
             else torch.randint(config.vocab, (batch, config.length), generator=generator))
     return model, draw_batch(objective, path, data, config.vocab, generator).pin_memory().to("cuda")
@@ -117,7 +112,7 @@ def test_training_is_compiled_once_and_in_bf16(tmp_path, books):
     torch._dynamo.utils.counters.clear()
     settings = resolve(objective="vl", data=str(books), length=64, batch_size=16, steps=60)
     train(settings, tmp_path / "run", device="cuda", log_every=10, quiet=True)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     assert choose_autocast(torch.device("cuda"))[1] == "bf16"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -1,6 +1,5 @@
 """Several processes compute what one computes, and a run goes on with another number of them."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LITTLE, call
+from conftest import LITTLE, call, logged
 
 import train
 from run import load_checkpoint
@@ -79,14 +78,12 @@ def runs(tmp_path_factory):
                                         ("muon", "muon-one-fsdp"),  # begun by one process, resumed by two
                                         ("muon", "muon-ddp-one"), ("adamw", "adamw-fsdp-one")])
 def test_any_number_of_processes_follows_one(runs, one, other):
-    """Weights, optimizer and logged losses agree up to rounding."""
     a, b = (load_checkpoint(runs / name) for name in (one, other))
     assert a.keys() == b.keys() and all(a[key] == b[key] for key in ("step", "seen", "settings", "tokenizer"))
     for name, weight in a["model"].items():
         assert torch.allclose(weight, b["model"][name], rtol=1e-4, atol=2e-5), name
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
-    lines = [[json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-             for name in (one, other)]
+    lines = [logged(runs / name) for name in (one, other)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == list(range(1, 9))
     for x, y in zip(*lines):
         for key in x.keys() & {"loss", "val_loss", "grad_norm", "lr"}:

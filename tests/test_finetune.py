@@ -3,14 +3,13 @@
 import copy
 import csv
 import dataclasses
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, call_json
+from conftest import call, call_both, call_json, logged
 
 from images import ImageSet
 from model import Config, Transformer
@@ -39,8 +38,6 @@ def texts(run, count):
 def tune(run, examples, labels, seed=0, classes="abc", **changes):
     return finetune.fine_tune(run, examples, labels, classes, dataclasses.replace(QUICK, **changes), seed)
 
-
-# ---------------------------------------------------------------------------- text
 
 @pytest.mark.parametrize("attention, pool", [("full", "mean"), ("causal", "last")])
 def test_fine_tuning_learns_classes_on_a_copy(run, attention, pool):
@@ -82,8 +79,6 @@ def test_divergence_is_reported(run):
     with pytest.raises(BadInput, match="not finite"):
         finetune.predict(model, run, prepared)
 
-
-# ---------------------------------------------------------------------------- images
 
 @pytest.fixture
 def image_run():
@@ -150,16 +145,13 @@ def test_a_classifier_is_the_encoder_and_a_head(image_run):
     assert torch.allclose(model(patches), h @ model.head[1].weight.T + model.head[1].bias, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------- commands
-
 def test_what_finetune_says_of_its_scores(trained, tmp_path):
-    """The largest class, an interval over examples for one seed, who was taken for whom."""
     run, train, dev = trained("vl --mask 0.15,0.3"), tmp_path / "train.tsv", tmp_path / "dev.tsv"
     for path, count, every in ((train, 30, 3), (dev, 20, 4)):
         rows = [f"{path.stem} {k}\t{'b' if k % every else 'a' + chr(27)}" for k in range(count)]
         path.write_text("\n".join(["text\tlabel", *rows]))
-    line = f"evaluate.py finetune {run} --data {train} --dev {dev} --epochs 1"
-    results, shown = call_json(line)["results"], call(line)
+    shown, content = call_both(f"evaluate.py finetune {run} --data {train} --dev {dev} --epochs 1")
+    results = content["results"]
     accuracy, predicted, true = results["accuracy"], results["predictions"][0], results["labels"]
     low, high = accuracy["interval"]
     assert accuracy["majority"] == 0.75 and results["matthews"]["majority"] == 0
@@ -170,8 +162,6 @@ def test_what_finetune_says_of_its_scores(trained, tmp_path):
         cells = [sum(p == j for p, t in zip(predicted, true) if t == k) for j in range(2)]
         assert [name, *map(str, cells)] in [row.split() for row in shown.splitlines()]
 
-
-# ---------------------------------------------------------------------------- classifiers as files
 
 def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path):
     """Of a table and of lines of text; of two seeds the first one's; its folder is whole, or not there."""
@@ -184,7 +174,7 @@ def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path
     assert accuracy["seeds"] == [np.mean(correct) for correct in results["correct"]]
     assert accuracy["interval"] is None and results["classes"] == ["neg", "pos"]
     assert np.array_equal(np.array(results["predictions"]) == results["labels"], results["correct"])
-    *losses, metrics = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    *losses, metrics = logged(out)
     assert [row["loss"] for row in losses] == results["figures"][0]["epochs"] and losses[1]["epoch"] == 2
     assert metrics["accuracy"] == accuracy["seeds"][0]
     with pytest.raises(BadInput, match="out exists"):
@@ -217,10 +207,10 @@ def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path
 def test_pairs_with_scores(trained, tmp_path):
     out, table = tmp_path / "out", tmp_path / "pairs.tsv"
     table.write_text("a\tb\tscore\n" + "".join(f"one {k}\ttwo\t{50 + k / 4}\n" for k in range(20)))
-    shown = call(f"evaluate.py finetune {trained('vl --mask 0.15,0.3')} --data {table} --text-column a b "
-                 f"--label-column score --epochs 1 --out {out} --json {tmp_path / 'x.json'}")
+    shown, content = call_both(f"evaluate.py finetune {trained('vl --mask 0.15,0.3')} --data {table} "
+                               f"--text-column a b --label-column score --epochs 1 --out {out}")
+    results = content["results"]
     assert "pearson" in shown and "spearman" in shown and "predict" in shown
-    results = json.loads((tmp_path / "x.json").read_text())["results"]
     table.write_text(table.read_text().replace("a\tb", "c\tb"))  # another name, and no need of a label
     found = call_json(f"evaluate.py predict {out} --data {table} --text-column c b")["results"]
     assert [found["score"][k] for k in results["places"]] == pytest.approx(results["predictions"][0])

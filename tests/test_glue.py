@@ -1,11 +1,10 @@
 """Labelled text: GLUE in its official layouts, tables, metrics against scikit-learn, the server's files."""
 
-import json
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import call, call_json
+from conftest import call, call_both, call_json
 
 from tasks import glue
 from util import BadInput
@@ -84,8 +83,6 @@ def test_malformed_rows_are_left_out_of_qqp_and_refused_elsewhere(tmp_path):
     with pytest.raises(BadInput, match="row of 2 cells"):  # a submission counts rows
         glue.read_texts(tmp_path / "QQP" / "test.tsv", glue.TASKS["qqp"].text)
 
-
-# ---------------------------------------------------------------------------- tables
 
 @pytest.mark.parametrize("name, content", [
     ("a.csv", 'label,text\nno,"so ""bad"", so\nlong"\nyes,good\n'),
@@ -197,8 +194,6 @@ def test_tasks_are_named_as_people_write_them_and_all_are_those_that_are_there(t
             glue.choose_tasks(text, folder)
 
 
-# ---------------------------------------------------------------------------- metrics and Table 2
-
 def test_metrics_against_scikit_learn_and_scipy():
     sklearn, scipy = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
@@ -232,16 +227,13 @@ def test_intervals_over_examples_cover(metric, share):
     assert 0.88 <= covered / 200 <= 0.995
 
 
-# ---------------------------------------------------------------------------- the command
-
 def test_glue_writes_results_and_submissions(tmp_path, trained):
     """Every dev score follows from the predictions; a row for every test text; the mnli model predicts ax."""
     for name in ("mnli", "stsb", "ax"):
         write_glue(tmp_path / "glue", name)
-    out, submit = tmp_path / "out.json", tmp_path / "submit"
     line = f"evaluate.py glue {trained('mlm --mask 0.3')} --glue-dir {tmp_path / 'glue'} --epochs 1"
-    shown = call(f"{line} --tasks mnli,stsb,ax --seeds 2 --submit {submit} --json {out}")
-    results = json.loads(out.read_text())["results"]
+    shown, content = call_both(f"{line} --tasks mnli,stsb,ax --seeds 2 --submit {tmp_path / 'submit'}")
+    results = content["results"]
     assert "STS-B" in shown and list(results["table2"]) == ["MNLI-m", "MNLI-mm", "STS-B"]
     task = results["tasks"]["stsb"]
     pearson = [glue.pearson(np.array(x), np.array(task["labels"])) for x in task["predictions"]]
@@ -250,7 +242,7 @@ def test_glue_writes_results_and_submissions(tmp_path, trained):
     assert results["average"] == pytest.approx(np.mean(list(results["table2"].values())))
     assert "RTE.tsv" in results["not_in_submission"]
     for k in range(2):
-        with zipfile.ZipFile(submit / f"seed{k}.zip") as archive:
+        with zipfile.ZipFile(tmp_path / "submit" / f"seed{k}.zip") as archive:
             assert sorted(archive.namelist()) == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "STS-B.tsv"]
             for name in archive.namelist():
                 header, *rows = [row.split("\t") for row in archive.read(name).decode().split("\n")[:-1]]

@@ -10,7 +10,6 @@ from conftest import call, call_json
 
 from images import ImageSet
 from objectives import from_options
-from run import Run, Settings
 from tasks import probe
 from tasks.glue import Part
 from util import BadInput
@@ -26,8 +25,6 @@ def some_texts(count):
     rng = np.random.default_rng(0)
     return [("".join(rng.choice(list("abcdef "), rng.integers(1, 20))),) for _ in range(count)]
 
-
-# ---------------------------------------------------------------------------- texts and images to features
 
 def test_pairs_lose_the_end_of_the_longer_text(run):
     for m, n in ((3, 4), (0, 40), (40, 0), (9, 30), (30, 9), (30, 31), (11, 11)):
@@ -52,7 +49,6 @@ def test_batches_hold_every_text_once_in_a_seeded_order():
 @pytest.mark.parametrize("pool", ["mean", "last"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_features_are_those_of_each_text_alone(run, pool, causal):
-    """Neither padding nor the other texts of a batch change them."""
     prepared = probe.prepare(run, Part(some_texts(20)))
     features = probe.frozen_features(run, prepared, pool, causal, "all")
     last = probe.frozen_features(run, prepared, pool, causal)["last"]
@@ -69,11 +65,9 @@ def test_features_are_those_of_each_text_alone(run, pool, causal):
 
 
 @pytest.mark.parametrize("size", [12, 20])
-def test_features_are_those_of_each_image_alone(image_way, make_image_model, size):
-    """Resized, normalised, cut into patches and averaged by hand, image by image."""
-    objective, path = image_way
-    model, rng = make_image_model(path).float(), np.random.default_rng(0)
-    run = Run(model, objective, path, None, Settings(preset="vit-tiny"), 0, "test")
+def test_features_are_those_of_each_image_alone(image_way, make_run, size):
+    run, rng = make_run(*image_way, images=True), np.random.default_rng(0)
+    model = run.model.float()
     pictures = ImageSet(rng.integers(0, 256, (5, size, size, 3)).astype(np.uint8), np.arange(5))
     features = probe.frozen_features(run, pictures, "mean", False, "all")
     [(_, inputs, _)] = probe.every_batch(run, pictures)
@@ -95,8 +89,6 @@ def test_attention_and_pooling_follow_the_objective(way, make_run):
     assert probe.attention_and_pool(dataclasses.replace(run, tokenizer=None)) == (objective.attention, "mean")
     assert probe.attention_and_pool(run, "causal", "mean") == ("causal", "mean")
 
-
-# ---------------------------------------------------------------------------- classifiers
 
 def test_logistic_regression_is_at_its_optimum():
     torch.manual_seed(0)
@@ -133,8 +125,6 @@ def test_few_examples_choose_the_penalty_on_each_fifth_in_turn(monkeypatch):
     assert all(sorted(i for rows in fits[k:k + 5] for i in last - rows) == sorted(last)
                for k in range(0, len(fits), 5))
 
-
-# ---------------------------------------------------------------------------- commands
 
 def test_probe_of_text(trained, reviews):
     line = f"evaluate.py probe {trained('mlm --mask 0.3')} --data {reviews}"

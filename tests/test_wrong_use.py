@@ -90,7 +90,7 @@ evaluate.py generate ar --temperature -1 | --temperature -1 at least 0
 evaluate.py generate ar --order confident | ar --order confident
 evaluate.py generate ar --suffix x | --suffix
 evaluate.py generate spans --order left | spans --order left
-evaluate.py generate spans --prompt once --suffix xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx | --suffix 32
+evaluate.py generate spans --suffix x --tokens 50 | tokens 32
 evaluate.py connectivity ar none | none does not exist
 evaluate.py connectivity images | images text
 evaluate.py reconstruct ar | ar text images
