@@ -1,5 +1,4 @@
-"""A run: its settings, presets and schedules, its machine, its checkpoint, the Run that evaluation opens, its
-data."""
+"""A run: its settings and presets, its machine, its checkpoint, the Run that evaluation opens, its data."""
 
 import contextlib
 import ctypes
@@ -11,8 +10,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from data import POSITIONS, Corpus, Sequences, load_corpus, load_evaluation, tokenizer_from_json, toy_noise
 from images import Patches, is_images, load_images
@@ -189,32 +186,6 @@ def check_ranges(settings):
         raise BadInput(f"--patch {settings.patch} does not divide images of --size {settings.size}")
 
 
-# ---------------------------------------------------------------------------- schedules
-
-def learning_rate(settings, progress):
-    """The rate at `progress` in 0..1 through the budget."""
-    if settings.schedule == "cosine":
-        return settings.lr * warmup_cosine(progress, settings.warmup)
-    share = 0.25 + progress if progress < 0.75 else 4 * (1 - progress)  # the Cramming protocol's one cycle
-    return settings.lr * share * (min(1, progress / settings.warmup) if settings.warmup else 1)
-
-
-def batch_sizes(settings, steps):
-    """The number of sequences of every step, which grows by sixteenths over the first `batch_ramp`."""
-    full, ramp = settings.batch_size, steps * settings.batch_ramp
-    if not ramp:
-        return [full] * steps
-    return [math.ceil(full * min(16, 1 + int(16 * step / ramp)) / 16) for step in range(steps)]
-
-
-def steps_for(settings, sequences):
-    """The fewest steps whose batches make up that many sequences."""
-    steps = math.ceil(sequences / settings.batch_size)
-    while (missing := sequences - sum(batch_sizes(settings, steps))) > 0:
-        steps += math.ceil(missing / settings.batch_size)
-    return steps
-
-
 def warmup_cosine(progress, warmup):
     """Share of the peak rate at `progress` in 0..1: linearly up to `warmup`, then a cosine to 0."""
     if progress < warmup:
@@ -251,54 +222,6 @@ def choose_autocast(device, name=None):
             fast = "amx_bf16" in cpu or "avx512_bf16" in cpu and "AuthenticAMD" in cpu
         name = "bf16" if fast else "fp32"
     return (lambda: torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")), name
-
-
-# ---------------------------------------------------------------------------- several processes
-
-def join_processes(device):
-    """(this process's device, the number of processes that torchrun started, which of them this is)."""
-    device, world = choose_device(device), int(os.environ.get("WORLD_SIZE") or 1)
-    if world == 1:
-        return device, 1, 0
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise BadInput(f"WORLD_SIZE={world} without {', '.join(missing)}: start processes with torchrun")
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, world, dist.get_rank()
-
-
-def wrap_distributed(module, device, world, fsdp, sizes):
-    """The module, its gradients averaged over processes that share batches of `sizes`; FSDP shards it."""
-    if uneven := [size for size in sizes if size < world or fsdp and size % world]:
-        raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
-                       + " in equal parts" * fsdp + "; give another --batch-size")
-    if fsdp and world == 1:
-        raise BadInput("--fsdp shards over several processes; start them with torchrun --nproc_per_node=N")
-    if not fsdp:
-        return nn.parallel.DistributedDataParallel(module) if world > 1 else module
-    from torch.distributed.fsdp import fully_shard
-    mesh = dist.init_device_mesh(device.type, (world,))
-    for block in module.model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
-
-
-def full_state(model, optimizer, world):
-    """{"model", "optimizer"}: their state by the parameters' names, whole though there are many processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    options = StateDictOptions(full_state_dict=True, cpu_offload=world > 1)
-    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
-
-
-def load_state(model, optimizer, saved):
-    """Set what `full_state` gave; each process of FSDP keeps its shard."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-    for group in saved["optimizer"]["param_groups"]:
-        group["fused"] = optimizer.defaults["fused"]  # this machine's, not the one's that wrote it
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))
 
 
 # ---------------------------------------------------------------------------- checkpoints

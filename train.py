@@ -32,12 +32,47 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import run
 from data import prefetch
 from model import Transformer
 from objectives import add_options, describe, draw_batch, loss_sum
-from run import batch_sizes, join_processes, learning_rate, load_examples, resolve, save_checkpoint, steps_for
+from run import (
+    add_settings,
+    choose_autocast,
+    choose_device,
+    load_checkpoint,
+    load_examples,
+    resolve,
+    resumed,
+    save_checkpoint,
+    warmup_cosine,
+)
 from util import BadInput, Parser, command_line, import_optional, note, positive, write_text
+
+# ---------------------------------------------------------------------------- schedules
+
+def learning_rate(settings, progress):
+    """The rate at `progress` in 0..1 through the budget."""
+    if settings.schedule == "cosine":
+        return settings.lr * warmup_cosine(progress, settings.warmup)
+    share = 0.25 + progress if progress < 0.75 else 4 * (1 - progress)  # the Cramming protocol's one cycle
+    return settings.lr * share * (min(1, progress / settings.warmup) if settings.warmup else 1)
+
+
+def batch_sizes(settings, steps):
+    """The number of sequences of every step, which grows by sixteenths over the first `batch_ramp`."""
+    full, ramp = settings.batch_size, steps * settings.batch_ramp
+    if not ramp:
+        return [full] * steps
+    return [math.ceil(full * min(16, 1 + int(16 * step / ramp)) / 16) for step in range(steps)]
+
+
+def steps_for(settings, sequences):
+    """The fewest steps whose batches make up that many sequences."""
+    steps = math.ceil(sequences / settings.batch_size)
+    while (missing := sequences - sum(batch_sizes(settings, steps))) > 0:
+        steps += math.ceil(missing / settings.batch_size)
+    return steps
+
 
 # ---------------------------------------------------------------------------- optimizers
 
@@ -162,6 +197,54 @@ def validation_loss(loss_module, objective, path, sequences, device, autocast, m
     return total / targets
 
 
+# ---------------------------------------------------------------------------- processes and their state
+
+def join_processes(device):
+    """(this process's device, the number of processes that torchrun started, which of them this is)."""
+    device, world = choose_device(device), int(os.environ.get("WORLD_SIZE") or 1)
+    if world == 1:
+        return device, 1, 0
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise BadInput(f"WORLD_SIZE={world} without {', '.join(missing)}: start processes with torchrun")
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, world, dist.get_rank()
+
+
+def wrap_distributed(module, device, world, fsdp, sizes):
+    """The module, its gradients averaged over processes that share batches of `sizes`; FSDP shards it."""
+    if uneven := [size for size in sizes if size < world or fsdp and size % world]:
+        raise BadInput(f"a batch of {uneven[0]} sequences cannot be cut for {world} processes"
+                       + " in equal parts" * fsdp + "; give another --batch-size")
+    if fsdp and world == 1:
+        raise BadInput("--fsdp shards over several processes; start them with torchrun --nproc_per_node=N")
+    if not fsdp:
+        return nn.parallel.DistributedDataParallel(module) if world > 1 else module
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(device.type, (world,))
+    for block in module.model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def full_state(model, optimizer, world):
+    """{"model", "optimizer"}: their state by the parameters' names, whole though there are many processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=world > 1)
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
+
+
+def load_state(model, optimizer, saved):
+    """Set what `full_state` gave; each process of FSDP keeps its shard."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]  # this machine's, not the one's that wrote it
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                   options=StateDictOptions(full_state_dict=True))
+
+
 # ---------------------------------------------------------------------------- the run folder, signals, output
 
 def load_saved(out, resume, overwrite):
@@ -175,7 +258,7 @@ def load_saved(out, resume, overwrite):
         with open(metrics, "rb") as file:
             lock(file, "LOCK_SH")
     if resume:
-        saved = run.load_checkpoint(out)
+        saved = load_checkpoint(out)
         if "total" not in saved:
             raise BadInput(f"{out} was written by an earlier version: it can be evaluated, but not resumed")
         return saved
@@ -271,7 +354,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     saved = load_saved(out, resume, overwrite)
     device, world, rank = join_processes(device)
     is_main = rank == 0
-    autocast, precision = run.choose_autocast(device, dtype or saved.get("dtype"))
+    autocast, precision = choose_autocast(device, dtype or saved.get("dtype"))
     torch.set_num_threads(threads or saved.get("threads") or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")
 
@@ -297,11 +380,11 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
     if compiled or compiled is None and device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64  # every size of a ramped batch is a graph of its own
         function = torch.compile(loss_sum, dynamic=False)
-    loss_module = run.wrap_distributed(LossModule(model, function), device, world, fsdp, sizes)
+    loss_module = wrap_distributed(LossModule(model, function), device, world, fsdp, sizes)
     val_module = loss_module if fsdp else LossModule(model, loss_sum)
     optimizer = make_optimizer(model, settings)
     if saved:
-        run.load_state(model, optimizer, saved)
+        load_state(model, optimizer, saved)
 
     def draw(place):
         """This process's part of the batch of a step, and the number of targets of the whole batch."""
@@ -315,7 +398,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
 
     def save():
         """The checkpoint, of which every process gathers its part and the first one writes."""
-        state = run.full_state(model, optimizer, world)
+        state = full_state(model, optimizer, world)
         if is_main:
             save_checkpoint(out / "ckpt.pt", {
                 **state, **data, "settings": settings.to_dict(), "model_config": asdict(config),
@@ -394,7 +477,7 @@ def train(settings, out, *, resume=False, overwrite=False, device=None, dtype=No
 
 def main(argv=None):
     parser = Parser(description="Pretrain a Transformer with any objective.")
-    run.add_settings(parser)
+    add_settings(parser)
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run folder (default: runs/ and the objective)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -417,7 +500,7 @@ def main(argv=None):
     machine = {name: given.pop(name) for name in inspect.signature(train).parameters if name in given}
     if machine["resume"] and (out is None or machine["overwrite"]):
         raise BadInput("--resume goes on with the run in a folder: give it as --out DIR, without --overwrite")
-    settings = run.resumed(out, given) if machine["resume"] else resolve(**given)
+    settings = resumed(out, given) if machine["resume"] else resolve(**given)
     if out is None:
         objective, path = settings.task()
         two = " two-stream" if path == "two-stream" and objective.one_stream else ""

@@ -235,12 +235,13 @@ def correlation(x, errors, resamples=300):
 
 def findings(rows, ts, r):
     """Spearman correlations of the objectives' errors with Theorem 4.1's tail, for each noise and loss: `at`
-    the bottleneck t (`exact_tail`: that of exact features), there with what the objective needs and with exact
-    errors too, and of `few` labels without a bottleneck, the tail at r."""
+    the bottleneck t, there also with the t that is needed and with exact features' errors (`exact_tail`: of
+    these with the tail), and of `few` labels without a bottleneck, the tail at r."""
     result = []
     for eps, kind in itertools.product(sorted({row["eps"] for row in rows}), LOSSES):
         group = [row for row in rows if row["eps"] == eps]
-        tails, exact, needs = (np.array([row[name] for row in group]).T for name in ("tails", "exact", "needs"))
+        tails, exact, needs = (np.array([row[name] for row in group]).T
+                               for name in ("tails", "exact", "needs"))
         errors = np.stack([row[kind]["all"] for row in group], 1)              # (seeds, objectives, n)
         few = {place: correlation(tails[r - 1], np.stack([row[kind][place][0] for row in group], 1))
                for place in PLACES}
