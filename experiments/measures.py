@@ -333,7 +333,7 @@ def reconstruction(name, digits):
 def connectivity(name, which):
     """Similarity of features of held-out contexts: `which` of evaluate.py connectivity's summaries."""
     return Column("connectivity", lambda model, x: Cell(lambda rows: x["checkpoints"][0][name][which]),
-                  digits=3, unit="")
+                  also=("untrained",), digits=3, unit="")
 
 
 # ---------------------------------------------------------------------------- classification

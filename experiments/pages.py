@@ -294,8 +294,8 @@ def write_results(place, name, table, seeds, folder):
         os.replace(f"{picture}.partial", picture)
     elif find_spec("matplotlib") and table.picture:
         column = next(iter(table.columns.values()))
-        table.picture(picture, {row: column.stages(place, model, 0)[0].result()
-                                for row, model in table.rows.items() if not model.instead})
+        table.picture(picture, {row: stages[0].result() for row, model in table.rows.items()
+                                if (stages := column.stages(place, model, 0))})
     elif find_spec("matplotlib") and (placed := [c for c in content["claims"] if c["at"]]):
         plots.trend(picture, placed)
     elif find_spec("matplotlib") and table.rows:

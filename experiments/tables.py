@@ -253,7 +253,8 @@ def trend(place):
 
 def figure2(place):
     """How alike the features of contexts are, of the pairs that are most alike (App. B.2)."""
-    rows = of("text", {AR: "ar", FIFTEEN: MASKS[FIFTEEN], DAR: "dar --t 2", "Variable-length": MASKS[DRAWN]})
+    rows, _ = with_untrained(of("text", {AR: "ar", FIFTEEN: MASKS[FIFTEEN], DAR: "dar --t 2",
+                                         "Variable-length": MASKS[DRAWN]}))
     inner = "inner product, top pairs"
     columns = {inner: connectivity("inner_product", "mean"),
                "cosine, top pairs": connectivity("cosine", "mean"),
