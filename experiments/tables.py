@@ -270,7 +270,8 @@ def figure2(place):
     fair = ("One size, the same tokens, contexts from the same held-out sequences. Inner products, which the "
             "paper shows in a picture without numbers, are in units of each network's own; cosines compare "
             "networks.")
-    claims = tuple(replace(one, ours=not one.primary, floors=floors, lower=True) for one in claims)
+    claims = tuple(replace(one, text=one.text.replace("better", "more alike"), ours=not one.primary,
+                           floors=floors, lower=True) for one in claims)
     return Table("Figure 2: similarity of features of different texts", fair, with_guess(UNIGRAMS, rows),
                  columns, claims=claims, picture=picture)
 
