@@ -37,7 +37,7 @@ from data import prefetch
 from masks import query_mask
 from model import SIZES, Config, Transformer
 from objectives import add_options, choose_path, describe, draw_batch, loss_sum, several
-from run import IMAGE_MASKS, PRESETS, choose_autocast, choose_device, resolve
+from run import IMAGE_MASKS, PRESETS, choose_autocast, choose_device, hardware, resolve
 from train import LossModule, make_optimizer, update
 from util import BadInput, Parser, command_line, import_optional, output_file, positive, table, write_json
 
@@ -287,9 +287,8 @@ def main(argv=None):
     ratios = [speed_ratio(of[case], of[peer]) for case, peers in cases for peer in peers]
 
     case = everything[0]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if args.json != "-":
-        print(f"{name}, {case.dtype}, threads: {torch.get_num_threads()}\n")
+        print(f"{hardware(device)}, {case.dtype}\n")
         rows = [(x["name"], f"{x['ms_per_step']:.1f}", f"{min(x['ms_rounds']):.1f}-{max(x['ms_rounds']):.1f}",
                  f"{x['tokens_per_second']:,.0f}", f"{x['flops_per_second'] / 1e9:,.0f}",
                  f"{x['flops_per_step'] / 1e9:.1f}", f"{x['peak_memory'] / 1e6:.0f}",
@@ -301,7 +300,7 @@ def main(argv=None):
         if rows:
             print("\n" + table([("times as fast", "", "range", "memory", "FLOPs"), *rows]))
     write_json(args.json, {"command": "bench.py", "settings": vars(args), "config": asdict(case.config),
-                           "dtype": case.dtype, "compiled": case.compiled, "device": name,
+                           "dtype": case.dtype, "compiled": case.compiled, "device": hardware(device),
                            "threads": torch.get_num_threads(), "torch": torch.__version__,
                            "results": results, "ratios": ratios})
     return 0

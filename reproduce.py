@@ -23,7 +23,6 @@ paper's numbers is the effect that ours is judged against (experiments/verdicts.
 """
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import torch
 from experiments.measures import SCALES, Place, read_json, scale_of, with_needs
 from experiments.pages import stages_of, write_report, write_results
 from experiments.tables import TARGETS
-from run import load_checkpoint
+from run import hardware, load_checkpoint
 from util import BadInput, Parser, command_line, positive, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -82,17 +81,10 @@ def write_record(stage, seconds):
         seconds = load_checkpoint(stage.out)["seconds"]  # over all its interruptions
     code = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True,
                           text=True, check=False).stdout.strip()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_json(stage.beside(".done"), {"command": readable(stage.line()), "seconds": seconds,
-                                       "hardware": hardware(), "torch": torch.__version__,
+                                       "hardware": hardware(device), "torch": torch.__version__,
                                        "code": code or "not recorded"})
-
-
-def hardware():
-    """The machine in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 # ---------------------------------------------------------------------------- command line

@@ -5,6 +5,8 @@ import ctypes
 import json
 import math
 import os
+import platform
+import re
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -210,6 +212,16 @@ def choose_device(name=None):
         libc.mallopt(-4, 0)            # M_MMAP_MAX: never a mapping of its own for a large array
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     return device
+
+
+def hardware(device):
+    """A GPU by its name, a CPU by its model and the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""  # Linux
+    model, threads = re.search(r"model name\s*: (.*)", info), torch.get_num_threads()
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def choose_autocast(device, name=None):

@@ -1,6 +1,7 @@
 """What bench.py times is a whole training step; FLOPs, memory and peers are what it says."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,7 @@ def test_the_command_compares_with_peers(tmp_path, monkeypatch):
     line = (f"bench.py --objectives ar,vl --mask 0.2,0.4 --preset tiny --length 8 --batch-size 2 --rounds 2 "
             f"--device cpu --dtype fp32 --peers --peer-nanogpt {tmp_path}")
     found = call_json(line)
+    assert re.fullmatch(r".+, \d+ threads?", found["device"])
     pairs = [(r["name"], r["peer"], r["memory"]) for r in found["ratios"]]
     assert pairs == [("ar", "GPT2LMHeadModel", 0.5), ("ar", "nanoGPT", 0.5),
                      ("vl 0.2,0.4", "BertForMaskedLM", 0.5)]

@@ -22,7 +22,9 @@ objectives.py vl --mask 0.3,0.1 | 0.3,0.1 range
 objectives.py mtp --t 8 --length 8 | --t 8 1..7
 objectives.py blocks --block 9 --length 8 | --block 9 1..7
 objectives.py spans --mask 0 | --mask 0 between 0 and 1
+objectives.py spans --span 0 | --span 0 at least 1
 objectives.py segments --segment 3 | --segment 3 4 x 4
+objectives.py segments --segment 0 | --segment 0 4 x 4
 train.py --objective bert | 'bert' ar
 train.py --obj ar | --obj
 train.py --objective dar --streams 1 | --streams 1 dar
