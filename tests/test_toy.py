@@ -99,9 +99,12 @@ def test_the_order_is_that_of_the_tail_at_hand():
     for _ in range(6):
         tails = rng.random(6)
         network = {"all": [[tails[1], 0.0]] * 2, "own": [[tails[2]] * 2], "common": [[0.1] * 2]}
-        rows.append({"eps": 0.5, "tails": tails, "exact": tails, **dict.fromkeys(toy.LOSSES, network)})
+        rows.append({"eps": 0.5, "tails": tails, "exact": tails, "needs": -tails[1],
+                     **dict.fromkeys(toy.LOSSES, network)})
     for x in toy.findings(rows, [2, 6], 3):
-        assert x["at"][0]["tail"] == pytest.approx([1, 1, 1]) and x["at"][0]["exact_tail"] == pytest.approx(1)
+        at = x["at"][0]
+        assert at["tail"] == pytest.approx([1, 1, 1]) == at["exact"] and at["exact_tail"] == pytest.approx(1)
+        assert at["needs"] == pytest.approx([-1, -1, -1])
         assert x["few"]["own"] == pytest.approx([1, 1, 1]) and x["few"]["common"] is None
 
 
