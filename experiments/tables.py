@@ -352,7 +352,8 @@ def table6(place):
     paper = {AR: {mean: 76.2}, DAR: {mean: 78.9}}
     fair = (TWO_STREAMS.format("images") + VIT_B + " Sets: those in transfer/ and the drawn shapes "
             "(the paper: nine public sets). Accuracy is over all test images, though the usual protocol of "
-            "aircraft, caltech101, flowers and pets is the mean over classes.")
+            "aircraft, caltech101, flowers and pets is the mean over classes. Where images/ is CIFAR-10, "
+            "the column cifar10 is no transfer.")
     return Table("Table 6: transfer, mean accuracy over other image sets", fair, rows, columns, paper,
                  compare({mean: columns[mean]}, [(DAR, AR)], paper, untrained, (mean, DAR, AR)))
 
