@@ -367,6 +367,13 @@ def test_a_class_that_is_not_written_as_it_must_be_is_refused_by_name(monkeypatc
             from_options("fork")
 
 
+def test_a_ratio_that_hides_one_token_is_told(capsys):
+    call("objectives.py mlm --length 8")
+    assert "hides one of 8 tokens" in capsys.readouterr().err
+    call("objectives.py mlm vl spans")
+    assert "hides one" not in capsys.readouterr().err
+
+
 def test_the_path_of_each_objective():
     paths = {name: choose_path(from_options(name), images=name == "segments") for name in DEFINITIONS}
     assert paths == {**dict.fromkeys(DEFINITIONS, "two-stream"), "ar": "causal",
