@@ -32,7 +32,7 @@ MARKERS = "<!-- results -->", "<!-- /results -->"
 HEADLINES = {  # the rows of the front page: what a reader came for
     "table1": "autoregressive generates better than masked (Table 1)",
     "masked": "masked classifies images better than autoregressive (Sec. 4.1)",
-    "dose": "t = 2 classifies images better than t = 1 (Tables 3, 9)",
+    "dose": "t = 2 classifies images better than t = 1 (Table 3)",
     "table7": "[0.15, 0.3] generates better than 0.3 (Table 7)",
     "table8": "[0.5, 0.75] reconstructs better than 0.5 (Table 8)",
     "variety": "[0.15, 0.3] generates better than 0.225, its mean (Table 7, interpolated)",
