@@ -94,6 +94,7 @@ def connectivity_command(args):
 
 
 def add_commands(command):
+    """Register it with evaluate.py: `command(name, function, text, many)` gives a parser."""
     add = command("connectivity", connectivity_command, many=True,
                   text="similarity of features of held-out contexts (Figure 2)").add_argument
     add("--data", help="as for perplexity (default: the first checkpoint's validation text)")

@@ -284,6 +284,7 @@ def print_scores(name, results):
 
 
 def finetune_command(args):
+    """Fine-tune with each seed and score the dev parts; --out keeps the first seed's classifier."""
     if args.out and args.checkpoint.startswith("hf:"):
         raise BadInput(f"--out is for checkpoints of train.py; {args.checkpoint} is of another package")
     run, autocast = open_run(args)
@@ -310,6 +311,7 @@ def finetune_command(args):
 
 
 def predict_command(args):
+    """The class and its probability, or the score, of new texts or images."""
     path = Path(args.checkpoint, "classifier.pt")
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give a folder that evaluate.py finetune --out wrote")
@@ -344,6 +346,7 @@ def predict_command(args):
 
 
 def glue_command(args):
+    """Fine-tune on each GLUE task; --submit writes the zip files that the server takes, one for each seed."""
     run, autocast = open_run(args, kind="text")
     protocol, tasks = protocol_of(args, run), glue.choose_tasks(args.tasks, args.glue_dir, args.submit)
     done, submission = {}, {}  # {file: its text by each seed}
@@ -381,6 +384,7 @@ def glue_command(args):
 
 
 def add_commands(command):
+    """Register all with evaluate.py: `command(name, function, text, many)` gives a parser."""
     for name, function, text in (
             ("probe", probe.probe_command, "linear classifier on frozen features of labelled text or images"),
             ("transfer", probe.transfer_command, "the same on several image sets (Table 6)"),

@@ -240,6 +240,7 @@ def generate_command(args):
 
 
 def reconstruct_command(args):
+    """Complete the same images with every checkpoint, beside their mean colour."""
     perceptual = import_optional("lpips").LPIPS(net=args.lpips, verbose=False).eval() if args.lpips else None
     runs = [open_run(args, checkpoint, "images") for checkpoint in args.checkpoints]
     first, config = runs[0][0], runs[0][0].model.config
@@ -277,6 +278,7 @@ def reconstruct_command(args):
 
 
 def add_commands(command):
+    """Register both with evaluate.py: `command(name, function, text, many)` gives a parser."""
     add = command("generate", generate_command, "sample from the model").add_argument
     add("--prompt", default="", help="text to continue (default: the start of a document)")
     add("--suffix", default="", help="text behind what is added, for objectives that fill gaps")
