@@ -172,7 +172,8 @@ def update(loss_module, optimizer, batches, count, path, autocast, clip, rate, w
     norm = torch.nn.utils.clip_grad_norm_(loss_module.parameters(), clip or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
-    optimizer.step()
+    with autocast():  # for Muon's matrix products; parameters and averages stay fp32
+        optimizer.step()
     optimizer.zero_grad()
     return total, full_tensor(norm)
 
