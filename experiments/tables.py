@@ -246,7 +246,7 @@ def trend(place):
                 claims += [replace(claim(columns, regime, text, weights, primary=primary), pool=pool)]
     fair = ("One architecture, the same text and settings; a budget is a run of its own, not a checkpoint of "
             "a longer one. The variance of seeds is taken as one over the budgets of a contrast and a size, "
-            "as few seeds alone decide nothing. All budgets but the smallest are for the first contrast alone.")
+            "as few seeds alone decide nothing. Only the smallest budget is for both contrasts.")
     return Table("Trend: do the effects come with scale?", fair, with_guess(UNIGRAMS, rows), columns,
                  claims=tuple(claims))
 
