@@ -143,11 +143,11 @@ def test_the_trend(tmp_path):
     place = place_at("cpu", tmp_path, "trend")
     table = reproduce.TARGETS["trend"](place)
     [slope] = [claim for claim in table.claims if claim.primary]
-    gains = {key: key[0].startswith("Variable") * (0.1 + 0.02 * math.log10(table.rows[key[0]].budget * 1e7))
+    gains = {key: key[0].startswith("Variable") * (0.1 + 0.02 * math.log10(table.rows[key[0]].budget * 2.4e7))
              for key in slope.contrast}
     cells = {key: [mean_cell(np.full(9, 4 - gain))] * 2 for key, gain in gains.items()}
     found = judge(slope, cells | {floor: [mean_cell(np.full(9, 9.0))] * 2 for floor in slope.floors.values()})
-    assert found["difference"] == pytest.approx(0.02) and found["freedom"] == len(slope.pool) == 2
+    assert found["difference"] == pytest.approx(0.02) and found["freedom"] == len(slope.pool) == 3  # budgets
     lines = [pretrain(place, model, 0).argv for model in table.rows.values() if not model.instead]
     assert len({" ".join(line[line.index("--batch-size"):line.index("--steps")]) for line in lines}) == 1
 
