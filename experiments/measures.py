@@ -58,7 +58,8 @@ SCALES = {
                      "glue": "--seeds 1 --epochs 3 --max-train 5000 --pool mean"},
         "trend": {
             "about": "4 layers; texts of 128 tokens (WordPiece, 4,096 words), perplexity on 64 of them",
-            "tokens": 2.4e7, "sizes": {"tiny": (0.125, 0.35, 1)},  # after 1e6 some know only unigrams
+            "tokens": 2.4e7,  # after 1e6 some know only unigrams
+            "sizes": {"tiny": (0.125, 0.25, 1), "mini": (0.125, 0.25)},
             "prepare": {"text": "--tokenizer wordpiece --vocab 4096"},
             "train": {"text": "--batch-size 16 --optimizer muon --lr 12e-3"}}},
     "gpu": {

@@ -4,7 +4,6 @@ A target is a function of the Place that gives a Table: its rows are models, its
 cell comes from stages (measures.py). TARGETS at the end has all of them.
 """
 
-import itertools
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -217,12 +216,12 @@ def variety(place):
 def trend(place):
     """Do the effects of Tables 7 and 1 come with scale? Every budget is a run with a schedule of its own."""
     most, flags = place.scale["tokens"], {AR: "ar", **MASKS}
-    contrasts = {(DRAWN, THIRTY): 50.2 / 45.1, (AR, FIFTEEN): 34.1 / 22.8}  # in perplexity
+    sizes = place.scale["sizes"]
+    first, *_ = sizes
+    effects = {(DRAWN, THIRTY, name): 50.2 / 45.1 for name in sizes} | {(AR, FIFTEEN, first): 34.1 / 22.8}
     columns, rows, claims = {regime: perplexity(regime) for regime in REGIMES}, {}, []
-    for ((better, worse), factor), (preset, shares) in itertools.product(
-            contrasts.items(), place.scale["sizes"].items()):
-        if better == AR:
-            shares = shares[:1]
+    for (better, worse, preset), factor in effects.items():  # in perplexity
+        shares = sizes[preset][:1] if better == AR else sizes[preset]
         size, contrast = "{layers} x {width}".format(**SIZES[preset]), []
         for share in shares:
             budget = f"{size}, {share * most:,.0f} tokens"
@@ -242,7 +241,7 @@ def trend(place):
                 weights = {row: k * weight / np.sum(x ** 2) for k, one in zip(x, contrast)
                            for row, weight in one.items()}
                 text = f"{about}: more so with every tenfold of tokens"
-                primary = (worse, regime, preset) == (THIRTY, "padded", list(place.scale["sizes"])[-1])
+                primary = (worse, regime, preset) == (THIRTY, "padded", first)
                 claims += [replace(claim(columns, regime, text, weights, primary=primary), pool=pool)]
     fair = ("One architecture, the same text and settings; a budget is a run of its own, not a checkpoint of "
             "a longer one. The variance of seeds is taken as one over the budgets of a contrast and a size, "

@@ -149,7 +149,7 @@ def test_the_trend(tmp_path):
     found = judge(slope, cells | {floor: [mean_cell(np.full(9, 9.0))] * 2 for floor in slope.floors.values()})
     assert found["difference"] == pytest.approx(0.02) and found["freedom"] == len(slope.pool) == 3  # budgets
     lines = [pretrain(place, model, 0).argv for model in table.rows.values() if not model.instead]
-    assert len({" ".join(line[line.index("--batch-size"):line.index("--steps")]) for line in lines}) == 1
+    assert len({" ".join(line[line.index("--batch-size"):line.index("--preset")]) for line in lines}) == 1
 
 
 @pytest.mark.parametrize("slope, interval, word", [
