@@ -247,9 +247,15 @@ def trend_findings(reported):
             goes = "moves towards the paper's" if (low > 0) == (gap > 0) else "moves away from the paper's"
         ours, paper, tenfold, low, high = (effect_text(value, "factor") for value in (
             last["difference"], last["effect"], slope["difference"], low, high))
-        yield (f"- with more tokens the effect of [0.15, 0.3] against 0.3 **{goes}**: it is {ours} at the "
-               f"largest budget ({paper} in the paper) and grows {tenfold} ({low} .. {high}) with every "
-               "tenfold of tokens")
+        text = (f"- with more tokens the effect of [0.15, 0.3] against 0.3 **{goes}**: it is {ours} at the "
+                f"largest budget ({paper} in the paper) and grows {tenfold} ({low} .. {high}) with every "
+                "tenfold of tokens")
+        for wide in claims:  # of the same regime
+            if ": more so than at " in wide["claim"] and wide["claim"].startswith(name.split(":")[0]):
+                size, other = wide["claim"].split(", ")[-1].split(": more so than at ")
+                ours, low, high = (effect_text(x, "factor") for x in (wide["difference"], *wide["interval"]))
+                text += f"; at {size} it is {ours} ({low} .. {high}) of that at {other}"
+        yield text
 
 
 def in_short(reported, primaries, missing):

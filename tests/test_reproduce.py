@@ -138,16 +138,25 @@ def test_budgets_are_equal_and_the_papers(tmp_path):
 
 
 def test_the_trend(tmp_path):
-    """An effect of e^(0.1 + 0.02 log10 tokens) at every budget has the slope 0.02 in every regime; its runs
-    differ in objective and steps alone."""
+    """An effect of e^(0.1 + 0.02 log10 tokens), and of e^0.05 more at the second width, has that slope and
+    that difference of widths in every regime; the runs differ in objective, width and steps alone."""
     place = place_at("cpu", tmp_path, "trend")
     table = reproduce.TARGETS["trend"](place)
-    [slope] = [claim for claim in table.claims if claim.primary]
-    gains = {key: key[0].startswith("Variable") * (0.1 + 0.02 * math.log10(table.rows[key[0]].budget * 2.4e7))
-             for key in slope.contrast}
-    cells = {key: [mean_cell(np.full(9, 4 - gain))] * 2 for key, gain in gains.items()}
-    found = judge(slope, cells | {floor: [mean_cell(np.full(9, 9.0))] * 2 for floor in slope.floors.values()})
-    assert found["difference"] == pytest.approx(0.02) and found["freedom"] == len(slope.pool) == 3  # budgets
+
+    def cells(row, seeds=2):
+        model = table.rows[row]
+        gain = 0.1 + 0.02 * math.log10(model.budget * 2.4e7) + 0.05 * (model.preset == "mini")
+        nll = 9 if model.instead else 4 - gain * row.startswith("Variable")
+        return [mean_cell(np.full(9, float(nll)))] * seeds
+
+    known = {(row, regime): cells(row) for row in table.rows for regime in ("padded", "truncated")}
+    found = {claim.text: judge(claim, known) for claim in table.claims}
+    slopes, widths = ([found[text] for text in found if words in text]
+                      for words in ("every tenfold", "more so than at"))
+    for these, difference, contrasts in ((slopes, 0.02, {3, 2}), (widths, 0.05, {5})):
+        assert [one["difference"] for one in these] == pytest.approx([difference] * len(these))
+        assert {one["freedom"] for one in these} == contrasts  # two seeds at each
+        assert len(these) == 2 * len(contrasts)  # one a regime
     lines = [pretrain(place, model, 0).argv for model in table.rows.values() if not model.instead]
     assert len({" ".join(line[line.index("--batch-size"):line.index("--preset")]) for line in lines}) == 1
 
@@ -156,12 +165,15 @@ def test_the_trend(tmp_path):
     (0.05, [0.01, 0.09], "towards"), (-0.05, [-0.09, -0.01], "away"), (0.05, [-0.1, 0.2], "not seen to")])
 def test_where_an_effect_goes_in_words(slope, interval, word):
     known = {"primary": False, "at": None, "measured": True, "effect": 0.107}
-    points = [{**known, "claim": f"a, {n} tokens", "at": {"tokens": n}, "difference": gap}
+    points = [{**known, "claim": f"padded: a, 4 x 128, {n} tokens", "at": {"tokens": n}, "difference": gap}
               for n, gap in ((3, -0.09), (10, -0.06))]
-    fitted = {**known, "claim": "a: more so with every tenfold of tokens", "primary": True,
-              "difference": slope, "interval": interval}
-    [sentence] = pages.trend_findings([{"target": "trend", "claims": [*points, fitted]}])
+    fitted = {**known, "claim": "padded: a, 4 x 128: more so with every tenfold of tokens",
+              "primary": True, "difference": slope, "interval": interval}
+    wide = {**known, "claim": "padded: a, 4 x 256: more so than at 4 x 128",
+            "difference": 0.02, "interval": [0, 0.04]}
+    [sentence] = pages.trend_findings([{"target": "trend", "claims": [*points, fitted, wide]}])
     assert word in sentence and "x0.942" in sentence and "x1.113" in sentence
+    assert "x1.020 (x1.000 .. x1.041) of that at 4 x 128" in sentence
     fitted["measured"] = False
     assert not [*pages.trend_findings([{"target": "trend", "claims": [*points, fitted]}])]
 
