@@ -215,47 +215,47 @@ def variety(place):
 
 def trend(place):
     """Do the effects of Tables 7 and 1 come with scale? Every budget is a run with a schedule of its own."""
-    most, flags, shares_of = place.scale["tokens"], {AR: "ar", **MASKS}, place.scale["sizes"]
-    widths = {preset: "{layers} x {width}".format(**SIZES[preset]) for preset in shares_of}
-    first, *_ = widths
-    effects = {(DRAWN, THIRTY, name): 50.2 / 45.1 for name in widths} | {(AR, FIFTEEN, first): 34.1 / 22.8}
-    columns, rows, claims, known = {regime: perplexity(regime) for regime in REGIMES}, {}, [], {}
+    most, flags, sizes = place.scale["tokens"], {AR: "ar", **MASKS}, place.scale["sizes"]
+    widths = {preset: "{layers} x {width}".format(**SIZES[preset]) for preset in sizes}
+    first, *_ = sizes
+    pairs = {(DRAWN, THIRTY): (50.2 / 45.1, sizes), (AR, FIFTEEN): (34.1 / 22.8, {first: sizes[first][:1]})}
+    columns, rows, claims = {regime: perplexity(regime) for regime in REGIMES}, {}, []
 
     def weighted(*parts):
         return {row: k * weight for k, contrast in parts for row, weight in contrast.items()}
 
-    for (better, worse, preset), factor in effects.items():  # in perplexity
-        shares, contrasts = shares_of[preset][:1 if better == AR else None], {}
-        for share in shares:
+    for (better, worse), (factor, budgets) in pairs.items():  # in perplexity
+        contrasts = {}
+        for preset, share in ((preset, share) for preset, shares in budgets.items() for share in shares):
             budget = f"{widths[preset]}, {share * most:,.0f} tokens"
             rows |= {f"{name}, {budget}": Model(flags[name], budget=share, preset=preset)
                      for name in (better, worse)}
-            contrasts[share] = {f"{better}, {budget}": 1, f"{worse}, {budget}": -1}
+            contrasts[preset, share] = {f"{better}, {budget}": 1, f"{worse}, {budget}": -1}
         for regime in REGIMES:
-            about = f"{better} better than {worse}, {widths[preset]}"
-            found = [claim(columns, regime, f"{about}, {share * most:,.0f} tokens", contrasts[share])
-                     for share in shares]
-            pool = tuple(one.contrast for one in found)
+            about = f"{better} better than {worse}"
+            found = {(preset, share): claim(columns, regime, f"{about}, {widths[preset]}, "
+                                                             f"{share * most:,.0f} tokens", weights)
+                     for (preset, share), weights in contrasts.items()}
+            pool = tuple(one.contrast for one in found.values())
             claims += [replace(one, effect=float(np.log(factor)), ours=False, pool=pool, at={
                 "panel": f"{worse} / {better}, {regime}", "line": widths[preset], "tokens": share * most})
-                for one, share in zip(found, shares)]
-            if len(shares) > 1:  # the slope of least squares
-                x = np.log10(shares) - np.mean(np.log10(shares))
-                weights = weighted(*zip(x / np.sum(x ** 2), contrasts.values()))
-                text = f"{about}: more so with every tenfold of tokens"
-                primary = (worse, regime, preset) == (THIRTY, "padded", first)
-                claims += [replace(claim(columns, regime, text, weights, primary=primary), pool=pool)]
-            if preset != first:  # the mean over the budgets of both widths
-                narrow, narrow_pool = known[regime]
-                both = [share for share in shares if share in narrow]
-                weights = weighted(*((sign / len(both), one[share]) for share in both
-                                     for sign, one in ((1, contrasts), (-1, narrow))))
-                text = f"{about}: more so than at {widths[first]}"
-                claims += [replace(claim(columns, regime, text, weights), pool=pool + narrow_pool)]
-            elif better == DRAWN:
-                known[regime] = contrasts, pool
+                for (preset, share), one in found.items()]
+            for preset, shares in budgets.items():
+                if len(shares) > 1:  # the slope of least squares
+                    x = np.log10(shares) - np.mean(np.log10(shares))
+                    weights = weighted(*((k, contrasts[preset, share])
+                                         for k, share in zip(x / np.sum(x ** 2), shares)))
+                    text = f"{about}, {widths[preset]}: more so with every tenfold of tokens"
+                    primary = (worse, regime, preset) == (THIRTY, "padded", first)
+                    claims += [replace(claim(columns, regime, text, weights, primary=primary), pool=pool)]
+                if preset != first:  # the mean over the budgets of both widths
+                    both = [share for share in shares if share in budgets[first]]
+                    weights = weighted(*((sign / len(both), contrasts[size, share]) for share in both
+                                         for size, sign in ((preset, 1), (first, -1))))
+                    text = f"{about}, {widths[preset]}: more so than at {widths[first]}"
+                    claims += [replace(claim(columns, regime, text, weights), pool=pool)]
     fair = ("One architecture, the same text and settings; a budget is a run of its own, not a checkpoint of "
-            "a longer one. The variance of seeds is taken as one over the budgets of a contrast and a size, "
+            "a longer one. The variance of seeds is taken as one over the budgets and widths of a contrast, "
             "as few seeds alone decide nothing. Autoregressive models are of the first width and budget.")
     return Table("Trend: do the effects come with scale?", fair, with_guess(UNIGRAMS, rows), columns,
                  claims=tuple(claims))

@@ -9,8 +9,8 @@ seeds and n examples, and Student's t, half of the interval is
     half^2 = t(S - 1)^2 of_seeds + t(n - 1)^2 of_examples
 
 One t of estimated degrees of freedom for the sum covers too little: where three seeds lie close together by
-chance, it takes them for many. With few seeds at each of B budgets, the contrasts of all of these share one
-variance of seeds, with B (S - 1) degrees of freedom.
+chance, it takes them for many. Where one contrast is measured at B budgets or widths with few seeds each, all
+of these share one variance of seeds, with B (S - 1) degrees of freedom.
 """
 
 import functools
