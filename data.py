@@ -76,6 +76,9 @@ class IdTokenizer(Tokenizer):
         self.vocab = vocab
 
     def encode(self, text):
+        for word in text.split():
+            if not (word.isdecimal() and int(word) < self.vocab):
+                raise BadInput(f"{word!r} is no id; a text is ids in 0..{self.vocab - 1}, spaces between")
         return np.array(text.split(), token_type(self.vocab))
 
     def decode(self, ids):
@@ -312,15 +315,19 @@ def in_memory(source, tokenizer, fraction, max_bytes=None):
     return Corpus(str(source), tokenizer, train, val, max(1, counts["val"]["bytes"]))
 
 
-def split(sources, val, fraction, max_bytes=None):
+def split(sources, val, fraction, max_bytes=None, total=None):
     """("train" or "val", text) of each document of the sources, and of those in `val`, all for validation.
 
-    Without `val` a share of the documents is held out, none if there are fewer than 20: by a checksum of its
-    name, of pydoc's modules by that of their package, so that every machine holds out the same.
+    Without `val` a share of the documents is held out: by a checksum of its name, of pydoc's modules by that
+    of their package, so that every machine holds out the same. Of fewer than 20 documents it is the end, and
+    where `total` is given, the number of their characters.
     """
     found = itertools.chain.from_iterable(documents(source, max_bytes) for source in sources)
-    few = fraction < 1 and len(list(itertools.islice(found, 20))) < 20
-    share = 0 if val or few else fraction
+    few = [len(text) for _, text in itertools.islice(found, 20)] if fraction < 1 and not val else []
+    if len(few) < 20:
+        total = total or sum(few)
+    left = total - max(1, round(fraction * total)) if total else sys.maxsize  # characters for training
+    share = 0 if val or total else fraction
     given = {hash(text) for source in val for _, text in documents(source, max_bytes)}
     for source, share in [(source, share) for source in sources] + [(source, 1) for source in val]:
         replaced = twice = 0
@@ -332,20 +339,26 @@ def split(sources, val, fraction, max_bytes=None):
             if source == "pydoc" and not name.startswith("topics."):
                 name = name.partition(".")[0]
             held = zlib.crc32(name.encode("utf-8", "surrogateescape")) < share * 2 ** 32
-            yield "val" if held and (share == 1 or text.strip()) else "train", text
+            if share == 1 or held and text.strip():
+                yield "val", text
+                continue
+            if left < len(text):
+                yield "val", text[left:]
+            if left:
+                yield "train", text[:left]
+            left = max(0, left - len(text))
         if replaced:
             note(f"{source} is not all UTF-8: {replaced:,} characters of it are read as U+FFFD")
         if twice:
             note(f"{source}: documents left out of the training, as --val has them: {twice:,}")
 
 
-def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_bytes=None):
-    """Write the token ids of all documents, each closed by a separator, to two binary files. If no document
-    is for validation, that share of the tokens is, from the end.
+def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_bytes=None, total=None):
+    """Write the token ids of all documents, each closed by a separator, to two binary files.
     -> {side: {"tokens": .., "bytes": of the text}}"""
     separator = np.array([tokenizer.separator], token_type(tokenizer.vocab))
-    files, size = {"train": train, "val": val}, {"train": 0, "val": 0}
-    pieces = ((side, piece) for side, text in split(sources, val_sources, fraction, max_bytes)
+    files, size, characters = {"train": train, "val": val}, {"train": 0, "val": 0}, 0
+    pieces = ((side, piece) for side, text in split(sources, val_sources, fraction, max_bytes, total)
               for piece in (*cut_at_lines(text), None))
     with tqdm(desc="tokenizing", unit=" bytes", unit_scale=True, delay=5, mininterval=10) as bar:
         while batch := list(itertools.islice(pieces, 256)):
@@ -353,15 +366,11 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
             for (side, piece), ids in zip(batch, encoded):
                 files[side].write((separator if piece is None else ids).tobytes())
                 size[side] += byte_count(piece or "")
+                characters += len(piece or "")
             bar.update(size["train"] + size["val"] - bar.n)
-    if size["train"] and not size["val"] and not val_sources:
-        tokens = train.tell() // separator.itemsize
-        tail = max(1, round(fraction * tokens))
-        start = train.seek((tokens - tail) * separator.itemsize)
-        val.write(train.read())
-        train.truncate(start)
-        size["val"] = round(size["train"] * tail / tokens)
-        size["train"] -= size["val"]
+    if size["train"] and not size["val"] and not val_sources and total is None:  # chance held out no document
+        train.seek(0), train.truncate()
+        return write_tokens(train, val, tokenizer, sources, (), fraction, max_bytes, characters)
     counts = {side: {"tokens": file.seek(0, os.SEEK_END) // separator.itemsize, "bytes": size[side]}
               for side, file in files.items()}
     for side, names in (("train", sources), ("val", val_sources or sources)):

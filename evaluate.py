@@ -30,7 +30,7 @@ from objectives import describe, scores_next, target_nll
 from run import evaluation_sequences, held_out_text
 from tasks import connectivity, export, finetune, generate
 from tasks.hub import about, open_run, open_runs
-from util import BadInput, Parser, command_line, output_file, positive, printable, table, write_json
+from util import BadInput, Parser, command_line, note, output_file, positive, printable, table, write_json
 
 # ---------------------------------------------------------------------------- likelihood
 
@@ -303,9 +303,13 @@ def export_command(args):
     run, autocast = open_run(args)
     if not isinstance(run.model, Transformer):
         raise BadInput(f"{run.name} is no run of train.py; it has its own files")
-    exact = run.tokenizer and run.objective.left_to_right(run.settings.length, run.path)
-    with autocast:
-        regimes = perplexity(run, max_sequences=32)["regimes"] if exact and run.settings.data else {}
+    regimes = {}
+    if run.tokenizer and run.objective.left_to_right(run.settings.length, run.path):
+        try:
+            with autocast:
+                regimes = perplexity(run, max_sequences=32)["regimes"]
+        except (BadInput, OSError) as error:  # the text may be elsewhere, or short
+            note(f"the model card says no perplexity: {error}")
     export.export(run, args.out, regimes)
     print(f"exported to {args.out}")
     return {"results": {"out": args.out}}, run
@@ -379,6 +383,11 @@ def check_outputs(args):
         raise BadInput(f"--picture {picture} is no PNG file: end its name in .png")
     if out and os.path.lexists(out):
         raise BadInput(f"{out} exists; choose another --out or remove it")
+    read = [os.path.abspath(path) for name in ("data", "dev") if (path := getattr(args, name, None))]
+    for name in ("json", "csv", "plot", "picture"):
+        path = getattr(args, name, None)
+        if path and os.path.abspath(path) in read:
+            raise BadInput(f"--{name} {path} would replace what is read; choose another name")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,8 @@ def decode(path, size):
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {LARGEST:,}")
             with contextlib.suppress(Exception):     # EXIF data may be damaged where the pixels are not
                 ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a channel have no white of their own")
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             elif image.has_transparency_data:

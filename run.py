@@ -17,7 +17,7 @@ from data import POSITIONS, Corpus, Sequences, load_corpus, load_evaluation, tok
 from images import Patches, is_images, load_images
 from model import SIZES, Config, Transformer
 from objectives import OBJECTIVES, choose_path, describe, from_options
-from util import BadInput, import_optional, positive
+from util import BadInput, import_optional, note, positive
 
 # ---------------------------------------------------------------------------- settings and presets
 
@@ -160,6 +160,8 @@ def resumed(out, given):
     """Settings of the run in `out`, of which the budget, the place of the data and the memory may change."""
     saved = load_checkpoint(out)["settings"]
     values = {**asdict(saved), **saved.options}
+    if ".py:" in given.get("objective", ""):
+        given["objective"] = os.path.abspath(given["objective"])  # as `resolve` wrote it
     for name in given.keys() - {"steps", "epochs", "data", "micro_batch"}:
         if given[name] != values.get(name):
             raise BadInput(f"the run in {out} has --{name.replace('_', '-')} {values.get(name)}, not "
@@ -313,8 +315,7 @@ def load_run(path, device="cpu"):
     content = load_checkpoint(name.removeprefix("untrained:"))
     settings = replace(content["settings"], **content.get("budget", {}))  # which its data was read for
     if settings.objective_text != objective_text(settings.objective):
-        raise BadInput(f"{settings.objective} is not the file that {name} was trained with; its text stands "
-                       "in config.json there")
+        note(f"{settings.objective} has changed since {name} was trained; config.json there has its old text")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = Transformer(content["model_config"])
@@ -376,6 +377,6 @@ def evaluation_sequences(run, data=None, count=200):
     whole = corpus.val[:len(corpus.val) // S * S]
     if len(whole) < 2 * S or count < 2:
         raise BadInput(f"a standard error takes two sequences of {S} tokens; {corpus.name} has "
-                       f"{len(corpus.val):,} tokens, and {count} sequences are asked for")
+                       f"{len(corpus.val):,} tokens to evaluate on, and {count} sequences are asked for")
     sequences = Sequences(whole, S, run.tokenizer.separator, seed=0)
     return sequences.batch(0, min(count, len(sequences))), len(corpus.val) / corpus.val_bytes, corpus.name

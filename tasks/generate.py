@@ -47,6 +47,8 @@ def generate(run, prompt, count, temperature=0.8, top_k=50, seed=0, order=None, 
         known = torch.tensor([*range(1, P + 1), *[0] * new, *range(P + 1, given + 1)])
         for k in tqdm(range(new), unit=" tokens", leave=False, delay=2, mininterval=1):
             f, targets = asked(run, known, given, forward)
+            if suffix and not 0 < f[-1] < f.max():
+                raise BadInput(f"{describe(run.objective)} writes without seeing a --suffix")
             length = int(f.nonzero()[-1]) + 1                    # nothing after the last f > 0 is read
             inputs = (x[None].to(run.model.query.device) for x in (tokens[:length], f[:length], targets))
             scores = run.model.logits(run.model(*inputs, run.path)[0]).float().cpu()             # (n, vocab)

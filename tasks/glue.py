@@ -271,6 +271,8 @@ def read_texts(path, columns):
         lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").removesuffix("\n").split("\n")
         texts = [(line,) for line in lines]
     else:
+        if Path(path).is_dir():
+            raise BadInput(f"{path} is a folder; give texts as a .csv, .tsv, .jsonl or .txt file")
         texts = read_table(path, columns).texts
     return Part(texts, places=np.arange(len(texts)))
 

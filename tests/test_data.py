@@ -91,10 +91,25 @@ def test_of_few_documents_the_tail_is_held_out(tmp_path):
     text = "".join(f"sentence {i}. " for i in range(2000))
     (tmp_path / "one.txt").write_text(text)
     call(f"data.py text {tmp_path / 'one.txt'} --out {tmp_path / 'tokens'}")
+    cut = len(text) - round(0.05 * len(text))
     for corpus in (load_corpus(str(tmp_path / "one.txt")), load_corpus(str(tmp_path / "tokens"))):
-        assert corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.val])) == text + "\n\n"
-        tail = len(corpus.val)
-        assert tail == round(0.05 * (len(text) + 1)) and abs(corpus.val_bytes - tail) <= 1
+        sides = [corpus.tokenizer.decode(ids) for ids in (corpus.train, corpus.val)]
+        assert sides == [text[:cut] + "\n\n", text[cut:] + "\n\n"] and corpus.val_bytes == len(text) - cut
+    three = load_corpus([text[:5], text[5:cut + 1], text[cut + 1:]])  # the end begins in the second of them
+    assert [three.tokenizer.decode(ids).replace("\n\n", "|") for ids in (three.train, three.val)] == [
+        f"{text[:5]}|{text[5:cut]}|", f"{text[cut]}|{text[cut + 1:]}|"]
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "wordpiece"])
+def test_the_bytes_of_a_tail_in_another_language(tmp_path, kind):
+    """An appendix of other letters has more bytes a token than the rest: none of them is estimated."""
+    if kind != "byte":
+        pytest.importorskip("tokenizers")
+    tail = "".join(chr(0x4e00 + k % 800) for k in range(400))
+    (tmp_path / "one.txt").write_text("some English words\n" * 400 + tail, encoding="utf-8")
+    out = call(f"data.py text {tmp_path / 'one.txt'} --tokenizer {kind} --vocab 300 "
+               f"--out {tmp_path / 'tokens'}")
+    assert load_corpus(str(tmp_path / "tokens")).val_bytes == 3 * round(0.05 * 8000) and "1,200 bytes" in out
 
 
 def test_pydoc_is_split_by_package():
@@ -115,7 +130,8 @@ def test_what_is_held_out_holds_text(tmp_path):
         (tmp_path / name).write_text(" \n"[k % 3:] if held else "a text")
     corpus = load_corpus(str(tmp_path))
     assert 0 < corpus.val_bytes < 20 and "text" in corpus.tokenizer.decode(corpus.val)
-    assert len(load_evaluation(str(tmp_path), ByteTokenizer()).val) == len(corpus.train) + len(corpus.val)
+    whole = load_evaluation(str(tmp_path), ByteTokenizer())
+    assert len(whole.val) == len(corpus.train) + len(corpus.val) - 1  # the cut text is closed twice
     for text in ("", "x", "ten bytes."):
         (tmp_path / "tiny").write_text(text)
         with pytest.raises(BadInput, match="text"):

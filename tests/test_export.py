@@ -26,6 +26,17 @@ def test_a_run_comes_back(trained, tmp_path, flags, data):
         call(f"evaluate.py export {trained(flags, data=data)} --out {out}")
 
 
+def test_a_run_whose_text_is_gone_is_exported(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    text, run, out = tmp_path / "text.txt", tmp_path / "run", tmp_path / "mine"
+    text.write_text("a few words. " * 100)
+    call(f"train.py --data {text} --length 16 --steps 2 --batch-size 2 --no-report --device cpu --out {run}")
+    text.unlink()
+    call(f"evaluate.py export {run} --out {out}")
+    assert "perplexity" not in (out / "README.md").read_text() and (out / "model.safetensors").exists()
+    assert "no perplexity: " in capsys.readouterr().err
+
+
 def test_bytes_have_a_tokenizer_json_of_the_library():
     tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_str(byte_tokenizer())
     for text in ("The cat, it's", "H\u00e9 \u2713 \U0001f600\n\n\t x\x00", "".join(map(chr, range(1, 1000)))):

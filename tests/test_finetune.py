@@ -194,6 +194,10 @@ def test_a_classifier_predicts_what_finetune_reported(trained, reviews, tmp_path
     lines = f"{line} {out} --data {tmp_path / 'new.txt'}"
     assert call_json(lines)["results"]["class"] == found["class"] and "the first 10 of 160" in call(lines)
     assert "perplexity" in call(f"evaluate.py perplexity {out / 'classifier.pt'} --max-sequences 4")
+    for wrong, why in ((f"--data {reviews} --csv {reviews}", "would replace what is read"),
+                       (f"--data {tmp_path}", "is a folder; give texts")):
+        with pytest.raises(BadInput, match=why):
+            call(f"{line} {out} {wrong}")
     for wrong in (f"{line} {run} --data {reviews}", f"{line} {out} --data {reviews} --text-column text label",
                   f"{line} {out} --data {tmp_path / 'none.csv'}",
                   f"evaluate.py finetune hf:x --data {reviews} --out {tmp_path / 'other'}"):

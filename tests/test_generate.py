@@ -129,6 +129,14 @@ def test_what_fills_in_needs_no_left_to_right(make_run):
     assert len(generate.generate(run, [1, 2], 3)) == len(generate.generate(run, [1, 2], 3, suffix=[1])) == 3
 
 
+def test_a_suffix_that_is_not_seen_is_refused(make_run):
+    """Blocks behind the one that is filled in are not; a suffix within that block is."""
+    run = make_run(from_options("blocks", block=4), "two-stream")
+    with pytest.raises(BadInput, match="block=4 writes without seeing"):
+        generate.generate(run, [1, 2], 3, suffix=[5])
+    assert len(generate.generate(run, [1, 2], 2, suffix=[5])) == 2
+
+
 def test_generate_command(trained):
     filled = call(f"evaluate.py generate {trained('spans --mask 0.3')} --prompt the --suffix mat. --tokens 5")
     assert filled.startswith("the") and filled.rstrip("\n").endswith("mat.")

@@ -180,6 +180,10 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
         assert np.abs(decode(path, 9).astype(int) - expected).max() <= (expected is over_white)
     save(path, palette, transparency=3)
     assert (decode(path, 9)[np.asarray(palette) == 3] == 255).all()
+    for kind in (np.int32, np.float32):  # nothing says which number is white
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "deep.tiff")
+        with pytest.raises(BadInput, match="32 bits"):
+            decode(tmp_path / "deep.tiff", 9)
     save(tmp_path / "cmyk.jpg", Image.new("CMYK", (16, 16), (255, 0, 0, 0)))
     assert np.abs(decode(tmp_path / "cmyk.jpg", 16).astype(int) - [0, 255, 255]).max() < 8
 

@@ -14,7 +14,7 @@ import spectral
 from evaluate import perplexity
 from masks import Objective
 from objectives import OBJECTIVES, from_options
-from run import Settings, load_run, resolve
+from run import Settings, load_run, resolve, resumed
 from tasks.probe import features
 from train import train
 from util import BadInput
@@ -59,6 +59,10 @@ def test_texts_and_ids_are_data(tmp_path):
     for wrong in (ids[:10], ids - 1, ids / 2.0):
         with pytest.raises(BadInput, match="array of 40 token ids"):
             small(tmp_path / "wrong", data=wrong)
+    assert run.tokenizer.encode("3 0 49").tolist() == [3, 0, 49]
+    for word in ("word", "50", "70000", "-1"):
+        with pytest.raises(BadInput, match=f"'{word}' is no id"):
+            run.tokenizer.encode(f"3 {word}")
 
 
 def test_features_of_texts_and_images(tmp_path, trained):
@@ -84,7 +88,7 @@ def test_mistakes_speak_of_arguments():
         resolve(objective="ar", mask=0.15)
 
 
-def test_an_objective_of_a_cell_and_one_of_a_file(tmp_path, monkeypatch):
+def test_an_objective_of_a_cell_and_one_of_a_file(tmp_path, monkeypatch, capsys):
     @dataclass(frozen=True)
     class First(Objective):
         def groups(self, batch, length, generator=None):
@@ -100,9 +104,11 @@ def test_an_objective_of_a_cell_and_one_of_a_file(tmp_path, monkeypatch):
     assert run.settings.objective == f"{path}:Backward" and run.objective.skip == 1
     monkeypatch.chdir("/")
     assert load_run(tmp_path / "file").settings == run.settings    # found from any folder
+    monkeypatch.chdir(tmp_path)
+    assert resumed("file", {"objective": "my.py:Backward", "steps": 9}).steps == 9  # as it was typed
     path.write_text(BACKWARD + "\n# changed\n")
-    with pytest.raises(BadInput, match="is not the file"):
-        load_run(tmp_path / "file")
+    assert load_run(tmp_path / "file").objective == run.objective
+    assert "my.py:Backward has changed" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- README.md and ERRATA.md
