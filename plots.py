@@ -348,7 +348,8 @@ def trend(path, claims):
                             if c["at"]["line"] == line)
             tokens, effect, half = np.array(points).T
             low, high = np.exp(effect) - np.exp(effect - half), np.exp(effect + half) - np.exp(effect)
-            axis.errorbar(tokens, np.exp(effect), (low, high), fmt="o-", color=f"C{k}", capsize=3, label=line)
+            axis.errorbar(tokens * 1.04 ** k, np.exp(effect), (low, high), fmt="o-", color=f"C{k}", capsize=3,
+                          label=line)  # beside that of another size
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.axhline(np.exp(shown[0]["effect"]), color="black", linestyle="--", label="the paper's effect")
         style(axis, xscale="log", xlabel="millions of tokens read", ylabel="ratio of perplexities")
