@@ -97,7 +97,7 @@ def main(argv=None):
     add("--seeds", type=positive, help="pretraining runs of each model (or the scale's)")
     add("--tokens", type=float, help="that each text model reads (or the scale's)")
     add("--epochs", type=float, help="of each image model (or the scale's)")
-    add("--data-dir", default="DATA", help="folder of text/, images/ and what else is needed")
+    add("--data-dir", default="DATA", help="folder of text/, images/ and what else is needed; smoke has none")
     add("--dry-run", action="store_true", help="print the commands that are not done")
     add("--work", type=Path, help="folder of the stages (or runs/reproduce/SCALE)")
     add("--out", type=Path, default=Path("results-mine"), help="folder of the tables")

@@ -26,7 +26,7 @@ from data import TrainedTokenizer, load_evaluation, token_type
 from model import gather_rows
 from objectives import describe
 from run import Run, Settings, choose_autocast, choose_device, held_out_text, load_run
-from util import BadInput, import_optional
+from util import BadInput, import_optional, note
 
 
 def open_run(args, checkpoint=None, kind=None):
@@ -169,11 +169,17 @@ def load_hub_model(name, device="cpu", length=None):
     largest = scores.abs().max().item()
     if causal and not torch.allclose(scores[0, :-1], scores[1, :-1], atol=1e-5 * largest):
         raise BadInput(f"{name} is not causal: its scores of a token depend on later ones")
-    sizes = SimpleNamespace(vocab=vocab, length=room, width=config.hidden_size)
+    width = network.base_model(input_ids=ids).last_hidden_state.shape[-1]  # OPT-350m's is not hidden_size
+    sizes = SimpleNamespace(vocab=vocab, length=room, width=width)
     model = HubModel(network, sizes, tokenizer)
     if not torch.allclose(scores, model.logits(network(input_ids=ids).logits), atol=1e-3 * largest):
         raise BadInput(f"{name} changes its scores after the output layer; such models are not supported")
-    length = min(length or 128, room - len(model.prefix) - len(model.suffix))
+    room -= len(model.prefix) + len(model.suffix)
+    if min(length or 2, room) < 2:
+        raise BadInput(f"a sequence needs 2 tokens; {name} has room for {room}, --length is {length}")
+    if length and length > room:
+        note(f"{name} has room for {room} tokens, not for {length}")
+    length = min(length or 128, room)
     settings = Settings(objective="ar" if causal else "mlm", preset="tiny", length=length, data=None)
     return Run(model.to(device), *settings.task(), tokenizer, settings, 0, name)
 

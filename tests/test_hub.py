@@ -175,6 +175,24 @@ def test_a_run_beside_hub_models(folders, trained, tmp_path):
         call(f"evaluate.py perplexity {gpt2} {run} {line} --length 12")
 
 
+def test_the_length_of_a_hub_model(folders, capsys):
+    gpt2 = f"hf:{folders['gpt2'][2]}"
+    assert hub.load_hub_model(gpt2, length=5000).settings.length == 40
+    assert "room for 40 tokens, not for 5000" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="needs 2"):
+        hub.load_hub_model(gpt2, length=1)
+
+
+def test_states_narrower_than_hidden_size(tmp_path):
+    """OPT-350m projects its states down: a classifier has to fit what the network returns."""
+    config = transformers.OPTConfig(vocab_size=300, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64,
+                                    num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer("gpt2").save_pretrained(tmp_path)
+    run = hub.load_hub_model(f"hf:{tmp_path}")
+    assert run.model.config.width == run.model.encode(torch.tensor([[11, 12]]), causal=True).shape[-1] == 16
+
+
 @pytest.mark.parametrize("name, says", [("not causal", "not causal"), ("capped", "after the output layer"),
                                         ("headless", "lacks weights")])
 def test_what_would_give_wrong_numbers_is_refused(folders, name, says):
