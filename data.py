@@ -319,8 +319,8 @@ def split(sources, val, fraction, max_bytes=None, total=None):
     """("train" or "val", text) of each document of the sources, and of those in `val`, all for validation.
 
     Without `val` a share of the documents is held out: by a checksum of its name, of pydoc's modules by that
-    of their package, so that every machine holds out the same. Of fewer than 20 documents it is the end, and
-    where `total` is given, the number of their characters.
+    of their package, so that every machine holds out the same. Of fewer than 20 documents, or where `total`,
+    the number of their characters, is given, the end is held out.
     """
     found = itertools.chain.from_iterable(documents(source, max_bytes) for source in sources)
     few = [len(text) for _, text in itertools.islice(found, 20)] if fraction < 1 and not val else []
@@ -369,7 +369,8 @@ def write_tokens(train, val, tokenizer, sources, val_sources, fraction, max_byte
                 characters += len(piece or "")
             bar.update(size["train"] + size["val"] - bar.n)
     if size["train"] and not size["val"] and not val_sources and total is None:  # chance held out no document
-        train.seek(0), train.truncate()
+        train.seek(0)
+        train.truncate()
         return write_tokens(train, val, tokenizer, sources, (), fraction, max_bytes, characters)
     counts = {side: {"tokens": file.seek(0, os.SEEK_END) // separator.itemsize, "bytes": size[side]}
               for side, file in files.items()}

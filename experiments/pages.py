@@ -251,7 +251,8 @@ def trend_findings(reported):
                 f"largest budget ({paper} in the paper) and grows {tenfold} ({low} .. {high}) with every "
                 "tenfold of tokens")
         for wide in claims:  # of the same regime
-            if ": more so than at " in wide["claim"] and wide["claim"].startswith(name.split(":")[0]):
+            named = wide["claim"].startswith(name.split(":")[0]) and ": more so than at " in wide["claim"]
+            if named and wide["measured"]:
                 size, other = wide["claim"].split(", ")[-1].split(": more so than at ")
                 ours, low, high = (effect_text(x, "factor") for x in (wide["difference"], *wide["interval"]))
                 text += f"; at {size} it is {ours} ({low} .. {high}) of that at {other}"
