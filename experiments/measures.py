@@ -58,9 +58,9 @@ SCALES = {
                      "glue": "--seeds 1 --epochs 3 --max-train 5000 --pool mean"},
         "trend": {
             "about": "4 layers; texts of 128 tokens (WordPiece, 4,096 words: 80 novels have 17.2 million), "
-                     "perplexity on 64 of them",
-            "tokens": 2.4e7,  # after 1e6 some know only unigrams
-            "sizes": {"tiny": (0.125, 0.25, 1), "mini": (0.125, 0.25)},
+                     "perplexity on 64 of them; after less (1 million at 4 x 128, 3 million at 4 x 256) one "
+                     "of two [0.15, 0.3] models knew only unigrams",
+            "tokens": 2.4e7, "sizes": {"tiny": (0.125, 0.25, 1), "mini": (0.25,)},
             "prepare": {"text": "--tokenizer wordpiece --vocab 4096"},
             "train": {"text": "--batch-size 16 --optimizer muon --lr 12e-3"}}},
     "gpu": {

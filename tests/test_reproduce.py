@@ -153,9 +153,9 @@ def test_the_trend(tmp_path):
     found = {claim.text: judge(claim, known) for claim in table.claims}
     slopes, widths = ([found[text] for text in found if words in text]
                       for words in ("every tenfold", "more so than at"))
-    assert [one["difference"] for one in slopes] == pytest.approx([0.02] * 4)  # two widths, two regimes
+    assert [one["difference"] for one in slopes] == pytest.approx([0.02] * 2)  # in two regimes
     assert [one["difference"] for one in widths] == pytest.approx([0.05] * 2)
-    assert {one["freedom"] for one in slopes + widths} == {5}  # two seeds of all contrasts
+    assert {one["freedom"] for one in slopes + widths} == {4}  # two seeds of all contrasts
     lines = [pretrain(place, model, 0).argv for model in table.rows.values() if not model.instead]
     assert len({" ".join(line[line.index("--batch-size"):line.index("--preset")]) for line in lines}) == 1
 
