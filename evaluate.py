@@ -383,8 +383,8 @@ def check_outputs(args):
         raise BadInput(f"--picture {picture} is no PNG file: end its name in .png")
     if out and os.path.lexists(out):
         raise BadInput(f"{out} exists; choose another --out or remove it")
-    given = [getattr(args, name, None) or () for name in ("data", "dev")]
-    read = [os.path.abspath(path) for x in given for path in ((x,) if isinstance(x, str) else x)]
+    read = [os.path.abspath(path) for name in ("data", "dev")  # transfer takes several
+            for path in np.atleast_1d(getattr(args, name, None) or [])]
     for name in ("json", "csv", "plot", "picture"):
         path = getattr(args, name, None)
         if path and os.path.abspath(path) in read:

@@ -166,6 +166,7 @@ def resumed(out, given):
         if given[name] != values.get(name):
             raise BadInput(f"the run in {out} has --{name.replace('_', '-')} {values.get(name)}, not "
                            f"{given[name]}")
+    tell_of_change(saved, out)
     budget = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
     return resolve(**{**asdict(saved), **budget, **given})
 
@@ -174,6 +175,12 @@ def objective_text(objective):
     """The text of the file of an objective of one's own, FILE.py:Class; else None."""
     path = Path(objective.rpartition(":")[0])
     return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.exists() else None
+
+
+def tell_of_change(settings, name):
+    """A note where the file of a run's own objective is not what it was trained with."""
+    if settings.objective_text != objective_text(settings.objective):
+        note(f"{settings.objective} has changed since {name} was trained; config.json there has its old text")
 
 
 def check_ranges(settings):
@@ -314,8 +321,7 @@ def load_run(path, device="cpu"):
     name, untrained = str(path), str(path).startswith("untrained:")
     content = load_checkpoint(name.removeprefix("untrained:"))
     settings = replace(content["settings"], **content.get("budget", {}))  # which its data was read for
-    if settings.objective_text != objective_text(settings.objective):
-        note(f"{settings.objective} has changed since {name} was trained; config.json there has its old text")
+    tell_of_change(settings, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = Transformer(content["model_config"])
