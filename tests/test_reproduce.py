@@ -143,11 +143,11 @@ def test_the_trend(tmp_path):
     place = place_at("cpu", tmp_path, "trend")
     table = reproduce.TARGETS["trend"](place)
 
-    def cells(row, seeds=2):
+    def cells(row):
         model = table.rows[row]
         gain = 0.1 + 0.02 * math.log10(model.budget * 2.4e7) + 0.05 * (model.preset == "mini")
         nll = 9 if model.instead else 4 - gain * row.startswith("Variable")
-        return [mean_cell(np.full(9, float(nll)))] * seeds
+        return [mean_cell(np.full(9, float(nll)))] * 2
 
     known = {(row, regime): cells(row) for row in table.rows for regime in ("padded", "truncated")}
     found = {claim.text: judge(claim, known) for claim in table.claims}
